@@ -1,0 +1,140 @@
+//! The settings: environment variables, read once.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::login::AppVersionEncoding;
+
+/// All settings of the function.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `MASKING_SECRET_ID`: name or ARN of the keyring's secret.
+    pub masking_secret_id: String,
+    /// The `DATABASE_*` settings.
+    pub database: DatabaseConfig,
+    /// `APP_VERSION_ENCODING`: how `app_version` becomes an integer.
+    pub app_version_encoding: AppVersionEncoding,
+}
+
+/// Where the database is; what is `None` here comes from the credentials' secret.
+#[derive(Clone, Debug)]
+pub struct DatabaseConfig {
+    /// `DATABASE_SECRET_ID`: name or ARN of the credentials' secret.
+    pub secret_id: String,
+    /// `DATABASE_HOST`.
+    pub host: Option<String>,
+    /// `DATABASE_PORT`.
+    pub port: Option<u16>,
+    /// `DATABASE_NAME`.
+    pub name: Option<String>,
+    /// `DATABASE_TLS` and `DATABASE_CA_FILE`.
+    pub tls: Tls,
+    /// Longest time to wait for a connection.
+    pub connect_timeout: Duration,
+}
+
+/// Whether and how the connection to the database is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tls {
+    /// Encrypted; the certificate must name the host and lead to a root in `ca_file`, or to one of the system's.
+    VerifyFull {
+        /// PEM file of the roots to trust, instead of the system's.
+        ca_file: Option<PathBuf>,
+    },
+    /// Not encrypted.
+    Disable,
+}
+
+/// A setting is missing or wrong. The operator's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A required variable is unset or empty.
+    #[error("set {0}: it is required")]
+    Missing(&'static str),
+    /// A variable's value is none of those it can have.
+    #[error("set {name} to {expected}: its value is not one of these")]
+    Invalid {
+        /// The variable.
+        name: &'static str,
+        /// What it can be.
+        expected: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads the settings through `variable`, which is `std::env::var` outside tests. An empty variable counts as unset.
+    ///
+    /// # Errors
+    /// [`ConfigError`], for the first setting that is missing or wrong.
+    pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
+        let optional = |name| variable(name).filter(|value| !value.is_empty());
+        let required = |name| optional(name).ok_or(ConfigError::Missing(name));
+
+        let ca_file = optional("DATABASE_CA_FILE").map(PathBuf::from);
+        Ok(Self {
+            masking_secret_id: required("MASKING_SECRET_ID")?,
+            database: DatabaseConfig {
+                secret_id: required("DATABASE_SECRET_ID")?,
+                host: optional("DATABASE_HOST"),
+                port: match optional("DATABASE_PORT").map(|port| port.parse()) {
+                    None => None,
+                    Some(Ok(port)) if port > 0 => Some(port),
+                    Some(_) => return Err(invalid("DATABASE_PORT", "a port from 1 to 65535")),
+                },
+                name: optional("DATABASE_NAME"),
+                tls: match optional("DATABASE_TLS").as_deref() {
+                    None | Some("verify-full") => Tls::VerifyFull { ca_file },
+                    Some("disable") => Tls::Disable,
+                    Some(_) => return Err(invalid("DATABASE_TLS", "verify-full or disable")),
+                },
+                connect_timeout: Duration::from_secs(5),
+            },
+            app_version_encoding: match optional("APP_VERSION_ENCODING").as_deref() {
+                None | Some("digits") => AppVersionEncoding::Digits,
+                Some("ordered") => AppVersionEncoding::Ordered,
+                Some(_) => return Err(invalid("APP_VERSION_ENCODING", "digits or ordered")),
+            },
+        })
+    }
+}
+
+fn invalid(name: &'static str, expected: &'static str) -> ConfigError {
+    ConfigError::Invalid { name, expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(changes: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        Config::from_variables(|name| {
+            let required = [("MASKING_SECRET_ID", "keyring"), ("DATABASE_SECRET_ID", "database")];
+            let found = changes.iter().chain(&required).find(|(key, _)| *key == name);
+            found.map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[test]
+    fn the_two_secrets_suffice() {
+        let config = read(&[("DATABASE_HOST", "")]).unwrap();
+        assert_eq!(config.database.host, None);
+        assert_eq!(config.database.tls, Tls::VerifyFull { ca_file: None });
+        assert_eq!(config.app_version_encoding, AppVersionEncoding::Digits);
+    }
+
+    #[test]
+    fn a_wrong_setting_is_named_with_what_it_can_be() {
+        for (name, value, message) in [
+            ("MASKING_SECRET_ID", "", "set MASKING_SECRET_ID: it is required"),
+            ("DATABASE_SECRET_ID", "", "set DATABASE_SECRET_ID: it is required"),
+            ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
+            ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
+            (
+                "APP_VERSION_ENCODING",
+                "x",
+                "set APP_VERSION_ENCODING to digits or ordered: its value is not one of these",
+            ),
+        ] {
+            assert_eq!(read(&[(name, value)]).unwrap_err().to_string(), message);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! One batch: an SQS event in, the batch item failures out.
+
+use std::{
+    collections::{HashMap, HashSet, hash_map},
+    fmt,
+    panic::AssertUnwindSafe,
+    time::{Duration, SystemTime},
+};
+
+use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
+use futures_util::FutureExt;
+use lambda_runtime::{Diagnostic, LambdaEvent};
+use serde_json::value::RawValue;
+use tokio::time::Instant;
+
+use crate::{
+    login::{AppVersionEncoding, Invalid, Login},
+    mask::Keyring,
+    metrics,
+    store::{DatabaseError, Entry, LedgerKey, Store, StoreError},
+};
+
+/// What is kept of the invocation's time for the answer.
+const ANSWER_TIME: Duration = Duration::from_millis(200);
+/// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
+const NO_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Handles batches; one for the life of an execution environment.
+#[derive(Debug)]
+pub struct Handler {
+    keyring: Keyring,
+    store: Store,
+    app_version_encoding: AppVersionEncoding,
+}
+
+/// Why a whole batch comes back. None of its messages is reported as handled.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// The event is not one from SQS.
+    #[error(
+        "the event is not an SQS event (line {line}, column {column}): is the function invoked by a queue's event source mapping?"
+    )]
+    NotAnSqsEvent {
+        /// Line of the event's JSON where its shape breaks, from 1.
+        line: usize,
+        /// Column of that line, from 1.
+        column: usize,
+    },
+    /// A message has no id, so its failure could not be reported.
+    #[error("a message of the event has no messageId")]
+    NoMessageId,
+    /// The rows were not inserted.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A bug in this program. The log has its place.
+    #[error("panicked: see the log for the place in the code")]
+    Panic,
+}
+
+impl BatchError {
+    /// A stable name, for alarms and for Lambda's `errorType`.
+    pub fn error_type(&self) -> &'static str {
+        match self {
+            Self::NotAnSqsEvent { .. } => "InvalidEvent",
+            Self::NoMessageId => "NoMessageId",
+            Self::Store(error) => error.error_type(),
+            Self::Panic => "Panic",
+        }
+    }
+}
+
+impl From<BatchError> for Diagnostic {
+    fn from(error: BatchError) -> Self {
+        Self { error_type: error.error_type().to_owned(), error_message: error.to_string() }
+    }
+}
+
+/// Why a message is reported as a batch item failure.
+#[derive(Clone, Debug)]
+enum Failure {
+    Invalid(Invalid),
+    Refused(DatabaseError),
+    HeldBack,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(reason) => reason.fmt(f),
+            Self::Refused(error) => write!(f, "refused by the database: {error}"),
+            Self::HeldBack => f.write_str("an earlier message of its group failed"),
+        }
+    }
+}
+
+/// What a batch came to.
+#[derive(Default)]
+struct Report {
+    messages: usize,
+    inserted: u64,
+    /// Message id and reason, in the batch's order.
+    failures: Vec<(String, Failure)>,
+}
+
+impl Handler {
+    /// A handler with its keyring and its database.
+    pub fn new(keyring: Keyring, store: Store, app_version_encoding: AppVersionEncoding) -> Self {
+        Self { keyring, store, app_version_encoding }
+    }
+
+    /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
+    ///
+    /// The event comes as raw JSON, because the runtime's own parse errors quote it.
+    ///
+    /// # Errors
+    /// [`BatchError`]: all of the batch comes back.
+    pub async fn invoke(&self, event: LambdaEvent<Box<RawValue>>) -> Result<SqsBatchResponse, BatchError> {
+        let (started, timestamp) = (Instant::now(), SystemTime::now());
+        let time = event.context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
+        let deadline = started + time.saturating_sub(ANSWER_TIME);
+
+        let mut report = Report::default();
+        // The runtime would put a panic's message into its answer, and a message can quote data.
+        let loaded = AssertUnwindSafe(self.load(event.payload.get(), deadline, &mut report)).catch_unwind().await;
+        let result = loaded.unwrap_or(Err(BatchError::Panic));
+
+        let Report { messages, inserted, failures } = report;
+        let failed = failures.len();
+        let deduplicated = if result.is_ok() { messages as u64 - failed as u64 - inserted } else { 0 };
+        metrics::Batch {
+            timestamp,
+            function_name: event.context.env_config.function_name.clone(),
+            request_id: event.context.request_id.clone(),
+            outcome: result.as_ref().err().map_or("Ok", BatchError::error_type),
+            messages: messages as u64,
+            inserted,
+            deduplicated,
+            failed: failed as u64,
+            batches_failed: result.is_err().into(),
+            duration: started.elapsed(),
+        }
+        .emit();
+        result.inspect_err(|error| {
+            tracing::error!(error_type = error.error_type(), %error, messages, "batch failed: all of it comes back");
+        })?;
+        for (message_id, reason) in &failures {
+            tracing::warn!(message_id, %reason, "message failed");
+        }
+        let duration_ms = started.elapsed().as_millis() as u64;
+        tracing::info!(messages, inserted, deduplicated, failed, duration_ms, "batch loaded");
+
+        let mut response = SqsBatchResponse::default();
+        let mut reported = HashSet::new();
+        response.set_failures(failures.iter().map(|(id, _)| id).filter(|id| reported.insert(*id)));
+        Ok(response)
+    }
+
+    async fn load(&self, event: &str, deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
+        let SqsEvent { records, .. } = serde_json::from_str(event)
+            // The error itself may quote the event, so only its place is kept.
+            .map_err(|error| BatchError::NotAnSqsEvent { line: error.line(), column: error.column() })?;
+        report.messages = records.len();
+        if records.iter().any(|message| message.message_id.as_deref().is_none_or(str::is_empty)) {
+            return Err(BatchError::NoMessageId);
+        }
+
+        let mut entries = Vec::with_capacity(records.len());
+        let mut fates = HashMap::with_capacity(records.len());
+        let mut stopped_groups = HashSet::new();
+        for message in &records {
+            let key = ledger_key(message);
+            // A second copy of a message in the batch shares the first one's fate.
+            let hash_map::Entry::Vacant(fate) = fates.entry(key.message_id) else { continue };
+            let group = fifo_group(message);
+            let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
+                Err(Failure::HeldBack)
+            } else {
+                self.row(message).map_err(Failure::Invalid)
+            };
+            match row {
+                Ok(row) => {
+                    entries.push(Entry { key, group: group.map(ToOwned::to_owned), row });
+                    fate.insert(None);
+                }
+                Err(failure) => {
+                    stopped_groups.extend(group);
+                    fate.insert(Some(failure));
+                }
+            }
+        }
+
+        let outcome = self.store.insert(&entries, deadline).await?;
+        report.inserted = outcome.inserted;
+        let refused = outcome.refused.into_iter().map(|(index, error)| (index, Failure::Refused(error)));
+        let held_back = outcome.held_back.into_iter().map(|index| (index, Failure::HeldBack));
+        for (index, failure) in refused.chain(held_back) {
+            fates.insert(entries[index].key.message_id, Some(failure));
+        }
+        for message in records {
+            if let Some(Some(failure)) = fates.get(&ledger_key(&message).message_id) {
+                report.failures.push((message.message_id.unwrap_or_default(), failure.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&self, message: &SqsMessage) -> Result<crate::login::Row, Invalid> {
+        let body = message.body.as_deref().ok_or(Invalid::NoBody)?;
+        Login::parse(body, self.app_version_encoding)?.mask(&self.keyring)
+    }
+}
+
+fn ledger_key(message: &SqsMessage) -> LedgerKey {
+    let sent_timestamp = message.attributes.get("SentTimestamp").map(String::as_str);
+    LedgerKey::new(message.message_id.as_deref().unwrap_or_default(), sent_timestamp)
+}
+
+/// The message's group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.
+fn fifo_group(message: &SqsMessage) -> Option<&str> {
+    let fifo = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(".fifo"));
+    message.attributes.get("MessageGroupId").filter(|_| fifo).map(String::as_str)
+}

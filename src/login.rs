@@ -1,0 +1,488 @@
+//! A message's body as a login: parsed, validated, and turned into the columns of `user_logins`.
+//!
+//! This module, `store/insert.sql` and `schema/` are all that know the fields of a login.
+//! To load another kind of message, change these three.
+
+use std::{borrow::Cow, fmt, net::IpAddr};
+
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use tokio_postgres::types::{ToSql, Type};
+
+use crate::mask::{Keyring, Masked};
+
+/// Most characters of `user_id`, the width of its column.
+const USER_ID_MAX: usize = 128;
+/// Most characters of `device_type` and of `locale`, the width of their columns.
+const SHORT_MAX: usize = 32;
+
+/// How `app_version` becomes an integer (setting `APP_VERSION_ENCODING`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AppVersionEncoding {
+    /// The dots go: `2.3.0` is 230. The original's rule; versions collide (`0.26` and `2.6`) and do not sort.
+    #[default]
+    Digits,
+    /// major · 10⁶ + minor · 10³ + patch: `2.3.0` is 2003000. Neither collides nor missorts;
+    /// minor and patch reach 999, and more than three parts are refused.
+    Ordered,
+}
+
+impl AppVersionEncoding {
+    /// The column's integer, or `None` when the version does not fit it or is not digits and dots.
+    fn encode(self, version: &str) -> Option<i32> {
+        let part = |text: &str| {
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            digits.then(|| text.parse::<i32>().ok()).flatten()
+        };
+        if version.split('.').any(str::is_empty) {
+            return None;
+        }
+        match self {
+            Self::Digits => part(&version.replace('.', "")),
+            Self::Ordered => {
+                let mut parts = version.split('.').map(part);
+                let mut next = || parts.next().unwrap_or(Some(0));
+                let (major, minor, patch) = (next()?, next()?, next()?);
+                if parts.next().is_some() || minor > 999 || patch > 999 {
+                    return None;
+                }
+                major.checked_mul(1_000_000)?.checked_add(minor * 1_000 + patch)
+            }
+        }
+    }
+}
+
+/// Why a body is not a login. Always the message's fault; no variant holds any of its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// The event carried no body for the message.
+    #[error("body is missing")]
+    NoBody,
+    /// The body does not parse as JSON.
+    #[error("body is not JSON")]
+    NotJson,
+    /// The body is JSON, but an array or a scalar.
+    #[error("body is not a JSON object")]
+    NotAnObject,
+    /// A field broke a rule.
+    #[error("{0} {1}")]
+    Field(Field, Fault),
+}
+
+/// A field of the body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are the wire's")]
+pub enum Field {
+    UserId,
+    AppVersion,
+    DeviceType,
+    Ip,
+    Locale,
+    DeviceId,
+}
+
+impl Field {
+    const ALL: [Self; 6] = [Self::UserId, Self::AppVersion, Self::DeviceType, Self::Ip, Self::Locale, Self::DeviceId];
+
+    /// The field's name on the wire; for masked fields also what binds an `aes-siv` mask to its column.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::UserId => "user_id",
+            Self::AppVersion => "app_version",
+            Self::DeviceType => "device_type",
+            Self::Ip => "ip",
+            Self::Locale => "locale",
+            Self::DeviceId => "device_id",
+        }
+    }
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What is wrong with a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Absent, or null where null means nothing.
+    #[error("is missing")]
+    Missing,
+    /// A number, boolean, array or object.
+    #[error("is not a string")]
+    NotAString,
+    /// Given more than once, so that its value depends on the reader.
+    #[error("is given twice")]
+    Twice,
+    /// The empty string.
+    #[error("is empty")]
+    Empty,
+    /// Longer than its column, once masked where it is masked.
+    #[error("is too long")]
+    TooLong,
+    /// Holds U+0000, which PostgreSQL's text cannot.
+    #[error("contains a NUL character")]
+    Nul,
+    /// An `app_version` of other characters than digits and single dots between them.
+    #[error("is not digits and dots")]
+    NotAVersion,
+    /// An `app_version` beyond what its encoding fits into an `integer`.
+    #[error("does not fit an integer")]
+    Overflow,
+}
+
+/// A valid login, not yet masked. It never shows its content: `Debug` prints the type's name alone.
+pub struct Login<'a> {
+    user_id: Cow<'a, str>,
+    app_version: i32,
+    device_type: Cow<'a, str>,
+    ip: Cow<'a, str>,
+    locale: Option<Cow<'a, str>>,
+    device_id: Cow<'a, str>,
+}
+
+impl fmt::Debug for Login<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login").finish_non_exhaustive()
+    }
+}
+
+impl<'a> Login<'a> {
+    /// Parses and validates a message's body.
+    ///
+    /// # Errors
+    /// [`Invalid`], the message's fault: the first broken rule, in the order of [`Field`]'s variants.
+    pub fn parse(body: &'a str, encoding: AppVersionEncoding) -> Result<Self, Invalid> {
+        let Body(values) = serde_json::from_str(body).map_err(|error| {
+            // The error itself may quote the body, so only its kind is kept.
+            if error.is_data() { Invalid::NotAnObject } else { Invalid::NotJson }
+        })?;
+        let take = |field: Field| values[field as usize];
+
+        let user_id = required(take(Field::UserId), Field::UserId, USER_ID_MAX)?;
+        let version = required(take(Field::AppVersion), Field::AppVersion, usize::MAX)?;
+        let app_version = encoding.encode(&version).ok_or_else(|| {
+            let shaped = version.split('.').all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()));
+            Invalid::Field(Field::AppVersion, if shaped { Fault::Overflow } else { Fault::NotAVersion })
+        })?;
+        let device_type = required(take(Field::DeviceType), Field::DeviceType, SHORT_MAX)?;
+        let ip = required(take(Field::Ip), Field::Ip, usize::MAX)?;
+        let locale = optional(take(Field::Locale), Field::Locale, SHORT_MAX)?;
+        let device_id = required(take(Field::DeviceId), Field::DeviceId, usize::MAX)?;
+        Ok(Self { user_id, app_version, device_type, ip, locale, device_id })
+    }
+
+    /// Masks the personal fields, which yields a row.
+    ///
+    /// # Errors
+    /// [`Invalid`], the message's fault: a value that would not fit its column once masked.
+    pub fn mask(self, keyring: &Keyring) -> Result<Row, Invalid> {
+        let mask = |field: Field, value: &str| {
+            keyring.mask(field.name(), value).map_err(|_| Invalid::Field(field, Fault::TooLong))
+        };
+        Ok(Row {
+            masked_ip: mask(Field::Ip, &canonical_ip(&self.ip))?,
+            masked_device_id: mask(Field::DeviceId, &self.device_id)?,
+            user_id: self.user_id.into_owned(),
+            device_type: self.device_type.into_owned(),
+            locale: self.locale.map(Cow::into_owned),
+            app_version: self.app_version,
+        })
+    }
+}
+
+/// One spelling for each address, so that equal addresses have equal masks; other text stays as it is.
+pub fn canonical_ip(text: &str) -> Cow<'_, str> {
+    text.parse::<IpAddr>().map_or(Cow::Borrowed(text), |address| Cow::Owned(address.to_string()))
+}
+
+fn required(value: Value<'_>, field: Field, max: usize) -> Result<Cow<'_, str>, Invalid> {
+    match optional(value, field, max)? {
+        None => Err(Invalid::Field(field, Fault::Missing)),
+        Some(text) if text.is_empty() => Err(Invalid::Field(field, Fault::Empty)),
+        Some(text) => Ok(text),
+    }
+}
+
+fn optional(value: Value<'_>, field: Field, max: usize) -> Result<Option<Cow<'_, str>>, Invalid> {
+    let raw = match value {
+        Value::Absent => return Ok(None),
+        Value::Once(raw) => raw.get(),
+        Value::Twice => return Err(Invalid::Field(field, Fault::Twice)),
+    };
+    if raw == "null" {
+        return Ok(None);
+    }
+    if !raw.starts_with('"') {
+        return Err(Invalid::Field(field, Fault::NotAString));
+    }
+    // Text without escapes is borrowed; what fails the second time too holds half a surrogate pair.
+    let text = serde_json::from_str::<&str>(raw)
+        .map(Cow::Borrowed)
+        .or_else(|_| serde_json::from_str::<String>(raw).map(Cow::Owned))
+        .map_err(|_| Invalid::NotJson)?;
+    let fault = if text.contains('\0') {
+        Fault::Nul
+    } else if text.len() > max && text.chars().count() > max {
+        // A character is one to four bytes, so most texts need no count.
+        Fault::TooLong
+    } else {
+        return Ok(Some(text));
+    };
+    Err(Invalid::Field(field, fault))
+}
+
+/// The values of the known fields, by `Field as usize`.
+struct Body<'a>([Value<'a>; Field::ALL.len()]);
+
+#[derive(Clone, Copy, Default)]
+enum Value<'a> {
+    #[default]
+    Absent,
+    Once(&'a RawValue),
+    Twice,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Body<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct BodyVisitor;
+
+        impl<'de> Visitor<'de> for BodyVisitor {
+            type Value = Body<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut values: [Value<'de>; Field::ALL.len()] = Default::default();
+                while let Some(Key(field)) = map.next_key()? {
+                    let Some(field) = field else {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    };
+                    let value = Value::Once(map.next_value()?);
+                    let slot = &mut values[field as usize];
+                    *slot = if matches!(slot, Value::Absent) { value } else { Value::Twice };
+                }
+                Ok(Body(values))
+            }
+        }
+
+        deserializer.deserialize_map(BodyVisitor)
+    }
+}
+
+/// An object's key: the field it names, if it is one of ours.
+struct Key(Option<Field>);
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+
+        impl Visitor<'_> for KeyVisitor {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Key, E> {
+                Ok(Key(Field::ALL.into_iter().find(|field| field.name() == name)))
+            }
+        }
+
+        deserializer.deserialize_str(KeyVisitor)
+    }
+}
+
+/// A row of `user_logins`, personal fields masked. `Debug` prints the type's name alone.
+pub struct Row {
+    user_id: String,
+    device_type: String,
+    masked_ip: Masked,
+    masked_device_id: Masked,
+    locale: Option<String>,
+    app_version: i32,
+}
+
+impl fmt::Debug for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Row").finish_non_exhaustive()
+    }
+}
+
+/// Rows turned on their side: one array a column, as `store/insert.sql` takes them.
+#[derive(Default)]
+pub struct Columns<'a> {
+    user_id: Vec<&'a str>,
+    device_type: Vec<&'a str>,
+    masked_ip: Vec<&'a str>,
+    masked_device_id: Vec<&'a str>,
+    locale: Vec<Option<&'a str>>,
+    app_version: Vec<i32>,
+}
+
+impl fmt::Debug for Columns<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Columns").finish_non_exhaustive()
+    }
+}
+
+impl<'a> FromIterator<&'a Row> for Columns<'a> {
+    fn from_iter<I: IntoIterator<Item = &'a Row>>(rows: I) -> Self {
+        let mut columns = Self::default();
+        for row in rows {
+            columns.user_id.push(&row.user_id);
+            columns.device_type.push(&row.device_type);
+            columns.masked_ip.push(row.masked_ip.as_str());
+            columns.masked_device_id.push(row.masked_device_id.as_str());
+            columns.locale.push(row.locale.as_deref());
+            columns.app_version.push(row.app_version);
+        }
+        columns
+    }
+}
+
+impl Columns<'_> {
+    /// The arrays in the order of the statement's parameters, behind the ledger's two.
+    pub fn parameters(&self) -> [(&(dyn ToSql + Sync), Type); 6] {
+        [
+            (&self.user_id, Type::TEXT_ARRAY),
+            (&self.device_type, Type::TEXT_ARRAY),
+            (&self.masked_ip, Type::TEXT_ARRAY),
+            (&self.masked_device_id, Type::TEXT_ARRAY),
+            (&self.locale, Type::TEXT_ARRAY),
+            (&self.app_version, Type::INT4_ARRAY),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"user_id":"u","app_version":"2.3.0","device_type":"ios","ip":"199.172.111.135","locale":null,"device_id":"593-47-5928"}"#;
+
+    fn rejected(body: &str) -> Option<String> {
+        Login::parse(body, AppVersionEncoding::Digits).err().map(|invalid| invalid.to_string())
+    }
+
+    /// The good body with one field's value replaced by `value` (JSON text), or the field gone.
+    fn with(field: &str, value: Option<&str>) -> String {
+        let mut body: serde_json::Map<String, serde_json::Value> = serde_json::from_str(GOOD).unwrap();
+        body.remove(field);
+        let rest = serde_json::to_string(&body).unwrap();
+        match value {
+            Some(value) => rest.replacen('{', &format!(r#"{{"{field}":{value},"#), 1),
+            None => rest,
+        }
+    }
+
+    #[test]
+    fn each_broken_rule_has_its_own_reason() {
+        assert_eq!(rejected(GOOD), None);
+        for (body, reason) in [
+            ("", "body is not JSON"),
+            ("not json", "body is not JSON"),
+            ("{", "body is not JSON"),
+            (r#"{"user_id":"\ud800"}"#, "body is not JSON"),
+            ("[]", "body is not a JSON object"),
+            ("null", "body is not a JSON object"),
+            ("\"text\"", "body is not a JSON object"),
+            ("12", "body is not a JSON object"),
+            (r#"{"foo": "oops_wrong_msg_type", "bar": "123"}"#, "user_id is missing"),
+        ] {
+            assert_eq!(rejected(body).as_deref(), Some(reason), "{body}");
+        }
+        let long = |count: usize| format!("\"{}\"", "é".repeat(count));
+        for (field, value, reason) in [
+            ("user_id", None, "is missing"),
+            ("user_id", Some("null"), "is missing"),
+            ("user_id", Some("\"\""), "is empty"),
+            ("user_id", Some(r#""a\u0000b""#), "contains a NUL character"),
+            ("user_id", Some(long(129).as_str()), "is too long"),
+            ("app_version", None, "is missing"),
+            ("app_version", Some("230"), "is not a string"),
+            ("app_version", Some("\"\""), "is empty"),
+            ("app_version", Some("\"2.3-beta\""), "is not digits and dots"),
+            ("app_version", Some("\"2..3\""), "is not digits and dots"),
+            ("app_version", Some("\".\""), "is not digits and dots"),
+            ("app_version", Some("\"٢.٣\""), "is not digits and dots"),
+            ("app_version", Some("\"+2\""), "is not digits and dots"),
+            ("app_version", Some("\"2147483648\""), "does not fit an integer"),
+            ("device_type", None, "is missing"),
+            ("device_type", Some("[\"ios\"]"), "is not a string"),
+            ("device_type", Some("\"\""), "is empty"),
+            ("device_type", Some(long(33).as_str()), "is too long"),
+            ("ip", None, "is missing"),
+            ("ip", Some("{\"v4\":1}"), "is not a string"),
+            ("ip", Some("\"\""), "is empty"),
+            ("ip", Some(r#""\u0000""#), "contains a NUL character"),
+            ("locale", Some("false"), "is not a string"),
+            ("locale", Some("1e400"), "is not a string"),
+            ("locale", Some(long(33).as_str()), "is too long"),
+            ("locale", Some(r#""\u0000""#), "contains a NUL character"),
+            ("device_id", None, "is missing"),
+            ("device_id", Some("1.5"), "is not a string"),
+            ("device_id", Some("\"\""), "is empty"),
+        ] {
+            assert_eq!(rejected(&with(field, value)), Some(format!("{field} {reason}")), "{field}: {value:?}");
+        }
+        let twice = GOOD.replacen('{', r#"{"ip":"8.8.8.8","#, 1);
+        assert_eq!(rejected(&twice).as_deref(), Some("ip is given twice"));
+    }
+
+    #[test]
+    fn the_widest_and_the_odd_but_valid_pass() {
+        let widest = |count: usize| format!("\"{}\"", "é".repeat(count));
+        for (field, value) in [
+            ("user_id", Some(widest(128).as_str())),
+            ("device_type", Some(widest(32).as_str())),
+            ("locale", Some(widest(32).as_str())),
+            ("locale", Some("\"\"")),
+            ("locale", None),
+            ("app_version", Some("\"2147483647\"")),
+            ("app_version", Some("\"0.26\"")),
+            ("ip", Some("\"0.0.0.0\"")),
+            ("ip", Some("\"not an address\"")),
+            ("extra", Some("{\"deep\":[[[1]]]}")),
+        ] {
+            assert_eq!(rejected(&with(field, value)), None, "{field}: {value:?}");
+        }
+    }
+
+    #[test]
+    fn versions_become_integers_both_ways() {
+        for (version, digits, ordered) in [
+            ("2.3.0", Some(230), Some(2_003_000)),
+            ("0.26", Some(26), Some(26_000)),
+            ("2.6", Some(26), Some(2_006_000)),
+            ("6.02", Some(602), Some(6_002_000)),
+            ("7", Some(7), Some(7_000_000)),
+            ("2147483647", Some(i32::MAX), None),
+            ("2147.483.648", None, None),
+            ("2147.483.647", Some(i32::MAX), Some(i32::MAX)),
+            ("1.1000.0", Some(110_000), None),
+            ("1.2.3.4", Some(1234), None),
+            ("1.", None, None),
+        ] {
+            assert_eq!(AppVersionEncoding::Digits.encode(version), digits, "{version}");
+            assert_eq!(AppVersionEncoding::Ordered.encode(version), ordered, "{version}");
+        }
+    }
+
+    #[test]
+    fn an_address_has_one_spelling() {
+        assert_eq!(canonical_ip("2001:DB8:0:0::1"), "2001:db8::1");
+        assert_eq!(canonical_ip("199.172.111.135"), "199.172.111.135");
+        assert_eq!(canonical_ip("010.1.1.1"), "010.1.1.1");
+    }
+
+    #[test]
+    fn debug_shows_no_content() {
+        let login = Login::parse(GOOD, AppVersionEncoding::Digits).unwrap();
+        assert_eq!(format!("{login:?}"), "Login { .. }");
+    }
+}

@@ -1,0 +1,49 @@
+//! The Lambda function: reads its settings and secrets, connects, and handles batches.
+
+use std::sync::Arc;
+
+use lambda_runtime::{Diagnostic, Error, service_fn};
+use lambda_runtime_api_client::{Client, body::Body, build_request};
+use login_etl::{config::Config, handler::Handler, logging, secrets::Secrets, store::Store};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    logging::init();
+    match init().await {
+        Ok(handler) => {
+            lambda_runtime::run(service_fn(move |event| {
+                let handler = Arc::clone(&handler);
+                async move { handler.invoke(event).await }
+            }))
+            .await
+        }
+        Err(error) => {
+            tracing::error!(%error, "initialisation failed");
+            report_init_error(error.to_string()).await
+        }
+    }
+}
+
+async fn init() -> Result<Arc<Handler>, Error> {
+    let config = Config::from_variables(|name| std::env::var(name).ok())?;
+    let secrets = Secrets::from_env().await;
+    let keyring = secrets.keyring(&config.masking_secret_id).await?;
+    let store = Store::new(config.database, secrets).await?;
+    // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
+    if let Err(error) = store.connect().await {
+        tracing::warn!(%error, "no connection yet");
+    }
+    Ok(Arc::new(Handler::new(keyring, store, config.app_version_encoding)))
+}
+
+/// Tells Lambda why the environment cannot start, so that the reason shows in the invocation's error.
+async fn report_init_error(error_message: String) -> Result<(), Error> {
+    let diagnostic = Diagnostic { error_type: "Init".to_owned(), error_message };
+    let request = build_request()
+        .method("POST")
+        .uri("/2018-06-01/runtime/init/error")
+        .header("lambda-runtime-function-error-type", "Init")
+        .body(Body::from(serde_json::to_vec(&diagnostic)?))?;
+    Client::builder().build()?.call(request).await?;
+    std::process::exit(1);
+}

@@ -1,0 +1,379 @@
+//! The keyring: masks a personal value, and recovers it.
+//!
+//! Masking is deterministic, so that equal values stay equal: AES-CBC with a fixed IV, byte for byte what the original
+//! script wrote, or AES-SIV (RFC 5297), which also authenticates and keeps the columns apart.
+
+use std::{collections::BTreeMap, fmt};
+
+use aes::{
+    Aes128, Aes192, Aes256,
+    cipher::{
+        BlockCipherDecrypt, BlockCipherEncrypt, BlockModeDecrypt, BlockModeEncrypt, BlockSizeUser, InnerIvInit,
+        KeyInit,
+        array::{Array, typenum::U16},
+        block_padding::Pkcs7,
+    },
+};
+use aes_siv::siv::{Aes128Siv, Aes256Siv};
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use serde::Deserialize;
+use zeroize::Zeroizing;
+
+/// Most characters of a masked value, the width of its column.
+const MASKED_MAX: usize = 256;
+/// Most characters of a key id.
+const KEY_ID_MAX: usize = 32;
+/// Encrypted under the key alone, this block is the IV of an `aes-cbc` key that comes without one.
+const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
+
+/// A masked value, at most 256 ASCII characters. Only a [`Keyring`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Masked(String);
+
+impl Masked {
+    /// The value as it stands in the column: `<base64>`, or `<key id>:<base64>` under a named key.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The masked value would not fit its column. The message's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("too long to be masked into {MASKED_MAX} characters")]
+pub struct TooLong;
+
+/// The value cannot be recovered: not a mask, made under a key that is not in the ring, or damaged.
+/// There is one error for all, so that nobody learns anything about the plain value from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this value cannot be recovered with this keyring")]
+pub struct Unrecoverable;
+
+/// Why the text of a secret is no keyring. The operator's fault; no variant holds any of a key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyringError {
+    /// Not JSON, or of another shape than the two that are documented.
+    #[error(
+        "is not a keyring (line {line}, column {column}): expected \
+         {{\"key\": \"<hex>\", \"iv\": \"<hex>\"}} or {{\"active\": \"<id>\", \"keys\": {{\"<id>\": {{…}}}}}}"
+    )]
+    Shape {
+        /// Line of the text where its shape breaks, from 1.
+        line: usize,
+        /// Column of that line, from 1.
+        column: usize,
+    },
+    /// The active key id names no key.
+    #[error("has no key with the id that \"active\" names")]
+    NoActiveKey,
+    /// A key id breaks the rule for ids.
+    #[error("has a key id that is not 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")]
+    KeyId,
+    /// An `aes-cbc` key of a wrong length, or not hex.
+    #[error("has an aes-cbc key that is not 32, 48 or 64 hex digits (AES-128, -192, -256)")]
+    CbcKey,
+    /// An IV of a wrong length, or not hex.
+    #[error("has an iv that is not 32 hex digits")]
+    Iv,
+    /// An `aes-siv` key of a wrong length, or not hex.
+    #[error("has an aes-siv key that is not 64 or 128 hex digits")]
+    SivKey,
+    /// An `aes-siv` key with an IV, which that cipher derives itself.
+    #[error("gives an iv to an aes-siv key, which takes none")]
+    SivIv,
+}
+
+/// The keys by id, one of them active. `Debug` shows ids and ciphers only.
+#[derive(Debug)]
+pub struct Keyring {
+    active: String,
+    keys: BTreeMap<String, Key>,
+}
+
+impl Keyring {
+    /// Reads a keyring from the text of its secret, in either form.
+    ///
+    /// # Errors
+    /// [`KeyringError`], the operator's fault.
+    pub fn from_json(text: &str) -> Result<Self, KeyringError> {
+        let text: KeyringText = serde_json::from_str(text)
+            // The error itself may quote a key, so only its place is kept.
+            .map_err(|error| KeyringError::Shape { line: error.line(), column: error.column() })?;
+        let (active, keys) = match text {
+            KeyringText { key: key @ Some(_), iv, active: None, keys: None } => {
+                (String::new(), BTreeMap::from([(String::new(), KeyText { cipher: CipherName::Cbc, key, iv })]))
+            }
+            KeyringText { key: None, iv: None, active: Some(active), keys: Some(keys) } => (active, keys),
+            _ => return Err(KeyringError::Shape { line: 1, column: 1 }),
+        };
+        let keys = keys
+            .into_iter()
+            .map(|(id, key)| if is_key_id(&id) { Ok((id, key.parse()?)) } else { Err(KeyringError::KeyId) })
+            .collect::<Result<BTreeMap<_, _>, _>>()?;
+        if !keys.contains_key(&active) {
+            return Err(KeyringError::NoActiveKey);
+        }
+        Ok(Self { active, keys })
+    }
+
+    /// Masks `value` under the active key. `field` is the field's name; an `aes-siv` mask holds for that field only.
+    ///
+    /// # Errors
+    /// [`TooLong`], the message's fault.
+    pub fn mask(&self, field: &str, value: &str) -> Result<Masked, TooLong> {
+        // No cipher shortens its input; this bounds the work that a hostile value can cause.
+        if value.len() > MASKED_MAX {
+            return Err(TooLong);
+        }
+        let mut text = String::with_capacity(MASKED_MAX);
+        if !self.active.is_empty() {
+            text.push_str(&self.active);
+            text.push(':');
+        }
+        BASE64.encode_string(self.keys[&self.active].0.encrypt(field, value.as_bytes()), &mut text);
+        if text.len() > MASKED_MAX { Err(TooLong) } else { Ok(Masked(text)) }
+    }
+
+    /// The plain value of `masked`, under whichever key of the ring it was made.
+    ///
+    /// # Errors
+    /// [`Unrecoverable`], for whatever reason.
+    pub fn recover(&self, field: &str, masked: &str) -> Result<Zeroizing<String>, Unrecoverable> {
+        let (id, encoded) = masked.split_once(':').unwrap_or(("", masked));
+        let ciphertext = BASE64.decode(encoded).map_err(|_| Unrecoverable)?;
+        let key = self.keys.get(id).ok_or(Unrecoverable)?;
+        let plain = key.0.decrypt(field, &ciphertext).ok_or(Unrecoverable)?;
+        String::from_utf8(plain).map(Zeroizing::new).map_err(|_| Unrecoverable)
+    }
+}
+
+fn is_key_id(id: &str) -> bool {
+    // The empty id is the unnamed key's.
+    id.len() <= KEY_ID_MAX && id.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+}
+
+/// Both forms at once; which one it is shows in which fields are there. A misspelt field is refused:
+/// an IV that goes unread would silently change every mask.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyringText {
+    active: Option<String>,
+    keys: Option<BTreeMap<String, KeyText>>,
+    key: Option<Zeroizing<String>>,
+    iv: Option<Zeroizing<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyText {
+    #[serde(default)]
+    cipher: CipherName,
+    key: Option<Zeroizing<String>>,
+    iv: Option<Zeroizing<String>>,
+}
+
+#[derive(Default, Deserialize)]
+enum CipherName {
+    #[default]
+    #[serde(rename = "aes-cbc")]
+    Cbc,
+    #[serde(rename = "aes-siv")]
+    Siv,
+}
+
+impl KeyText {
+    fn parse(&self) -> Result<Key, KeyringError> {
+        let bytes = |text: &Zeroizing<String>| hex::decode(text.as_bytes()).map(Zeroizing::new).ok();
+        let key = self.key.as_ref().and_then(bytes).unwrap_or_default();
+        let iv = match &self.iv {
+            None => None,
+            Some(text) => {
+                let iv = bytes(text).and_then(|iv| Iv::try_from(iv.as_slice()).ok());
+                Some(iv.ok_or(KeyringError::Iv)?)
+            }
+        };
+        Ok(Key(match (&self.cipher, key.len()) {
+            (CipherName::Siv, _) if iv.is_some() => return Err(KeyringError::SivIv),
+            (CipherName::Siv, 32 | 64) => Box::new(Siv(key)),
+            (CipherName::Siv, _) => return Err(KeyringError::SivKey),
+            (CipherName::Cbc, 16) => Box::new(Cbc::<Aes128>::new(&key, iv)?),
+            (CipherName::Cbc, 24) => Box::new(Cbc::<Aes192>::new(&key, iv)?),
+            (CipherName::Cbc, 32) => Box::new(Cbc::<Aes256>::new(&key, iv)?),
+            (CipherName::Cbc, _) => return Err(KeyringError::CbcKey),
+        }))
+    }
+}
+
+struct Key(Box<dyn Cipher + Send + Sync>);
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.name())
+    }
+}
+
+trait Cipher {
+    fn name(&self) -> &'static str;
+    fn encrypt(&self, field: &str, plain: &[u8]) -> Vec<u8>;
+    fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>>;
+}
+
+type Iv = Array<u8, U16>;
+
+/// AES-CBC with PKCS#7 padding and one IV for all. Holds the key schedule, which the `aes` crate zeroizes on drop.
+struct Cbc<C> {
+    aes: C,
+    iv: Iv,
+}
+
+impl<C: BlockCipherEncrypt + BlockSizeUser<BlockSize = U16> + KeyInit> Cbc<C> {
+    fn new(key: &[u8], iv: Option<Iv>) -> Result<Self, KeyringError> {
+        let aes = C::new_from_slice(key).map_err(|_| KeyringError::CbcKey)?;
+        let iv = iv.unwrap_or_else(|| {
+            let mut block = Array(IV_LABEL);
+            aes.encrypt_block(&mut block);
+            block
+        });
+        Ok(Self { aes, iv })
+    }
+}
+
+impl<C: BlockCipherEncrypt + BlockCipherDecrypt + BlockSizeUser<BlockSize = U16>> Cipher for Cbc<C> {
+    fn name(&self) -> &'static str {
+        "aes-cbc"
+    }
+
+    fn encrypt(&self, _field: &str, plain: &[u8]) -> Vec<u8> {
+        cbc::Encryptor::inner_iv_init(&self.aes, &self.iv).encrypt_padded_vec::<Pkcs7>(plain)
+    }
+
+    fn decrypt(&self, _field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
+        cbc::Decryptor::inner_iv_init(&self.aes, &self.iv).decrypt_padded_vec::<Pkcs7>(ciphertext).ok()
+    }
+}
+
+/// AES-SIV under a key of 32 bytes (AES-128) or 64 (AES-256), the field's name as its one header.
+struct Siv(Zeroizing<Vec<u8>>);
+
+impl Cipher for Siv {
+    fn name(&self) -> &'static str {
+        "aes-siv"
+    }
+
+    #[expect(clippy::expect_used, reason = "it fails on more than 126 headers only, and on no other key length")]
+    fn encrypt(&self, field: &str, plain: &[u8]) -> Vec<u8> {
+        match Aes256Siv::new_from_slice(&self.0) {
+            Ok(mut siv) => siv.encrypt([field], plain),
+            Err(_) => Aes128Siv::new_from_slice(&self.0).expect("32 bytes").encrypt([field], plain),
+        }
+        .expect("one header")
+    }
+
+    fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
+        match Aes256Siv::new_from_slice(&self.0) {
+            Ok(mut siv) => siv.decrypt([field], ciphertext).ok(),
+            Err(_) => Aes128Siv::new_from_slice(&self.0).ok()?.decrypt([field], ciphertext).ok(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NIST SP 800-38A's AES-256 key and counter block, here as key and IV.
+    const ONE_KEY: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
+                              "iv": "000102030405060708090a0b0c0d0e0f"}"#;
+    const RING: &str = r#"{"active": "siv", "keys": {
+        "": {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
+             "iv": "000102030405060708090a0b0c0d0e0f"},
+        "2026-11": {"cipher": "aes-cbc", "key": "2b7e151628aed2a6abf7158809cf4f3c"},
+        "siv": {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"}}}"#;
+
+    fn ring(active: &str) -> Keyring {
+        Keyring::from_json(&RING.replace(r#""active": "siv""#, &format!(r#""active": "{active}""#))).unwrap()
+    }
+
+    #[test]
+    fn every_key_of_the_ring_recovers_what_it_masked() {
+        let masks = ["", "2026-11", "siv"].map(|id| ring(id).mask("ip", "199.172.111.135").unwrap());
+        assert!(!masks[0].as_str().contains(':'), "an unnamed key's masks are bare");
+        assert!(masks[1].as_str().starts_with("2026-11:"));
+        assert!(masks[2].as_str().starts_with("siv:"));
+        for masked in &masks {
+            assert_eq!(*ring("siv").recover("ip", masked.as_str()).unwrap(), "199.172.111.135");
+        }
+        assert_eq!(masks[0], Keyring::from_json(ONE_KEY).unwrap().mask("ip", "199.172.111.135").unwrap());
+    }
+
+    #[test]
+    fn equal_values_have_equal_masks_and_siv_keeps_the_columns_apart() {
+        let siv = ring("siv");
+        assert_eq!(siv.mask("ip", "x"), siv.mask("ip", "x"));
+        assert_ne!(siv.mask("ip", "x"), siv.mask("device_id", "x"));
+        assert_ne!(siv.mask("ip", "x"), siv.mask("ip", "y"));
+    }
+
+    #[test]
+    fn all_that_is_unrecoverable_reads_alike() {
+        let ring = ring("siv");
+        let siv = ring.mask("ip", "199.172.111.135").unwrap();
+        let moved = ring.recover("device_id", siv.as_str());
+        let damaged = ring.recover("ip", &siv.as_str().replace("siv:", "siv:AAAA"));
+        for result in [
+            moved,
+            damaged,
+            ring.recover("ip", "gone:AAAA"),
+            ring.recover("ip", "AAAA"),
+            ring.recover("ip", ""),
+            ring.recover("ip", "not base64!"),
+            ring.recover("ip", "AAAAAAAAAAAAAAAAAAAAAA=="),
+        ] {
+            assert_eq!(result, Err(Unrecoverable));
+        }
+    }
+
+    #[test]
+    fn the_longest_value_that_fits_its_column_is_masked() {
+        for (active, longest) in [("", 191), ("2026-11", 175), ("siv", 173)] {
+            let ring = ring(active);
+            assert!(ring.mask("ip", &"x".repeat(longest)).unwrap().as_str().len() <= 256, "{active}");
+            assert_eq!(ring.mask("ip", &"x".repeat(longest + 1)), Err(TooLong), "{active}");
+        }
+    }
+
+    #[test]
+    fn a_secret_that_is_no_keyring_says_what_is_wrong() {
+        use KeyringError::{CbcKey, Iv, KeyId, NoActiveKey, Shape, SivIv, SivKey};
+        let start = Shape { line: 1, column: 1 };
+        for (text, error) in [
+            ("hunter2", start.clone()),
+            ("{}", start.clone()),
+            (r#"{"iv": "000102030405060708090a0b0c0d0e0f"}"#, start.clone()),
+            (r#"{"key": "00", "active": "a", "keys": {}}"#, start),
+            (r#"{"key": "00", "vi": "00"}"#, Shape { line: 1, column: 18 }),
+            (r#"{"key": "00"}"#, CbcKey),
+            (r#"{"key": "zz7e151628aed2a6abf7158809cf4f3c"}"#, CbcKey),
+            (r#"{"key": "2b7e151628aed2a6abf7158809cf4f3c", "iv": "00"}"#, Iv),
+            (r#"{"active": "b", "keys": {"a": {"key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#, NoActiveKey),
+            (r#"{"active": "A", "keys": {"A": {"key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#, KeyId),
+            (
+                r#"{"active": "a", "keys": {"a": {"cipher": "aes-siv", "key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#,
+                SivKey,
+            ),
+            (
+                r#"{"active": "a", "keys": {"a": {"cipher": "aes-siv", "key": "00", "iv": "000102030405060708090a0b0c0d0e0f"}}}"#,
+                SivIv,
+            ),
+        ] {
+            assert_eq!(Keyring::from_json(text).unwrap_err(), error, "{text}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_key() {
+        assert_eq!(
+            format!("{:?}", ring("siv")),
+            r#"Keyring { active: "siv", keys: {"": aes-cbc, "2026-11": aes-cbc, "siv": aes-siv} }"#
+        );
+    }
+}

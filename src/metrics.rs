@@ -1,0 +1,59 @@
+//! One wide event a batch, in CloudWatch's embedded metric format: a line of JSON on standard output, of which
+//! CloudWatch makes the metrics.
+
+use std::{
+    io::Write,
+    sync::Mutex,
+    time::{Duration, SystemTime},
+};
+
+use metrique::{CloseValue, RootEntry, emf::Emf, unit::Millisecond, unit_of_work::metrics, writer::format::Format};
+
+/// The namespace of the metrics.
+const NAMESPACE: &str = "login-etl";
+
+/// A batch's figures: the metrics of namespace `login-etl`, by function name.
+#[metrics(rename_all = "PascalCase", emf::dimension_sets = [["FunctionName"]])]
+#[derive(Debug)]
+pub struct Batch {
+    /// When the batch came.
+    #[metrics(timestamp)]
+    pub timestamp: SystemTime,
+    /// Dimension.
+    pub function_name: String,
+    /// Property: Lambda's id of the invocation.
+    pub request_id: String,
+    /// Property: `Ok`, or the `errorType` with which all of the batch comes back.
+    pub outcome: &'static str,
+    /// Messages in the batch.
+    pub messages: u64,
+    /// Rows inserted.
+    pub inserted: u64,
+    /// Messages whose rows had been inserted before.
+    pub deduplicated: u64,
+    /// Batch item failures.
+    pub failed: u64,
+    /// 1 if all of the batch comes back, else 0.
+    pub batches_failed: u64,
+    /// From the event's arrival to the response.
+    #[metrics(unit = Millisecond)]
+    pub duration: Duration,
+}
+
+impl Batch {
+    /// Writes the event to standard output, at once: what waits in a buffer may be frozen with the environment.
+    pub fn emit(self) {
+        static EMF: Mutex<Option<Emf>> = Mutex::new(None);
+
+        let mut line = Vec::new();
+        let mut emf = EMF.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let emf = emf.get_or_insert_with(|| Emf::builder(NAMESPACE.to_owned(), vec![vec![]]).build());
+        let written = emf
+            .format(&RootEntry::new(self.close()), &mut line)
+            .map_err(|error| error.to_string())
+            .and_then(|()| std::io::stdout().lock().write_all(&line).map_err(|error| error.kind().to_string()));
+        if let Err(error) = written {
+            tracing::warn!(error, "metrics not written");
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Secrets Manager: the keyring and the database's credentials.
+
+use std::fmt;
+
+use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
+use aws_smithy_http_client::{
+    Builder,
+    tls::{Provider, rustls_provider::CryptoMode},
+};
+use serde::Deserialize;
+use zeroize::Zeroizing;
+
+use crate::mask::{Keyring, KeyringError};
+
+/// Reads secrets, with the SDK's own retries.
+#[derive(Clone, Debug)]
+pub struct Secrets {
+    client: Client,
+}
+
+/// Why a secret cannot be used. The operator's fault, or Secrets Manager's; no variant holds any of the secret.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// Secrets Manager did not hand it out.
+    #[error("cannot read the secret {id:?} ({code}){}", hint(.code))]
+    Read {
+        /// The name or ARN that was asked for.
+        id: String,
+        /// The service's error code, or the kind of failure where the service did not answer.
+        code: String,
+    },
+    /// It holds bytes where text is expected.
+    #[error("the secret {id:?} is binary: store it as text")]
+    Binary {
+        /// The name or ARN.
+        id: String,
+    },
+    /// It is no keyring.
+    #[error("the secret {id:?} {error}")]
+    Keyring {
+        /// The name or ARN.
+        id: String,
+        /// What is wrong with it.
+        error: KeyringError,
+    },
+    /// It holds no credentials.
+    #[error("the secret {id:?} is not a JSON object with the strings \"username\" and \"password\"")]
+    Credentials {
+        /// The name or ARN.
+        id: String,
+    },
+}
+
+fn hint(code: &str) -> &'static str {
+    match code {
+        "AccessDeniedException" => {
+            ": allow the function's role secretsmanager:GetSecretValue on it, and kms:Decrypt if it has its own KMS key"
+        }
+        "ResourceNotFoundException" => ": no secret of that name in this account and region, or it has no value yet",
+        "DecryptionFailure" => ": allow the function's role kms:Decrypt on the secret's key",
+        "TimeoutError" | "DispatchFailure" => {
+            ": Secrets Manager was not reached; a function in a VPC needs a NAT gateway or a VPC endpoint for it"
+        }
+        _ => "",
+    }
+}
+
+/// The database's credentials, and where it is, as far as the secret says. `Debug` shows nothing of them.
+#[derive(Clone, Deserialize)]
+pub struct Credentials {
+    pub(crate) username: String,
+    pub(crate) password: Zeroizing<String>,
+    pub(crate) host: Option<String>,
+    pub(crate) port: Option<Port>,
+    pub(crate) dbname: Option<String>,
+}
+
+/// Rotation templates write the port as a number, people also as a string.
+#[derive(Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Port {
+    Number(u16),
+    Text(String),
+}
+
+impl Port {
+    pub(crate) fn number(&self) -> Option<u16> {
+        match self {
+            Self::Number(port) => Some(*port),
+            Self::Text(text) => text.parse().ok(),
+        }
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").finish_non_exhaustive()
+    }
+}
+
+impl Secrets {
+    /// A client for the region, credentials and endpoint of the environment, as every AWS SDK reads them.
+    pub async fn from_env() -> Self {
+        let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+        let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client).load().await;
+        Self { client: Client::new(&config) }
+    }
+
+    /// Reads the keyring.
+    ///
+    /// # Errors
+    /// [`SecretError`], when the secret cannot be read or is no keyring.
+    pub async fn keyring(&self, id: &str) -> Result<Keyring, SecretError> {
+        let text = self.text(id).await?;
+        Keyring::from_json(&text).map_err(|error| SecretError::Keyring { id: id.to_owned(), error })
+    }
+
+    /// Reads the database's credentials.
+    ///
+    /// # Errors
+    /// [`SecretError`], when the secret cannot be read or holds no credentials.
+    pub async fn credentials(&self, id: &str) -> Result<Credentials, SecretError> {
+        let text = self.text(id).await?;
+        serde_json::from_str(&text).map_err(|_| SecretError::Credentials { id: id.to_owned() })
+    }
+
+    async fn text(&self, id: &str) -> Result<Zeroizing<String>, SecretError> {
+        let secret = self.client.get_secret_value().secret_id(id).send().await.map_err(|error| {
+            let code = error.code().unwrap_or(match error {
+                aws_sdk_secretsmanager::error::SdkError::TimeoutError(_) => "TimeoutError",
+                aws_sdk_secretsmanager::error::SdkError::DispatchFailure(_) => "DispatchFailure",
+                _ => "unexpected answer",
+            });
+            SecretError::Read { id: id.to_owned(), code: code.to_owned() }
+        })?;
+        secret.secret_string.map(Zeroizing::new).ok_or_else(|| SecretError::Binary { id: id.to_owned() })
+    }
+}

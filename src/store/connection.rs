@@ -1,0 +1,124 @@
+//! The one connection to PostgreSQL that an execution environment keeps.
+
+use std::time::Duration;
+
+use native_tls::{Certificate, Protocol, TlsConnector};
+use postgres_native_tls::MakeTlsConnector;
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
+use tokio_postgres::{Client, Config, NoTls, Socket, config::SslMode, tls::MakeTlsConnect};
+
+use super::StoreError;
+use crate::{
+    config::{DatabaseConfig, Tls},
+    secrets::Credentials,
+};
+
+/// After a pause this long, the environment may have been frozen and the connection be gone without a word.
+const CHECK_AFTER: Duration = Duration::from_secs(5);
+/// Longest wait for a live server's answer to that check.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest time that sent bytes may go unacknowledged.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
+
+/// How to connect: the settings, and the roots that are trusted, read once.
+pub(super) struct Connector {
+    config: DatabaseConfig,
+    tls: Option<MakeTlsConnector>,
+}
+
+/// A connection and the task that drives it, which ends with it.
+pub(super) struct Connection {
+    pub(super) client: Client,
+    driver: JoinHandle<()>,
+    used: Instant,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Without this the task would wait for the answer to a statement that nobody waits for any more.
+        self.driver.abort();
+    }
+}
+
+impl Connection {
+    /// Whether the server still answers; asked only after a pause.
+    pub(super) async fn is_alive(&mut self) -> bool {
+        let paused = self.used.elapsed() >= CHECK_AFTER;
+        self.used = Instant::now();
+        if self.client.is_closed() {
+            return false;
+        }
+        !paused || matches!(timeout(CHECK_TIMEOUT, self.client.check_connection()).await, Ok(Ok(())))
+    }
+}
+
+impl Connector {
+    pub(super) fn new(config: DatabaseConfig) -> Result<Self, StoreError> {
+        let tls = match &config.tls {
+            Tls::Disable => None,
+            Tls::VerifyFull { ca_file } => {
+                let mut builder = TlsConnector::builder();
+                builder.min_protocol_version(Some(Protocol::Tlsv12));
+                if let Some(path) = ca_file {
+                    let roots = std::fs::read(path)
+                        .map_err(|error| error.kind().to_string())
+                        .and_then(|pem| Certificate::stack_from_pem(&pem).map_err(|error| error.to_string()))
+                        .and_then(
+                            |roots| if roots.is_empty() { Err("no certificate in it".to_owned()) } else { Ok(roots) },
+                        )
+                        .map_err(|reason| StoreError::CaFile { path: path.clone(), reason })?;
+                    builder.disable_built_in_roots(true);
+                    for root in roots {
+                        builder.add_root_certificate(root);
+                    }
+                }
+                Some(MakeTlsConnector::new(builder.build().map_err(|error| StoreError::Tls(error.to_string()))?))
+            }
+        };
+        Ok(Self { config, tls })
+    }
+
+    pub(super) fn secret_id(&self) -> &str {
+        &self.config.secret_id
+    }
+
+    pub(super) async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
+        let host = self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)?;
+        let port = self.config.port.or_else(|| credentials.port.as_ref()?.number()).unwrap_or(5432);
+        let name = self.config.name.as_deref().or(credentials.dbname.as_deref()).unwrap_or("postgres");
+        let mut config = Config::new();
+        config
+            .host(host)
+            .port(port)
+            .dbname(name)
+            .user(&credentials.username)
+            .password(credentials.password.as_bytes())
+            .application_name(env!("CARGO_PKG_NAME"))
+            .tcp_user_timeout(UNACKNOWLEDGED);
+        let opening = async {
+            match &self.tls {
+                Some(tls) => open(config.ssl_mode(SslMode::Require), tls.clone()).await,
+                None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
+            }
+        };
+        // The driver's own limit covers the TCP handshake only.
+        match timeout(self.config.connect_timeout, opening).await {
+            Ok(opened) => opened.map_err(|error| StoreError::from(&error)),
+            Err(_) => Err(StoreError::ConnectTimeout),
+        }
+    }
+}
+
+async fn open<T>(config: &Config, tls: T) -> Result<Connection, tokio_postgres::Error>
+where
+    T: MakeTlsConnect<Socket>,
+    T::Stream: Send + 'static,
+{
+    let (client, connection) = config.connect(tls).await?;
+    // What ends the connection shows in the statement that it fails.
+    let driver = tokio::spawn(async { drop(connection.await) });
+    Ok(Connection { client, driver, used: Instant::now() })
+}

@@ -1,0 +1,173 @@
+//! What the database can answer, and what to do about it.
+
+use std::{error::Error as _, fmt, io, path::PathBuf};
+
+use crate::secrets::SecretError;
+
+/// Why rows were not inserted. The batch's fault, but for what [`Store::new`](super::Store::new) returns: the operator's.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The credentials could not be read.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// Nobody says where the database is.
+    #[error("no database host: set DATABASE_HOST, or put \"host\" into the database secret")]
+    NoHost,
+    /// The file of trusted roots cannot be used.
+    #[error("cannot use DATABASE_CA_FILE {path:?}: {reason}")]
+    CaFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// TLS cannot be set up at all.
+    #[error("cannot set up TLS: {0}")]
+    Tls(String),
+    /// The server did not take the connection in time.
+    #[error("no connection to the database in time: check DATABASE_HOST, security groups and the database's load")]
+    ConnectTimeout,
+    /// The invocation ran out of time.
+    #[error("the invocation's deadline came first")]
+    Deadline,
+    /// The database answered with an error, or stopped answering.
+    #[error("{0}")]
+    Database(DatabaseError),
+}
+
+impl From<&tokio_postgres::Error> for StoreError {
+    fn from(error: &tokio_postgres::Error) -> Self {
+        Self::Database(DatabaseError::new(error))
+    }
+}
+
+impl StoreError {
+    /// A stable name for alarms and for Lambda's `errorType`.
+    pub fn error_type(&self) -> &'static str {
+        match self {
+            Self::Secret(_) => "Secret",
+            Self::NoHost | Self::CaFile { .. } | Self::Tls(_) => "Configuration",
+            Self::ConnectTimeout => "DatabaseUnavailable",
+            Self::Deadline => "Deadline",
+            Self::Database(error) if error.refuses_credentials() => "DatabaseCredentials",
+            Self::Database(DatabaseError(Cause::Tls(_))) => "DatabaseTls",
+            Self::Database(error) if error.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
+            Self::Database(_) => "Database",
+        }
+    }
+
+    pub(super) fn remedy(&self) -> Remedy {
+        match self {
+            Self::Database(error) => error.remedy(),
+            _ => Remedy::GiveUp,
+        }
+    }
+}
+
+/// What helps against an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Remedy {
+    /// A row's fault: find that row.
+    Split,
+    /// A conflict with another session: the same again.
+    Repeat,
+    /// The connection's fault, or the server's for a while: a new connection.
+    Reconnect,
+    /// Nothing this invocation can do.
+    GiveUp,
+}
+
+/// An error of the database or of the way to it. Keeps SQLSTATE and names of the schema, but never the server's message
+/// or details, which quote values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatabaseError(Cause);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The server's answer.
+    Sqlstate { code: String, constraint: Option<String> },
+    /// The connection broke or was not made.
+    Lost(String),
+    /// The server's certificate was refused, or TLS failed.
+    Tls(String),
+    /// A failure of the driver's.
+    Driver(String),
+}
+
+impl DatabaseError {
+    fn new(error: &tokio_postgres::Error) -> Self {
+        if let Some(answer) = error.as_db_error() {
+            return Self(Cause::Sqlstate {
+                code: answer.code().code().to_owned(),
+                constraint: answer.constraint().map(ToOwned::to_owned),
+            });
+        }
+        let source = error.source();
+        let io = source.and_then(|source| source.downcast_ref::<io::Error>());
+        let tls = source.and_then(|source| source.downcast_ref::<native_tls::Error>());
+        Self(match (io, tls) {
+            (_, Some(tls)) => Cause::Tls(tls.to_string()),
+            (Some(io), _) => Cause::Lost(io.kind().to_string()),
+            _ if error.is_closed() => Cause::Lost("connection closed".to_owned()),
+            // Without a source it names the kind of failure alone.
+            _ => Cause::Driver(error.to_string()),
+        })
+    }
+
+    fn code(&self) -> &str {
+        match &self.0 {
+            Cause::Sqlstate { code, .. } => code,
+            _ => "",
+        }
+    }
+
+    /// Class 28: the credentials are wrong, perhaps because they were rotated.
+    pub(super) fn refuses_credentials(&self) -> bool {
+        self.code().starts_with("28")
+    }
+
+    /// Classes and codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
+    pub(super) fn remedy(&self) -> Remedy {
+        let code = match &self.0 {
+            Cause::Sqlstate { code, .. } => code,
+            Cause::Lost(_) => return Remedy::Reconnect,
+            Cause::Tls(_) | Cause::Driver(_) => return Remedy::GiveUp,
+        };
+        match code.as_str() {
+            // serialization_failure, deadlock_detected
+            "40001" | "40P01" => Remedy::Repeat,
+            // admin_shutdown, crash_shutdown, cannot_connect_now; too_many_connections;
+            // read_only_sql_transaction: a failover left us on the standby
+            "57P01" | "57P02" | "57P03" | "53300" | "25006" => Remedy::Reconnect,
+            // data_exception, integrity_constraint_violation
+            code if code.starts_with("22") || code.starts_with("23") => Remedy::Split,
+            // connection_exception
+            code if code.starts_with("08") => Remedy::Reconnect,
+            _ => Remedy::GiveUp,
+        }
+    }
+}
+
+impl fmt::Display for DatabaseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Cause::Sqlstate { code, constraint } => {
+                write!(f, "SQLSTATE {code}")?;
+                if let Some(constraint) = constraint {
+                    write!(f, ", constraint {constraint:?}")?;
+                }
+                f.write_str(match code.as_str() {
+                    code if code.starts_with("28") => ": check username and password in the database secret",
+                    "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
+                    "42P01" | "42703" => ": a table or column is missing; apply the files in schema/",
+                    "42501" => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
+                    "53300" => ": too many connections; lower the mapping's MaximumConcurrency or use a pooler",
+                    _ => "",
+                })
+            }
+            Cause::Lost(kind) => write!(f, "no connection to the database: {kind}"),
+            Cause::Tls(reason) => write!(f, "no TLS with the database: {reason}"),
+            Cause::Driver(reason) => f.write_str(reason),
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! The ledger's key: which message a row came from.
+
+use std::time::{Duration, SystemTime};
+
+use uuid::{Uuid, uuid};
+
+/// For message ids that are not UUIDs, which SQS itself does not make.
+const NAMESPACE: Uuid = uuid!("5f2d2a3e-6a86-4d5f-9a35-0f0a1f6c6b1d");
+/// 9999-12-31T23:59:59.999Z, well within what `timestamptz` holds.
+const LATEST_MS: u64 = 253_402_300_799_999;
+
+/// Identifies a message for as long as it lives, through every redelivery.
+///
+/// The time leads, so that new keys go to the end of the index however long the ledger has grown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LedgerKey {
+    /// When the message was sent, to the millisecond.
+    pub sent_at: SystemTime,
+    /// Its id.
+    pub message_id: Uuid,
+}
+
+impl LedgerKey {
+    /// The key of the message with this `messageId` and `SentTimestamp` (milliseconds since the epoch).
+    /// An id that is not a UUID has one made from it (version 5); an unusable timestamp is the epoch.
+    pub fn new(message_id: &str, sent_timestamp: Option<&str>) -> Self {
+        let sent_ms = sent_timestamp.and_then(|text| text.parse().ok()).filter(|ms| *ms <= LATEST_MS).unwrap_or(0);
+        Self {
+            sent_at: SystemTime::UNIX_EPOCH + Duration::from_millis(sent_ms),
+            message_id: Uuid::try_parse(message_id).unwrap_or_else(|_| Uuid::new_v5(&NAMESPACE, message_id.as_bytes())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_id_and_any_timestamp_make_a_key_that_stays_the_same() {
+        let key = LedgerKey::new("059f36b4-87a3-44ab-83d2-661975830a7d", Some("1545082649183"));
+        assert_eq!(key.message_id, uuid!("059f36b4-87a3-44ab-83d2-661975830a7d"));
+        assert_eq!(key.sent_at, SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_082_649_183));
+
+        let odd = LedgerKey::new("not a uuid", None);
+        assert_eq!(odd.message_id, uuid!("7e9f5710-c605-5ed5-ba4b-594320e8c1ec"));
+        assert_eq!(odd.sent_at, SystemTime::UNIX_EPOCH);
+        for timestamp in ["", "-1", "soon", "18446744073709551615", "18446744073709551616"] {
+            assert_eq!(LedgerKey::new("not a uuid", Some(timestamp)), odd, "{timestamp}");
+        }
+    }
+}

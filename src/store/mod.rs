@@ -1,0 +1,209 @@
+//! Rows into PostgreSQL, exactly once.
+//!
+//! One statement writes a batch's rows and enters their messages in the ledger, so a batch that comes back, for whatever
+//! reason, inserts nothing twice; that is what makes every retry here safe, even when the fate of a statement is unknown.
+
+mod connection;
+mod error;
+mod ledger;
+
+use std::{collections::HashSet, fmt, time::Duration};
+
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep, timeout_at},
+};
+use tokio_postgres::types::{ToSql, Type};
+
+use self::{
+    connection::{Connection, Connector},
+    error::Remedy,
+};
+pub use self::{
+    error::{DatabaseError, StoreError},
+    ledger::LedgerKey,
+};
+use crate::{
+    config::DatabaseConfig,
+    login::{Columns, Row},
+    secrets::{Credentials, Secrets},
+};
+
+const INSERT: &str = include_str!("insert.sql");
+
+/// Tries of a statement that lost its connection or a conflict with another session.
+const TRIES: u32 = 4;
+/// Wait before the second try; it doubles with each further one.
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+
+/// A row to insert, and the message it came from.
+#[derive(Debug)]
+pub struct Entry {
+    /// The message's key in the ledger, unique within a batch.
+    pub key: LedgerKey,
+    /// The message group, where the queue keeps an order: once a row is refused, the rest of its group waits.
+    pub group: Option<String>,
+    /// The row.
+    pub row: Row,
+}
+
+/// What became of a batch's entries, by their index. Those in neither list are in the database.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// How many rows this call inserted; the others had been inserted before.
+    pub inserted: u64,
+    /// Entries that PostgreSQL refuses, each with its error.
+    pub refused: Vec<(usize, DatabaseError)>,
+    /// Entries that wait for an earlier one of their group.
+    pub held_back: Vec<usize>,
+}
+
+/// The database: one connection, made when needed and kept.
+#[derive(Debug)]
+pub struct Store {
+    session: Mutex<Session>,
+}
+
+impl Store {
+    /// Reads the credentials and the trusted roots; connects on first use.
+    ///
+    /// # Errors
+    /// [`StoreError`], when either cannot be used. The operator's fault.
+    pub async fn new(config: DatabaseConfig, secrets: Secrets) -> Result<Self, StoreError> {
+        let connector = Connector::new(config)?;
+        let credentials = secrets.credentials(connector.secret_id()).await?;
+        Ok(Self { session: Mutex::new(Session { connector, secrets, credentials, connection: None }) })
+    }
+
+    /// Connects ahead of the first batch, which would do so itself.
+    ///
+    /// # Errors
+    /// [`StoreError`], when the database is not to be reached now.
+    pub async fn connect(&self) -> Result<(), StoreError> {
+        self.session.lock().await.connected().await.map(drop)
+    }
+
+    /// Inserts the rows of the messages that were not inserted before.
+    ///
+    /// # Errors
+    /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
+    /// tried again, though some of it may be written already.
+    pub async fn insert(&self, entries: &[Entry], deadline: Instant) -> Result<Outcome, StoreError> {
+        let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
+        let result = timeout_at(deadline, session.insert(entries)).await.unwrap_or(Err(StoreError::Deadline));
+        if result.is_err() {
+            // A statement may still be under way on it.
+            session.connection = None;
+        }
+        result
+    }
+}
+
+struct Session {
+    connector: Connector,
+    secrets: Secrets,
+    credentials: Credentials,
+    connection: Option<Connection>,
+}
+
+impl Session {
+    /// Inserts the entries together; where PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
+    /// Earlier entries go first, so that a refused row holds back the rest of its group and nothing else.
+    async fn insert(&mut self, entries: &[Entry]) -> Result<Outcome, StoreError> {
+        let mut outcome = Outcome::default();
+        let mut stopped = HashSet::new();
+        let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
+        while let Some(mut part) = pending.pop() {
+            part.retain(|&index| {
+                let held_back = entries[index].group.as_ref().is_some_and(|group| stopped.contains(group));
+                if held_back {
+                    outcome.held_back.push(index);
+                }
+                !held_back
+            });
+            if part.is_empty() {
+                continue;
+            }
+            match self.insert_together(part.iter().map(|&index| &entries[index]).collect()).await {
+                Ok(inserted) => outcome.inserted += inserted,
+                Err(StoreError::Database(error)) if error.remedy() == Remedy::Split => {
+                    if let [index] = part[..] {
+                        outcome.refused.push((index, error));
+                        stopped.extend(entries[index].group.as_ref());
+                    } else {
+                        let later = part.split_off(part.len() / 2);
+                        pending.extend([later, part]);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// One statement, tried again where that can help. Returns how many rows it inserted.
+    async fn insert_together(&mut self, mut entries: Vec<&Entry>) -> Result<u64, StoreError> {
+        // Two sessions that hold the same keys then lock them in the same order, and cannot deadlock.
+        entries.sort_unstable_by_key(|entry| entry.key);
+        let (sent_at, message_id): (Vec<_>, Vec<_>) =
+            entries.iter().map(|entry| (entry.key.sent_at, entry.key.message_id)).unzip();
+        let columns: Columns<'_> = entries.iter().map(|entry| &entry.row).collect();
+        let ledger: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&sent_at, Type::TIMESTAMPTZ_ARRAY), (&message_id, Type::UUID_ARRAY)];
+        let parameters: Vec<_> = ledger.into_iter().chain(columns.parameters()).collect();
+
+        let mut wait = FIRST_WAIT;
+        let mut tries = 1;
+        loop {
+            let error = match self.connected().await {
+                // Unnamed, so that a pooler in transaction mode can share the connection.
+                Ok(connection) => match connection.client.execute_typed(INSERT, &parameters).await {
+                    Ok(inserted) => return Ok(inserted),
+                    Err(error) => StoreError::from(&error),
+                },
+                Err(error) => error,
+            };
+            match error.remedy() {
+                Remedy::Reconnect => self.connection = None,
+                Remedy::Repeat => {}
+                Remedy::Split | Remedy::GiveUp => return Err(error),
+            }
+            if tries == TRIES {
+                return Err(error);
+            }
+            tracing::warn!(%error, "trying the insert again");
+            sleep(wait).await;
+            tries += 1;
+            wait *= 2;
+        }
+    }
+
+    async fn connected(&mut self) -> Result<&Connection, StoreError> {
+        let kept = match self.connection.take() {
+            Some(mut connection) => connection.is_alive().await.then_some(connection),
+            None => None,
+        };
+        let connection = match kept {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        Ok(self.connection.insert(connection))
+    }
+
+    /// Connects; refused credentials are read once more, because they may have been rotated.
+    async fn connect(&mut self) -> Result<Connection, StoreError> {
+        match self.connector.connect(&self.credentials).await {
+            Err(StoreError::Database(error)) if error.refuses_credentials() => {
+                self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
+                self.connector.connect(&self.credentials).await
+            }
+            result => result,
+        }
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("connected", &self.connection.is_some()).finish_non_exhaustive()
+    }
+}

@@ -2,12 +2,17 @@
 //! CloudWatch makes the metrics.
 
 use std::{
-    io::Write,
     sync::Mutex,
     time::{Duration, SystemTime},
 };
 
-use metrique::{CloseValue, RootEntry, emf::Emf, unit::Millisecond, unit_of_work::metrics, writer::format::Format};
+use metrique::{
+    CloseValue, RootEntry,
+    emf::Emf,
+    unit::{Count, Millisecond},
+    unit_of_work::metrics,
+    writer::format::Format,
+};
 
 /// The namespace of the metrics.
 const NAMESPACE: &str = "login-etl";
@@ -26,14 +31,19 @@ pub struct Batch {
     /// Property: `Ok`, or the `errorType` with which all of the batch comes back.
     pub outcome: &'static str,
     /// Messages in the batch.
+    #[metrics(unit = Count)]
     pub messages: u64,
     /// Rows inserted.
+    #[metrics(unit = Count)]
     pub inserted: u64,
     /// Messages whose rows had been inserted before.
+    #[metrics(unit = Count)]
     pub deduplicated: u64,
     /// Batch item failures.
+    #[metrics(unit = Count)]
     pub failed: u64,
     /// 1 if all of the batch comes back, else 0.
+    #[metrics(unit = Count)]
     pub batches_failed: u64,
     /// From the event's arrival to the response.
     #[metrics(unit = Millisecond)]
@@ -42,18 +52,16 @@ pub struct Batch {
 
 impl Batch {
     /// Writes the event to standard output, at once: what waits in a buffer may be frozen with the environment.
+    #[expect(clippy::print_stdout, reason = "where Lambda takes metrics from; `print!` because tests can capture it")]
     pub fn emit(self) {
         static EMF: Mutex<Option<Emf>> = Mutex::new(None);
 
         let mut line = Vec::new();
         let mut emf = EMF.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let emf = emf.get_or_insert_with(|| Emf::builder(NAMESPACE.to_owned(), vec![vec![]]).build());
-        let written = emf
-            .format(&RootEntry::new(self.close()), &mut line)
-            .map_err(|error| error.to_string())
-            .and_then(|()| std::io::stdout().lock().write_all(&line).map_err(|error| error.kind().to_string()));
-        if let Err(error) = written {
-            tracing::warn!(error, "metrics not written");
+        match emf.format(&RootEntry::new(self.close()), &mut line) {
+            Ok(()) => print!("{}", String::from_utf8_lossy(&line)),
+            Err(error) => tracing::warn!(%error, "metrics not written"),
         }
     }
 }

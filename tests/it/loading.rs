@@ -1,0 +1,136 @@
+//! Batches that go well: what stands in the tables afterwards.
+
+use std::collections::BTreeSet;
+
+use crate::world::{World, bodies, body, event, failed, invoke, recover, sample};
+
+#[tokio::test]
+async fn a_batch_becomes_masked_rows() {
+    let world = World::new().await;
+    let response = invoke(&world.handler().await, &sample("valid")).await.unwrap();
+    assert!(failed(&response).is_empty());
+
+    let rows = world
+        .rows(
+            "select user_id, device_type, masked_ip, masked_device_id, locale, app_version,
+                    create_date = (now() at time zone 'UTC')::date as today
+             from user_logins order by app_version",
+        )
+        .await;
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let ip = recover("ip", row.get("masked_ip"));
+            let device_id = recover("device_id", row.get("masked_device_id"));
+            let locale: Option<String> = row.get("locale");
+            let app_version: i32 = row.get("app_version");
+            assert!(row.get::<_, bool>("today"));
+            (row.get::<_, String>("device_type"), ip, device_id, locale, app_version)
+        })
+        .collect();
+    let expected = [
+        ("ios", "203.0.113.23", "544-63-2144", None, 26),
+        ("android", "203.0.113.167", "149-19-9779", Some("RU"), 230),
+        ("android", "2001:db8::1", "328-90-2013", Some("RU"), 602),
+    ]
+    .map(|(kind, ip, device, locale, version)| {
+        (kind.to_owned(), ip.to_owned(), device.to_owned(), locale.map(ToOwned::to_owned), version)
+    });
+    assert_eq!(rows, expected);
+    assert_eq!(world.count("user_logins_ledger").await, 3);
+}
+
+#[tokio::test]
+async fn a_redelivered_batch_inserts_nothing() {
+    let world = World::new().await;
+    let event = event(0, bodies(0..100));
+    for handler in [&world.handler().await, &world.handler().await] {
+        for _ in 0..2 {
+            assert!(failed(&invoke(handler, &event).await.unwrap()).is_empty());
+        }
+    }
+    assert_eq!(world.count("user_logins").await, 100);
+    assert_eq!(world.count("user_logins_ledger").await, 100);
+}
+
+#[tokio::test]
+async fn a_message_that_is_twice_in_a_batch_is_inserted_once() {
+    let world = World::new().await;
+    assert!(failed(&invoke(&world.handler().await, &sample("duplicates")).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 3);
+    let shared = world.rows("select logins, users, first_day = last_day from duplicate_ips").await;
+    assert_eq!(shared.len(), 1);
+    assert_eq!((shared[0].get::<_, i64>(0), shared[0].get::<_, i64>(1), shared[0].get::<_, bool>(2)), (2, 2, true));
+    assert_eq!(world.count("duplicate_devices").await, 1);
+}
+
+#[tokio::test]
+async fn equal_values_of_different_messages_are_both_inserted() {
+    let world = World::new().await;
+    invoke(&world.handler().await, &event(0, [body(1), body(1)])).await.unwrap();
+    assert_eq!(world.count("user_logins").await, 2);
+}
+
+#[tokio::test]
+async fn ten_thousand_messages_are_one_batch() {
+    let world = World::new().await;
+    let event = event(0, bodies(0..10_000));
+    assert!(failed(&invoke(&world.handler().await, &event).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 10_000);
+    assert_eq!(world.count("(select distinct masked_ip, masked_device_id from user_logins) as rows").await, 10_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn environments_that_share_messages_neither_double_nor_deadlock() {
+    let world = World::new().await;
+    let handlers = [world.handler().await, world.handler().await, world.handler().await, world.handler().await];
+    for round in 0..5 {
+        let first = round * 1000;
+        let mut events = Vec::new();
+        for place in 0..handlers.len() {
+            let mut bodies: Vec<_> = bodies(0..500);
+            if place % 2 == 1 {
+                // The same messages, met in the opposite order.
+                bodies.reverse();
+            }
+            let text = event(first, &bodies);
+            let mut event: serde_json::Value = serde_json::from_str(&text).unwrap();
+            if place % 2 == 1 {
+                event["Records"].as_array_mut().unwrap().reverse();
+            }
+            events.push(event.to_string());
+        }
+        let calls = handlers.iter().zip(&events).map(|(handler, event)| invoke(handler, event));
+        for response in futures_util::future::join_all(calls).await {
+            assert!(failed(&response.unwrap()).is_empty());
+        }
+    }
+    assert_eq!(world.count("user_logins").await, 2500);
+}
+
+#[tokio::test]
+async fn the_ordered_encoding_keeps_versions_apart() {
+    let mut world = World::new().await;
+    world.settings.insert("APP_VERSION_ENCODING", "ordered".to_owned());
+    let versions = ["0.2.6", "0.26", "2.6", "10.0"];
+    let bodies = versions.map(|version| body(1).replace("2.3.0", version));
+    invoke(&world.handler().await, &event(0, bodies)).await.unwrap();
+    let rows = world.rows("select app_version from user_logins order by app_version").await;
+    let stored: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(stored, [2_006, 26_000, 2_006_000, 10_000_000]);
+}
+
+#[tokio::test]
+async fn the_schema_can_be_applied_again_and_takes_an_existing_table_as_it_is() {
+    let world = World::new().await;
+    invoke(&world.handler().await, &sample("valid")).await.unwrap();
+    for file in ["001_user_logins", "002_ledger", "003_duplicates"] {
+        let path = format!("{}/schema/{file}.sql", env!("CARGO_MANIFEST_DIR"));
+        world.admin.batch_execute(&std::fs::read_to_string(path).unwrap()).await.unwrap();
+    }
+    assert_eq!(world.count("user_logins").await, 3);
+    let columns =
+        world.rows("select column_name::text from information_schema.columns where table_name = 'user_logins'").await;
+    let columns: BTreeSet<String> = columns.iter().map(|row| row.get(0)).collect();
+    assert_eq!(columns.len(), 7);
+}

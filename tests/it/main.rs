@@ -1,0 +1,12 @@
+//! The function's library against a real PostgreSQL, over TLS, with its secrets in LocalStack's Secrets Manager.
+//!
+//! `./local/test` starts both and says in the environment where they are. A test without them fails.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod loading;
+mod masks;
+mod outages;
+mod responses;
+mod tls;
+mod world;

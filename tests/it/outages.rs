@@ -1,0 +1,119 @@
+//! The database fails: between invocations, during one, at the door.
+
+use std::time::{Duration, Instant};
+
+use crate::world::{World, bodies, event, failed, invoke, invoke_within};
+
+#[tokio::test]
+async fn a_connection_that_was_ended_between_invocations_is_replaced() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    for round in 0..3 {
+        assert!(failed(&invoke(&handler, &event(round * 10, bodies(0..10))).await.unwrap()).is_empty());
+        assert_eq!(world.terminate_sessions().await, 1, "the environment keeps one connection");
+    }
+    assert_eq!(world.count("user_logins").await, 30);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_ended_during_the_insert_is_replaced_and_the_batch_tried_again() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let event = event(0, bodies(0..10));
+    let lock = world.lock_table().await;
+    let ((), response) = tokio::join!(
+        async {
+            world.until(&format!("{} = 1", world.waiting())).await;
+            world.terminate_sessions().await;
+            world.until(&format!("{} = 1", world.waiting())).await;
+            lock.batch_execute("commit").await.unwrap();
+        },
+        invoke(&handler, &event),
+    );
+    assert!(failed(&response.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_cannot_finish_fails_before_its_deadline_and_may_come_back() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let event = event(0, bodies(0..10));
+    let lock = world.lock_table().await;
+    let started = Instant::now();
+    let error = invoke_within(&handler, &event, Duration::from_secs(2)).await.unwrap_err();
+    assert_eq!(error.error_type(), "Deadline");
+    assert!(started.elapsed() < Duration::from_secs(2));
+    lock.batch_execute("commit").await.unwrap();
+    assert!(failed(&invoke(&handler, &event).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 10);
+}
+
+#[tokio::test]
+async fn a_wrong_password_fails_the_batch_and_says_where_to_look() {
+    let world = World::new().await;
+    world.put_secret("database", &world.credentials("postgres", "canary-password")).await;
+    let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseCredentials");
+    assert_eq!(error.to_string(), "SQLSTATE 28P01: check username and password in the database secret");
+    assert!(!format!("{error:?}").contains("canary"));
+}
+
+#[tokio::test]
+async fn a_rotated_password_is_read_again() {
+    let world = World::new().await;
+    let role = &world.database;
+    let set_password = async |password: &str| {
+        world.admin.batch_execute(&format!("alter role {role} password '{password}'")).await.unwrap();
+        world.put_secret("database", &world.credentials(role, password)).await;
+    };
+    world.admin.batch_execute(&format!("create role {role} superuser login")).await.unwrap();
+    set_password("before").await;
+    let handler = world.handler().await;
+    invoke(&handler, &event(0, bodies(0..1))).await.unwrap();
+    set_password("after").await;
+    world.terminate_sessions().await;
+    invoke(&handler, &event(1, bodies(0..1))).await.unwrap();
+    assert_eq!(world.count("user_logins").await, 2);
+}
+
+#[tokio::test]
+async fn a_database_that_is_not_there_fails_the_batch() {
+    let mut world = World::new().await;
+    // A port that was free a moment ago.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    world.settings.insert("DATABASE_PORT", free.to_string());
+    let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseUnavailable");
+}
+
+#[tokio::test]
+async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do() {
+    let world = World::new().await;
+    let role = &world.database;
+    world.admin.batch_execute(&format!("create role {role} login password 'password'")).await.unwrap();
+    world.put_secret("database", &world.credentials(role, "password")).await;
+    let handler = world.handler().await;
+    let event = event(0, bodies(0..2));
+    let error = invoke(&handler, &event).await.unwrap_err();
+    assert_eq!(error.error_type(), "Database");
+    assert!(error.to_string().starts_with("SQLSTATE 42501: the user may not write"), "{error}");
+    world.admin.batch_execute("drop table user_logins cascade").await.unwrap();
+    let error = invoke(&handler, &event).await.unwrap_err();
+    assert!(error.to_string().ends_with("apply the files in schema/"), "{error}");
+}
+
+#[tokio::test]
+async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starting() {
+    let mut world = World::new().await;
+    world.put_secret("database", r#"{"username": "canary"}"#).await;
+    let error = world.try_handler().await.unwrap_err().to_string();
+    assert!(error.ends_with(r#"is not a JSON object with the strings "username" and "password""#), "{error}");
+    world.put_secret("masking", r#"{"key": "canary"}"#).await;
+    let error = world.try_handler().await.unwrap_err();
+    assert!(error.to_string().contains("32, 48 or 64 hex digits"), "{error}");
+    assert!(!format!("{error} {error:?}").contains("canary"));
+    world.settings.insert("MASKING_SECRET_ID", "nowhere".to_owned());
+    let error = world.try_handler().await.unwrap_err().to_string();
+    assert!(error.starts_with(r#"cannot read the secret "nowhere" (ResourceNotFoundException)"#), "{error}");
+}

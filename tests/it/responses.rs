@@ -1,0 +1,151 @@
+//! What Lambda is answered, failure by failure.
+
+use serde_json::{Value, json};
+
+use crate::world::{World, bodies, body, event, failed, ids, invoke, message_id, sample};
+
+#[tokio::test]
+async fn bad_messages_are_reported_and_the_good_ones_inserted() {
+    let world = World::new().await;
+    let event = sample("mixed");
+    let ids = ids(&event);
+    let response = invoke(&world.handler().await, &event).await.unwrap();
+    let expected = json!({"batchItemFailures": [
+        {"itemIdentifier": ids[1]}, {"itemIdentifier": ids[2]}, {"itemIdentifier": ids[4]}, {"itemIdentifier": ids[5]},
+    ]});
+    assert_eq!(serde_json::to_string(&response).unwrap(), expected.to_string());
+    assert_eq!(world.count("user_logins").await, 2);
+    assert_eq!(world.count("user_logins where locale is null").await, 1);
+}
+
+#[tokio::test]
+async fn an_empty_event_is_a_success() {
+    let world = World::new().await;
+    let response = invoke(&world.handler().await, &sample("empty")).await.unwrap();
+    assert_eq!(serde_json::to_string(&response).unwrap(), r#"{"batchItemFailures":[]}"#);
+}
+
+#[tokio::test]
+async fn a_message_without_an_id_fails_the_invocation_before_anything_is_written() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    for id in [None, Some(json!(null)), Some(json!(""))] {
+        let mut event: Value = serde_json::from_str(&event(0, bodies(0..3))).unwrap();
+        let message = event["Records"][1].as_object_mut().unwrap();
+        message.remove("messageId");
+        message.extend(id.map(|id| ("messageId".to_owned(), id)));
+        let error = invoke(&handler, &event.to_string()).await.unwrap_err();
+        assert_eq!(error.error_type(), "NoMessageId");
+    }
+    assert_eq!(world.count("user_logins").await, 0);
+}
+
+#[tokio::test]
+async fn an_event_that_is_not_from_sqs_fails_the_invocation_and_is_not_quoted() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    for (event, error_type) in [
+        ("{}", "InvalidEvent"),
+        ("[]", "InvalidEvent"),
+        ("null", "InvalidEvent"),
+        (r#""canary""#, "InvalidEvent"),
+        (r#"{"Records": null}"#, "InvalidEvent"),
+        (r#"{"Records": "canary"}"#, "InvalidEvent"),
+        (r#"{"Records": ["canary"]}"#, "InvalidEvent"),
+        (r#"{"Records": [{"messageId": "1", "body": {"ip": "canary"}}]}"#, "InvalidEvent"),
+        (r#"{"source": "aws.events", "detail": {"ip": "canary"}}"#, "InvalidEvent"),
+        (r#"{"Records": [{"eventSource": "aws:s3", "s3": {"bucket": {"name": "canary"}}}]}"#, "NoMessageId"),
+    ] {
+        let error = invoke(&handler, event).await.unwrap_err();
+        assert_eq!(error.error_type(), error_type, "{event}");
+        assert!(!format!("{error} {error:?}").contains("canary"), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn missing_bodies_and_attributes_are_the_message_s_own_matter() {
+    let world = World::new().await;
+    let event = json!({"Records": [
+        {"messageId": "not-a-uuid", "body": body(1)},
+        {"messageId": "a", "body": null},
+        {"messageId": "b"},
+        {"messageId": "c", "body": ""},
+        {"messageId": "not-a-uuid-either", "body": body(2), "attributes": {"SentTimestamp": "soon"}},
+    ]});
+    for _ in 0..2 {
+        let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+        assert_eq!(failed(&response), ["a", "b", "c"]);
+    }
+    assert_eq!(world.count("user_logins").await, 2);
+}
+
+#[tokio::test]
+async fn a_second_copy_of_a_bad_message_is_reported_once() {
+    let world = World::new().await;
+    let mut event: Value = serde_json::from_str(&event(0, ["bad", &body(1)])).unwrap();
+    let copy = event["Records"][0].clone();
+    event["Records"].as_array_mut().unwrap().push(copy);
+    let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+    assert_eq!(failed(&response), [message_id(0)]);
+}
+
+#[tokio::test]
+async fn rows_that_postgresql_refuses_are_found_and_fail_alone() {
+    let world = World::new().await;
+    world
+        .admin
+        .batch_execute("alter table user_logins add check (user_id not in ('user-0', 'user-517', 'user-999'))")
+        .await
+        .unwrap();
+    let response = invoke(&world.handler().await, &event(0, bodies(0..1000))).await.unwrap();
+    assert_eq!(failed(&response), [0, 517, 999].map(message_id));
+    assert_eq!(world.count("user_logins").await, 997);
+    assert_eq!(world.count("user_logins_ledger").await, 997);
+}
+
+#[tokio::test]
+async fn a_value_too_long_for_a_narrower_column_fails_alone() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins alter device_type type varchar(3)").await.unwrap();
+    let bodies = [body(0), body(1).replace("android", "ios"), body(2)];
+    let response = invoke(&world.handler().await, &event(0, bodies)).await.unwrap();
+    assert_eq!(failed(&response), [0, 2].map(message_id));
+    assert_eq!(world.count("user_logins").await, 1);
+}
+
+#[tokio::test]
+async fn on_a_fifo_queue_the_first_failure_holds_back_the_rest_of_its_group() {
+    let world = World::new().await;
+    let event = sample("fifo");
+    let ids = ids(&event);
+    let response = invoke(&world.handler().await, &event).await.unwrap();
+    assert_eq!(failed(&response), [&ids[2], &ids[3]]);
+    assert_eq!(world.count("user_logins").await, 3);
+}
+
+#[tokio::test]
+async fn on_a_fifo_queue_a_refused_row_holds_back_the_rest_of_its_group() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-2')").await.unwrap();
+    let mut event: Value = serde_json::from_str(&event(0, bodies(0..10))).unwrap();
+    for (place, message) in event["Records"].as_array_mut().unwrap().iter_mut().enumerate() {
+        message["eventSourceARN"] = json!("arn:aws:sqs:us-east-1:123456789012:logins.fifo");
+        message["attributes"]["MessageGroupId"] = json!(if place % 2 == 0 { "even" } else { "odd" });
+    }
+    let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+    assert_eq!(failed(&response), [2, 4, 6, 8].map(message_id));
+    assert_eq!(world.count("user_logins").await, 6);
+    assert_eq!(world.count("user_logins where user_id in ('user-0', 'user-1', 'user-9')").await, 3);
+}
+
+#[tokio::test]
+async fn groups_of_a_standard_queue_hold_nothing_back() {
+    let world = World::new().await;
+    let mut event: Value = serde_json::from_str(&event(0, ["bad", &body(1)])).unwrap();
+    for message in event["Records"].as_array_mut().unwrap() {
+        message["attributes"]["MessageGroupId"] = json!("tenant");
+    }
+    let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+    assert_eq!(failed(&response), [message_id(0)]);
+    assert_eq!(world.count("user_logins").await, 1);
+}

@@ -1,0 +1,230 @@
+//! A database, secrets and a handler of one test's own.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent};
+use lambda_runtime::{Context, LambdaEvent};
+use login_etl::{
+    config::Config,
+    handler::{BatchError, Handler},
+    mask::Keyring,
+    secrets::Secrets,
+    store::{Store, StoreError},
+};
+use serde_json::{Value, json, value::RawValue};
+use tokio_postgres::{Client, NoTls, Row, config::SslMode};
+
+/// AES-256, with the IV given.
+pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
+                              "iv": "000102030405060708090a0b0c0d0e0f"}"#;
+
+const SCHEMA: [&str; 3] = [
+    include_str!("../../schema/001_user_logins.sql"),
+    include_str!("../../schema/002_ledger.sql"),
+    include_str!("../../schema/003_duplicates.sql"),
+];
+
+/// Reads a variable that says where the servers are.
+pub fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: run ./local/test, or ./local/demo --keep and then `set -a; . target/local/env`")
+    })
+}
+
+pub struct World {
+    pub database: String,
+    pub admin: Client,
+    secrets: aws_sdk_secretsmanager::Client,
+    superuser: tokio_postgres::Config,
+    /// Overrides of the function's settings.
+    pub settings: HashMap<&'static str, String>,
+}
+
+impl World {
+    /// A new database with the schema, and secrets that let the superuser into it.
+    pub async fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let database = format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+
+        let aws = aws_config::defaults(aws_config::BehaviorVersion::latest())
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .endpoint_url(variable("AWS_ENDPOINT_URL"))
+            .load()
+            .await;
+        let secrets = aws_sdk_secretsmanager::Client::new(&aws);
+        let known = secrets.get_secret_value().secret_id(variable("DATABASE_SECRET_ID")).send().await.unwrap();
+        let known: Value = serde_json::from_str(known.secret_string().unwrap()).unwrap();
+        let [user, password] = ["username", "password"].map(|name| known[name].as_str().unwrap().to_owned());
+
+        let mut superuser = tokio_postgres::Config::new();
+        superuser.host("127.0.0.1").port(variable("DATABASE_PORT").parse().unwrap()).user(&user).password(&password);
+        superuser.ssl_mode(SslMode::Disable);
+        let server = connect(superuser.dbname("postgres")).await;
+        server.batch_execute(&format!("create database {database}")).await.unwrap();
+        let admin = connect(superuser.dbname(&database)).await;
+        for file in SCHEMA {
+            admin.batch_execute(file).await.unwrap();
+        }
+
+        let settings = HashMap::from([
+            ("MASKING_SECRET_ID", format!("{database}/masking")),
+            ("DATABASE_SECRET_ID", format!("{database}/database")),
+            ("DATABASE_HOST", "localhost".to_owned()),
+            ("DATABASE_PORT", variable("DATABASE_PORT")),
+            ("DATABASE_CA_FILE", variable("DATABASE_CA_FILE")),
+        ]);
+        let world = Self { secrets, superuser, admin, settings, database };
+        world.create_secret("masking", KEYRING).await;
+        world.create_secret("database", &world.credentials(&user, &password)).await;
+        world
+    }
+
+    pub fn credentials(&self, username: &str, password: &str) -> String {
+        json!({"username": username, "password": password, "dbname": self.database}).to_string()
+    }
+
+    async fn create_secret(&self, name: &str, text: &str) {
+        let name = format!("{}/{name}", self.database);
+        self.secrets.create_secret().name(name).secret_string(text).send().await.unwrap();
+    }
+
+    pub async fn put_secret(&self, name: &str, text: &str) {
+        let id = format!("{}/{name}", self.database);
+        self.secrets.put_secret_value().secret_id(id).secret_string(text).send().await.unwrap();
+    }
+
+    pub async fn handler(&self) -> Handler {
+        self.try_handler().await.unwrap()
+    }
+
+    pub async fn try_handler(&self) -> Result<Handler, StoreError> {
+        let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
+        let secrets = Secrets::from_env().await;
+        let keyring = secrets.keyring(&config.masking_secret_id).await?;
+        let store = Store::new(config.database, secrets).await?;
+        Ok(Handler::new(keyring, store, config.app_version_encoding))
+    }
+
+    pub async fn count(&self, table: &str) -> i64 {
+        self.admin.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0)
+    }
+
+    pub async fn rows(&self, query: &str) -> Vec<Row> {
+        self.admin.query(query, &[]).await.unwrap()
+    }
+
+    /// Waits until `condition`, an SQL expression, holds.
+    pub async fn until(&self, condition: &str) {
+        let query = format!("select {condition}");
+        for _ in 0..1000 {
+            if self.admin.query_one(&query, &[]).await.unwrap().get(0) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("not within 10 s: {condition}");
+    }
+
+    /// A session of its own that locks the table until it is told to `commit`.
+    pub async fn lock_table(&self) -> Client {
+        let session = connect(&self.superuser).await;
+        session.batch_execute("begin; lock table user_logins").await.unwrap();
+        session
+    }
+
+    /// An expression: how many sessions of the function's wait for a lock.
+    pub fn waiting(&self) -> String {
+        format!(
+            "(select count(*) from pg_stat_activity where datname = '{}' \
+             and application_name = 'login-etl' and wait_event_type = 'Lock')",
+            self.database
+        )
+    }
+
+    /// Ends the function's sessions; the server tells them so, as at a shutdown.
+    pub async fn terminate_sessions(&self) -> i64 {
+        let query = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
+                     where datname = current_database() and application_name = 'login-etl'";
+        self.admin.query_one(query, &[]).await.unwrap().get(0)
+    }
+}
+
+async fn connect(config: &tokio_postgres::Config) -> Client {
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// Invokes the handler with an event's JSON, as the runtime does, with 20 s until the deadline.
+pub async fn invoke(handler: &Handler, event: &str) -> Result<SqsBatchResponse, BatchError> {
+    invoke_within(handler, event, Duration::from_secs(20)).await
+}
+
+pub async fn invoke_within(handler: &Handler, event: &str, time: Duration) -> Result<SqsBatchResponse, BatchError> {
+    let mut context = Context::default();
+    let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() + time;
+    context.deadline = deadline.as_millis() as u64;
+    handler.invoke(LambdaEvent::new(RawValue::from_string(event.to_owned()).unwrap(), context)).await
+}
+
+pub fn failed(response: &SqsBatchResponse) -> Vec<&str> {
+    response.batch_item_failures.iter().map(|failure| failure.item_identifier.as_str()).collect()
+}
+
+/// One of the sample events.
+pub fn sample(name: &str) -> String {
+    std::fs::read_to_string(format!("{}/events/{name}.json", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+/// The ids of a sample's messages.
+pub fn ids(event: &str) -> Vec<String> {
+    let event: SqsEvent = serde_json::from_str(event).unwrap();
+    event.records.into_iter().map(|message| message.message_id.unwrap()).collect()
+}
+
+/// An event of the messages with these bodies; the ids follow from `first` and the place.
+pub fn event<B: AsRef<str>>(first: u128, bodies: impl IntoIterator<Item = B>) -> String {
+    let messages = bodies.into_iter().enumerate().map(|(place, body)| {
+        json!({
+            "messageId": message_id(first + place as u128),
+            "receiptHandle": "handle",
+            "body": body.as_ref(),
+            "attributes": {"SentTimestamp": (1_763_800_000_000 + place).to_string(), "ApproximateReceiveCount": "1"},
+            "messageAttributes": {},
+            "eventSource": "aws:sqs",
+            "eventSourceARN": "arn:aws:sqs:us-east-1:123456789012:logins",
+            "awsRegion": "us-east-1",
+        })
+    });
+    json!({"Records": messages.collect::<Vec<_>>()}).to_string()
+}
+
+pub fn message_id(number: u128) -> String {
+    uuid::Uuid::from_u128(number).to_string()
+}
+
+/// A valid body; the number makes its values its own.
+pub fn body(number: usize) -> String {
+    json!({
+        "user_id": format!("user-{number}"),
+        "app_version": "2.3.0",
+        "device_type": "android",
+        "ip": format!("10.{}.{}.{}", number >> 16 & 255, number >> 8 & 255, number & 255),
+        "locale": "RU",
+        "device_id": format!("device-{number}"),
+    })
+    .to_string()
+}
+
+pub fn bodies(numbers: std::ops::Range<usize>) -> Vec<String> {
+    numbers.map(body).collect()
+}
+
+/// The plain value of a masked column.
+pub fn recover(field: &str, masked: &str) -> String {
+    Keyring::from_json(KEYRING).unwrap().recover(field, masked).unwrap().to_string()
+}

@@ -1,0 +1,201 @@
+# shellcheck shell=bash
+# Sourced by ./demo, ./test and ./down. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS); `set_up`
+# then sees to the programs that everything here needs. Bash 3.2 will do, as macOS has it.
+
+ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+LOCAL=$ROOT/target/local
+VENV=$LOCAL/venv
+TOOLS=$LOCAL/tools
+SETUP_LOG=$LOCAL/setup.log
+
+# Credentials above all: nothing here may ever talk to a real account or a real database. Of pip's settings only those stay that say how to
+# reach an index.
+unset "${!AWS_@}" "${!PG@}" "${!SAM_CLI_@}" DATABASE_URL VIRTUAL_ENV
+for name in "${!PYTHON@}" "${!PIP_@}"; do
+    case $name in
+    PYTHON | PIP_INDEX_URL | PIP_EXTRA_INDEX_URL | PIP_FIND_LINKS | PIP_NO_INDEX | PIP_TRUSTED_HOST | PIP_CERT | PIP_CLIENT_CERT | PIP_PROXY | \
+        PIP_TIMEOUT | PIP_DEFAULT_TIMEOUT | PIP_RETRIES | PIP_CACHE_DIR | PIP_NO_CACHE_DIR | PIP_CONFIG_FILE | PIP_KEYRING_PROVIDER) ;;
+    *) unset "$name" ;;
+    esac
+done
+unset name
+export AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null AWS_EC2_METADATA_DISABLED=true SAM_CLI_TELEMETRY=0
+# A user's pip.conf may ask for installs outside of the environment.
+export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONNOUSERSITE=1
+# What we start listens on loopback, where no proxy leads.
+no_proxy=localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}
+export no_proxy NO_PROXY=$no_proxy
+export PYTHONPATH=$ROOT/local PYTHONUNBUFFERED=1
+
+die() {
+    printf '%s\n' "$@" >&2
+    exit 1
+}
+
+# set_up: everything that is needed to build, deploy and run; quiet and quick once it is there. LocalStack and what drives the world live in VENV,
+# whose python that of ./world is; SAM CLI, cargo-lambda and cfn-lint live in TOOLS, which comes first on PATH.
+set_up() {
+    mkdir -p "$LOCAL"
+    need_cargo
+    need_build_tools
+    need_python
+    lock
+    need_environment "$VENV" localstack "LocalStack"
+    need_executor
+    need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and cfn-lint"
+    unlock
+    export PATH=$TOOLS/bin:$PATH
+}
+
+need_cargo() {
+    command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+    command -v cargo >/dev/null || die "Rust is not here (no cargo on PATH). Install it, then try again:" \
+        "  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+    local found needed
+    needed=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' "$ROOT/Cargo.toml")
+    found=$(cd "$ROOT" && cargo --version) || die "cargo does not run in $ROOT."
+    found=${found#cargo } found=${found%%[ -]*}
+    at_least "$found" "$needed" || die "Rust $found is too old: the AWS SDK needs $needed. Try \`rustup update stable\`."
+}
+
+# at_least FOUND NEEDED: compares versions of three numbers.
+at_least() {
+    local f1 f2 f3 n1 n2 n3
+    IFS=. read -r f1 f2 f3 <<<"$1"
+    IFS=. read -r n1 n2 n3 <<<"$2"
+    ((f1 != n1 ? f1 > n1 : f2 != n2 ? f2 > n2 : ${f3:-0} >= ${n3:-0}))
+}
+
+# OpenSSL is built from source; its Configure uses modules that the smallest perls lack.
+have_build_tools() {
+    command -v cc >/dev/null && command -v make >/dev/null && perl -MFile::Compare -MFindBin -MIPC::Cmd -e 1 2>/dev/null
+}
+
+need_build_tools() {
+    have_build_tools && return
+    apt_install build-essential perl pkg-config || true
+    have_build_tools || die "A C compiler, make and perl (with its modules) build OpenSSL for us; not all are here. Install them, then try again:" \
+        "  Debian, Ubuntu   sudo apt-get install build-essential perl pkg-config" \
+        "  Fedora           sudo dnf install gcc make perl" \
+        "  macOS            xcode-select --install"
+}
+
+# apt_install PACKAGE...: fails where there is no apt, or we would need a password.
+apt_install() {
+    local sudo=()
+    command -v apt-get >/dev/null || return
+    if [ "$(id -u)" != 0 ]; then
+        sudo -n true 2>/dev/null || return
+        sudo=(sudo -n)
+    fi
+    # The last word is `sh`'s $0. A new machine has no package lists yet, so the first try may fail.
+    # shellcheck disable=SC2016
+    with_progress "Installing $* with apt" ${sudo[@]+"${sudo[@]}"} env DEBIAN_FRONTEND=noninteractive sh -c '
+        install() { apt-get -qq -o DPkg::Lock::Timeout=120 install --yes --no-install-recommends "$@"; }
+        install "$@" || { apt-get -qq update && install "$@"; }' sh "$@"
+}
+
+# need_python: sets PYTHON to the interpreter that makes the environment, and PYTHON_VERSION.
+need_python() {
+    find_python && return
+    # Debian keeps this part of Python in a package of its own.
+    if [ -n "$INCOMPLETE" ]; then
+        apt_install "python$INCOMPLETE-venv" || true
+        find_python && return
+        die "Python $INCOMPLETE lacks venv, ensurepip or ssl. Install them, then try again:" \
+            "  Debian, Ubuntu   sudo apt-get install python$INCOMPLETE-venv"
+    fi
+    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is no Python from 3.11 to 3.13."
+    die "Python 3.11 to 3.13 is needed, as LocalStack runs on no other; none of python3.13, python3.12, python3.11, python3 on PATH is one." \
+        "If it is elsewhere: PYTHON=/path/to/python3 $0"
+}
+
+find_python() {
+    local candidates=(python3.13 python3.12 python3.11 python3) candidate answer
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    INCOMPLETE=
+    for candidate in "${candidates[@]}"; do
+        # Version managers put commands on PATH that only say that they are not there. In an active environment (ours, even) the interpreter
+        # meant is the one it was made with.
+        answer=$("$candidate" -c 'import platform, sys; print(platform.python_version(), sys._base_executable)' 2>/dev/null) || continue
+        case $answer in 3.11.* | 3.12.* | 3.13.*) ;; *) continue ;; esac
+        if "$candidate" -c 'import ensurepip, ssl, venv' 2>/dev/null; then
+            PYTHON=${answer#* } PYTHON_VERSION=${answer%% *}
+            return
+        fi
+        INCOMPLETE=$(cut -d . -f 1-2 <<<"${answer%% *}")
+    done
+    return 1
+}
+
+# The lock belongs to the open file, which this shell holds, and pip, should it outlive us; macOS has no `flock` command.
+lock() {
+    exec 9>"$LOCAL/setup.lock"
+    "$PYTHON" -c '
+import fcntl
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("Waiting for another run that is setting up.", flush=True)
+    fcntl.flock(9, fcntl.LOCK_EX)'
+}
+
+# The servers started later must not inherit it.
+unlock() { exec 9>&-; }
+
+# need_environment DIRECTORY NAME WHAT: a virtual environment as requirements/NAME.txt says. A stamp goes in last, so that whatever was cut
+# short, or made from other requirements, is made again.
+need_environment() {
+    local directory=$1 requirements=$ROOT/local/requirements/$2.txt wanted
+    wanted="$PYTHON_VERSION $directory $(digest "$requirements")"
+    stamped "$directory/requirements.stamp" "$wanted" && "$directory/bin/python" -c '' 2>/dev/null && return
+    rm -rf "$directory"
+    "$PYTHON" -m venv "$directory"
+    # The requirements name every dependency; left to find that out, the pip of older Pythons fails on one with extras.
+    with_progress "Installing $3 into target/local (once)" \
+        "$directory/bin/python" -m pip install --no-deps --require-hashes --progress-bar off --requirement "$requirements" ||
+        die "The installation failed; all of its output is in $SETUP_LOG."
+    stamp "$directory/requirements.stamp" "$wanted"
+}
+
+need_executor() {
+    local executor=$ROOT/local/executor copy=$LOCAL/executor wanted
+    wanted=$(digest "$executor/pyproject.toml" "$executor"/process_executor/*.py)
+    stamped "$VENV/executor.stamp" "$wanted" && return
+    # From a copy: the build leaves files beside the sources, and picks up those of an earlier one.
+    rm -rf "$copy"
+    mkdir "$copy"
+    cp -R "$executor/pyproject.toml" "$executor/process_executor" "$copy"
+    with_progress "Installing the Lambda executor for LocalStack" \
+        "$VENV/bin/python" -m pip install --force-reinstall --no-deps --no-build-isolation "$copy" ||
+        die "The installation failed; all of its output is in $SETUP_LOG."
+    rm -rf "$copy"
+    stamp "$VENV/executor.stamp" "$wanted"
+}
+
+stamp() { printf '%s\n' "$2" >"$1"; }
+
+stamped() { [ "$(cat "$1" 2>/dev/null)" = "$2" ]; }
+
+digest() {
+    "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(b"\0".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())' "$@"
+}
+
+# with_progress WHAT COMMAND...: says what is being done and, every ten seconds, for how long; the command's output goes to SETUP_LOG, and its
+# end to the terminal if it fails.
+with_progress() {
+    local what=$1 ticker status=0 start=$SECONDS
+    shift
+    printf '%s ...\n' "$what"
+    (
+        while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+            printf '  ... %s s\n' $((SECONDS - start))
+        done
+    ) 9>&- &
+    ticker=$!
+    "$@" >"$SETUP_LOG" 2>&1 </dev/null || status=$?
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    [ "$status" = 0 ] || tail -n 20 "$SETUP_LOG" >&2
+    return "$status"
+}

@@ -1,0 +1,148 @@
+"""Every check and test there is, one after the other; ends with status 0 only if all pass."""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from world import paths, stack
+from world.postgres import PostgresError
+from world.servers import Servers
+
+WORLD = paths.LOCAL / "test"
+TICK_SECONDS = 20
+# Where a tool is not on PyPI, cargo builds it; without optimisation in a third of the time.
+CARGO_DENY = "cargo-deny@0.20.2"
+
+
+class Failed(Exception):
+    """A check did not pass; its output has been shown."""
+
+
+def main() -> int:
+    options = parse_arguments()
+    started = time.monotonic()
+    results = {name: run(name, check) for name, check in CHECKS.items() if not options.check or name in options.check}
+    print("\n" + "\n".join(f"  {'passed' if passed else 'FAILED'}  {name}" for name, passed in results.items()))
+    print(f"\nchecks: {sum(results.values())} passed, {len(results) - sum(results.values())} failed")
+    print(f"in {time.monotonic() - started:.0f} s")
+    return 0 if all(results.values()) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./local/test", description=__doc__)
+    parser.add_argument("check", nargs="*", choices=[*CHECKS, []], metavar="CHECK", help=f"run these only; of {', '.join(CHECKS)}")
+    return parser.parse_args()
+
+
+def run(name: str, check: Callable[[], None]) -> bool:
+    print(f"\n--- {name}")
+    started = time.monotonic()
+    try:
+        check()
+    except (Failed, PostgresError, RuntimeError, stack.CommandFailed) as error:
+        print(error)
+        return False
+    print(f"passed in {time.monotonic() - started:.0f} s")
+    return True
+
+
+def command(*words: str | Path, show: bool = False, **environment: str) -> None:
+    """Runs a command of a check; shows its output as it comes, or only if it fails."""
+    process = subprocess.Popen(
+        words,
+        cwd=paths.ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=None if show else subprocess.PIPE,
+        stderr=None if show else subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    started = time.monotonic()
+    while True:
+        try:
+            output, _ = process.communicate(timeout=TICK_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if not show:
+                print(f"  ... {time.monotonic() - started:.0f} s")
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise Failed(f"{output or ''}`{' '.join(map(str, words))}` failed (status {process.returncode})")
+
+
+def check_format() -> None:
+    command("cargo", "fmt", "--all", "--check")
+
+
+def check_clippy() -> None:
+    command("cargo", "clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "--deny", "warnings")
+
+
+def check_docs() -> None:
+    flags = "--deny warnings"
+    command("cargo", "doc", "--workspace", "--no-deps", "--document-private-items", "--locked", "--quiet", RUSTDOCFLAGS=flags)
+
+
+def check_dependencies() -> None:
+    """Licences, bans and sources; known vulnerabilities where their database can be reached."""
+    tool = paths.LOCAL / "cargo" / "bin" / "cargo-deny"
+    if not tool.exists():
+        print(f"  building {CARGO_DENY} (once)")
+        command("cargo", "install", CARGO_DENY, "--locked", "--debug", "--quiet", "--root", paths.LOCAL / "cargo")
+    command(tool, "--locked", "check", "licenses", "bans", "sources")
+    try:
+        command(tool, "--locked", "check", "advisories")
+    except Failed as failure:
+        if "failed to fetch advisory database" not in str(failure):
+            raise
+        print("  the advisory database cannot be reached: known vulnerabilities were not looked up")
+
+
+def check_template() -> None:
+    """Both linters, because each misses what the other finds: SAM's own, and CloudFormation's on what SAM expands the template to."""
+    command("sam", "validate", "--lint", "--region", "us-east-1")
+    expanded = paths.LOCAL / "template.expanded.json"
+    command(paths.TOOLS / "bin" / "python", paths.ROOT / "local" / "expand_template.py", "template.yaml", expanded)
+    command("cfn-lint", expanded)
+
+
+def check_function() -> None:
+    """The library's tests and the deployed stack's, on servers of their own."""
+    with Servers(WORLD) as servers:
+        command("cargo", "test", "--workspace", "--locked", "--no-run")
+        command("cargo", "test", "--workspace", "--locked", show=True, **servers.environment())
+        stack.build()
+        stack.deploy(servers, LogLevel="TRACE")
+        pytest("tests/end_to_end", LOGIN_ETL_WORLD=str(WORLD))
+
+
+def check_executor() -> None:
+    pytest("local/executor/tests")
+
+
+def pytest(directory: str, **environment: str) -> None:
+    command(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", directory, show=True, **environment)
+
+
+CHECKS = {
+    "format": check_format,
+    "clippy": check_clippy,
+    "docs": check_docs,
+    "dependencies": check_dependencies,
+    "template": check_template,
+    "executor": check_executor,
+    "function": check_function,
+}
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; everything is stopped.")

@@ -1,0 +1,66 @@
+"""Sending to a queue, reading from it, and handing its messages to the function as SQS would."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from world.localstack import ACCOUNT, REGION
+from world.stack import Stack
+
+
+def send(stack: Stack, bodies: list[str], progress: Callable[[int], None] = lambda sent: None) -> dict[str, str]:
+    """Sends the bodies, ten a request, and returns them by message id."""
+    sqs = stack.localstack.client("sqs")
+    sent = {}
+
+    def send_ten(start: int) -> dict[str, str]:
+        entries = [{"Id": str(number), "MessageBody": body} for number, body in enumerate(bodies[start : start + 10])]
+        answer = sqs.send_message_batch(QueueUrl=stack.queue_url, Entries=entries)
+        if answer.get("Failed"):
+            raise RuntimeError(f"SQS refused messages: {answer['Failed'][0]['Message']}")
+        return {entry["MessageId"]: bodies[start + int(entry["Id"])] for entry in answer["Successful"]}
+
+    with ThreadPoolExecutor(8) as pool:
+        for ten in pool.map(send_ten, range(0, len(bodies), 10)):
+            sent |= ten
+            progress(len(sent))
+    return sent
+
+
+def receive_all(stack: Stack, queue_url: str) -> list[dict]:
+    """All messages that wait in a queue; they stay in it, out of sight for a while."""
+    sqs = stack.localstack.client("sqs")
+    messages: dict[str, dict] = {}
+    while True:
+        answer = sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"], VisibilityTimeout=300)
+        if not answer.get("Messages"):
+            return list(messages.values())
+        messages |= {message["MessageId"]: message for message in answer["Messages"]}
+
+
+def deliver_without_deleting(stack: Stack, invoke: Callable[[dict], dict]) -> set[str]:
+    """Gives up to ten waiting messages to the function and then lets them go, as a poller does that dies before it deletes them.
+
+    `invoke` calls the function with an event and returns its answer. Returns the ids of the messages that the function handled.
+    """
+    sqs = stack.localstack.client("sqs")
+    received = sqs.receive_message(QueueUrl=stack.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"])["Messages"]
+    answer = invoke({"Records": [record(message) for message in received]})
+    for message in received:
+        sqs.change_message_visibility(QueueUrl=stack.queue_url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=0)
+    failed = {failure["itemIdentifier"] for failure in answer["batchItemFailures"]}
+    return {message["MessageId"] for message in received} - failed
+
+
+def record(message: dict) -> dict:
+    """A received message in the form in which Lambda hands it to a function."""
+    return {
+        "messageId": message["MessageId"],
+        "receiptHandle": message["ReceiptHandle"],
+        "body": message["Body"],
+        "attributes": message["Attributes"],
+        "messageAttributes": {},
+        "md5OfBody": message["MD5OfBody"],
+        "eventSource": "aws:sqs",
+        "eventSourceARN": f"arn:aws:sqs:{REGION}:{ACCOUNT}:logins",
+        "awsRegion": REGION,
+    }

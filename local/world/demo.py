@@ -1,0 +1,224 @@
+"""From login events in a queue to masked rows in PostgreSQL, on this machine.
+
+Builds the function, deploys the stack into LocalStack, sends login messages, delivers some of them twice, waits until the queue is empty and
+shows what became of each. Ends with status 0 only if all of it adds up.
+"""
+
+import argparse
+import base64
+import json
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from Crypto.Cipher import AES
+from Crypto.Util.Padding import unpad
+
+from world import delivery, down, messages, paths, stack
+from world.postgres import PostgresError
+from world.servers import Servers
+
+# Beyond it nothing more will come: each bad message is received three times, 13 s apart.
+QUIET_SECONDS = 120
+SHOWN = 5
+
+
+def main() -> int:
+    options = parse_arguments()
+    bodies = read_lines(options.input) if options.input else messages.make(options.messages)
+    down.main()
+    with ExitStack() as cleanup:
+        print("Starting PostgreSQL and LocalStack ...")
+        servers = cleanup.enter_context(Servers(paths.WORLD))
+        print(f"LocalStack listens on {servers.localstack.endpoint}")
+        stack.build()
+        deployed = stack.deploy(servers)
+        adds_up = run(servers, deployed, bodies)
+        if options.keep:
+            cleanup.pop_all()
+            keep(servers, deployed)
+    print("\nAll of it adds up." if adds_up else "\nIt does not add up.")
+    return 0 if adds_up else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./local/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--messages", type=positive, default=100, metavar="N", help="send N made-up messages (default: 100)")
+    source.add_argument("--input", type=Path, metavar="FILE", help="send the lines of FILE, each one message's body, instead")
+    parser.add_argument("--keep", action="store_true", help="leave everything running, and say how to reach it; ./local/down stops it")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a number from 1 up is wanted")
+    return int(text)
+
+
+def read_lines(file: Path) -> list[str]:
+    try:
+        bodies = [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"cannot read {file}: {error}")
+    if not bodies:
+        sys.exit(f"{file} holds no message")
+    return bodies
+
+
+def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
+    """Sends the messages through the stack and shows what became of them; whether it adds up."""
+    # Held back until some messages have been delivered once already.
+    deployed.enable_mapping(False)
+    print(f"Sending {len(bodies)} messages ...")
+    sent = delivery.send(deployed, bodies, ticker("sent", len(bodies)))
+    twice = delivery.deliver_without_deleting(deployed, lambda event: invoke(deployed, event))
+    print(f"Delivered {len(twice)} of them once, and let SQS deliver them again")
+    deployed.enable_mapping(True)
+    wait_until_empty(deployed)
+
+    dead = delivery.receive_all(deployed, deployed.dead_letter_queue_url)
+    reasons = wait_for_reasons(deployed, {message["MessageId"] for message in dead})
+    with servers.postgres.connect() as database:
+        show_rows(database)
+        show_duplicates(database)
+        show_dead_letters(dead, reasons)
+        recovered = show_recovery(database, deployed, sent)
+        inserted = database.execute("select count(*) from user_logins").fetchone()[0]
+    deduplicated = sum(line["deduplicated"] for line in deployed.log() if line.get("message") == "batch loaded")
+
+    heading("The count")
+    # SQS itself may deliver a message twice, too.
+    again = max(len(twice), deduplicated)
+    print(f"  {len(sent):7} sent, and {again} of them delivered twice: {len(sent) + again} deliveries to account for")
+    print(f"  {inserted:7} inserted")
+    print(f"  {deduplicated:7} deduplicated")
+    print(f"  {len(dead):7} dead-lettered")
+    return recovered and len(sent) + again == inserted + deduplicated + len(dead) and len(sent) == inserted + len(dead)
+
+
+def invoke(deployed: stack.Stack, event: dict) -> dict:
+    answer = deployed.localstack.client("lambda").invoke(FunctionName=deployed.function_name, Payload=json.dumps(event))
+    result = json.load(answer["Payload"])
+    if "FunctionError" in answer:
+        raise stack.CommandFailed(f"the function failed: {result['errorType']}: {result['errorMessage']}")
+    return result
+
+
+def ticker(what: str, total: int):
+    """Says now and then how far something is."""
+    shown = time.monotonic()
+
+    def tick(done: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= 5:
+            shown = time.monotonic()
+            print(f"  ... {done} of {total} {what}")
+
+    return tick
+
+
+def wait_until_empty(deployed: stack.Stack) -> None:
+    print("Waiting until the queue is empty; bad messages are tried three times ...")
+    quiet_since, before, shown = time.monotonic(), None, 0.0
+    while True:
+        waiting, in_flight = deployed.depth(deployed.queue_url)
+        dead = deployed.depth(deployed.dead_letter_queue_url)[0]
+        now = time.monotonic()
+        if waiting + in_flight == 0:
+            return
+        if (waiting, in_flight, dead) != before:
+            quiet_since, before = now, (waiting, in_flight, dead)
+        if now - quiet_since > QUIET_SECONDS:
+            raise stack.CommandFailed(f"the queue does not empty; the function's log is under {deployed.localstack.function_logs}")
+        if now - shown >= 5:
+            shown = now
+            print(f"  ... {waiting} waiting, {in_flight} being handled or tried again later, {dead} dead-lettered")
+        time.sleep(0.25)
+
+
+def wait_for_reasons(deployed: stack.Stack, message_ids: set[str]) -> dict[str, str]:
+    """Why the function refused each message, from its log, which lags behind a little."""
+    deadline = time.monotonic() + 20
+    while True:
+        reasons = {line["message_id"]: line["reason"] for line in deployed.log() if line.get("message") == "message failed"}
+        if message_ids <= reasons.keys() or time.monotonic() > deadline:
+            return reasons
+        time.sleep(0.5)
+
+
+def show_rows(database) -> None:
+    heading(f"user_logins, {SHOWN} of its rows")
+    show(database.execute(f"select * from user_logins limit {SHOWN}"))
+
+
+def show_duplicates(database) -> None:
+    heading("Addresses and devices that logins share, found through their masks")
+    columns = "logins, users, first_day, last_day"
+    show(
+        database.execute(
+            f"""(select 'ip' as what, masked_ip as masked_value, {columns} from duplicate_ips order by logins desc limit {SHOWN})
+                union all
+                (select 'device', masked_device_id, {columns} from duplicate_devices order by logins desc limit {SHOWN})"""
+        )
+    )
+
+
+def show_dead_letters(dead: list[dict], reasons: dict[str, str]) -> None:
+    heading("The dead-letter queue, with the function's reasons")
+    counts = Counter(reasons.get(message["MessageId"], "no reason in the log") for message in dead)
+    for reason, count in counts.most_common():
+        print(f"  {count:7} {reason}")
+
+
+def show_recovery(database, deployed: stack.Stack, sent: dict[str, str]) -> bool:
+    """Recovers an address with the key, and compares it with what was sent."""
+    row = database.execute("select user_id, masked_ip from user_logins limit 1").fetchone()
+    if not row:
+        return True
+    heading("One value recovered with the key")
+    user_id, masked_ip = row
+    key = deployed.key()
+    # The generated keyring has no IV of its own; the README says how one is derived.
+    iv = AES.new(key, AES.MODE_ECB).encrypt(b"login-etl/cbc-iv")
+    ip = unpad(AES.new(key, AES.MODE_CBC, iv).decrypt(base64.b64decode(masked_ip)), 16).decode()
+    print(f"  {masked_ip} is {ip}")
+    return any(f'"{user_id}"' in body and f'"{ip}"' in body for body in sent.values())
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}")
+
+
+def show(cursor) -> None:
+    """A query's rows as a table."""
+    rows = [[column.name for column in cursor.description]]
+    rows += [["" if value is None else str(value) for value in row] for row in cursor.fetchall()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+
+
+def keep(servers: Servers, deployed: stack.Stack) -> None:
+    """Writes down how to reach the world, and says it."""
+    url = servers.postgres.url("postgres", "postgres", servers.postgres.admin_password)
+    database_url = f"{url}?sslmode=verify-full&sslrootcert={servers.postgres.ca_file}"
+    settings = servers.environment() | deployed.environment() | {"DATABASE_URL": database_url}
+    paths.ENV.touch(mode=0o600)
+    paths.ENV.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+    heading("Everything goes on running; ./local/down stops it")
+    print(f"  psql '{database_url}'")
+    print(f"  queue              {deployed.queue_url}")
+    print(f"  AWS endpoint       {servers.localstack.endpoint}")
+    print(f"  all of it, as dotenv   {paths.ENV.relative_to(paths.ROOT)}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (PostgresError, stack.CommandFailed) as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; everything is stopped.")

@@ -1,0 +1,188 @@
+"""LocalStack in host mode: one process, on loopback only, with its state under a directory of ours."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import boto3
+import psutil
+from botocore.config import Config
+
+REGION = "us-east-1"
+ACCOUNT = "000000000000"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": REGION, "AWS_DEFAULT_REGION": REGION}
+USUAL_PORT = 4566
+READY_SECONDS = 60
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class LocalStack:
+    """Owns one LocalStack process and the directory with its log, its state and its temporary files.
+
+    ``python`` is the interpreter of the environment made from ``requirements/localstack.txt`` and ``executor``. Without a ``port`` it is
+    4566, or another free one. A later process finds a running one with :meth:`attach`.
+    """
+
+    def __init__(self, directory: Path, python: Path = Path(sys.executable), port: int | None = None) -> None:
+        self.directory = directory.absolute()
+        self.python = python
+        self.port = port
+        self._process: psutil.Process | None = None
+
+    @classmethod
+    def attach(cls, directory: Path) -> "LocalStack":
+        """The LocalStack that another process started in ``directory``.
+
+        Raises ``RuntimeError`` if none runs there.
+        """
+        localstack = cls(directory)
+        if not localstack._find():
+            raise RuntimeError(f"no LocalStack runs in {directory}")
+        return localstack
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "localstack.log"
+
+    @property
+    def function_logs(self) -> Path:
+        """The directory with one log file for each execution environment of each function."""
+        return self.directory / "functions"
+
+    def client(self, service: str):
+        """A boto3 client of this LocalStack."""
+        return boto3.client(
+            service,
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            config=Config(proxies={}),
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def start(self) -> None:
+        """Starts LocalStack, with nothing of an earlier run, and waits until it serves.
+
+        Raises ``RuntimeError`` if one runs in the directory already, if the port is taken, if the process ends, or if it is not ready
+        within a minute.
+        """
+        if self._find():
+            raise RuntimeError(f"LocalStack already runs in {self.directory} (pid {self.pid})")
+        if self.port is None:
+            self.port = USUAL_PORT if is_free(USUAL_PORT) else free_port()
+            if self.port != USUAL_PORT:
+                print(f"Port {USUAL_PORT} is taken; LocalStack listens on {self.port}.", flush=True)
+        elif not is_free(self.port):
+            raise RuntimeError(f"port {self.port} is taken; LocalStack cannot listen there")
+        for directory in (self.directory / "volume", self.directory / "tmp", self.function_logs):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        with self.log.open("wb") as output:
+            self._process = child = psutil.Popen(
+                [self.python, "-m", "localstack.runtime.main"],
+                cwd=self.directory,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C in the terminal is for whoever stops us in order
+            )
+        self._state.write_text(json.dumps({"pid": child.pid, "started": child.create_time(), "port": self.port}))
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._is_ready():
+            if child.poll() is not None:
+                raise RuntimeError(f"LocalStack ended with status {child.returncode} while starting.\n{self._tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"LocalStack was not ready within {READY_SECONDS} s.\n{self._tail()}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kills LocalStack and the functions it runs; does nothing if it is not running."""
+        if not self._process:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+            functions = self._process.children(recursive=True)
+            # LocalStack 4.13 does not end on SIGTERM. psutil refuses to kill a pid that has been reused.
+            for process in (self._process, *functions):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait(timeout=10)
+        self._process = None
+        self._state.unlink(missing_ok=True)
+
+    @property
+    def _state(self) -> Path:
+        return self.directory / "localstack.json"
+
+    def _find(self) -> bool:
+        """Whether the process that the state file names still runs; remembers it if so."""
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+            state = json.loads(self._state.read_text())
+            process = psutil.Process(state["pid"])
+            # A reused pid has another start time. The clock may have been set since, by a little.
+            if abs(process.create_time() - state["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE:
+                self._process, self.port = process, state["port"]
+                return True
+        return False
+
+    def _environment(self) -> dict[str, str]:
+        # Nothing else of ours goes in: an AWS profile or a DEBUG=1 of the user's would change what LocalStack does.
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "USER", "LANG") if name in os.environ}
+        return inherited | {
+            # The default server ignores GATEWAY_LISTEN and binds every address.
+            "GATEWAY_SERVER": "hypercorn",
+            "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
+            "DNS_ADDRESS": "0",
+            # Addresses that resolve without a network, in queue URLs for instance.
+            "LOCALSTACK_HOST": f"127.0.0.1:{self.port}",
+            "SQS_ENDPOINT_STRATEGY": "path",
+            # No telemetry, no downloads.
+            "DISABLE_EVENTS": "1",
+            "SKIP_SSL_CERT_DOWNLOAD": "1",
+            "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
+            "LOCALSTACK_VOLUME_DIR": str(self.directory / "volume"),
+            "TMPDIR": str(self.directory / "tmp"),
+            "XDG_CACHE_HOME": str(self.directory / "cache"),
+            "LAMBDA_RUNTIME_EXECUTOR": "process",
+            "LAMBDA_PROCESS_LOG_DIR": str(self.function_logs),
+            # Seconds between two batches of an event source mapping, and the most between two looks at an empty queue.
+            "LAMBDA_EVENT_SOURCE_MAPPING_POLL_INTERVAL_SEC": "0.05",
+            "LAMBDA_EVENT_SOURCE_MAPPING_MAX_BACKOFF_ON_EMPTY_POLL_SEC": "0.5",
+        }
+
+    def _is_ready(self) -> bool:
+        url = f"{self.endpoint}/_localstack/init/ready"
+        with contextlib.suppress(OSError, ValueError), DIRECTLY.open(url, timeout=1) as answer:
+            return json.load(answer)["completed"]
+        return False
+
+    def _tail(self, lines: int = 20) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([f"The end of {self.log}:", *text[-lines:]])
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

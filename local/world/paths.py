@@ -1,0 +1,17 @@
+"""Where the local world keeps its things; all of it is disposable."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Whatever CARGO_TARGET_DIR says: ./setup.sh has it here too.
+LOCAL = ROOT / "target" / "local"
+# LocalStack and this package run in VENV; SAM CLI, cargo-lambda and cfn-lint are in TOOLS.
+VENV = LOCAL / "venv"
+TOOLS = LOCAL / "tools"
+WORLD = LOCAL / "world"
+POSTGRES = WORLD / "postgres"
+LOCALSTACK = WORLD / "localstack"
+
+SAM_BUILD = LOCAL / "sam"
+# How to reach a kept world, in dotenv form.
+ENV = LOCAL / "env"

@@ -1,0 +1,477 @@
+"""A private PostgreSQL on loopback, its state in one directory, found again by later processes.
+
+The server's superuser is `postgres`, with a random password. It speaks TLS with a certificate of a private authority, and plain text to those
+who ask for it. Nothing of the machine's own PostgreSQL is used but its programs.
+"""
+
+import contextlib
+import glob
+import hashlib
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+OLDEST = 10
+USUAL_PORT = 5432
+# Crash recovery, and the checkpoint of a fast stop, on a slow disk.
+PATIENCE_SECONDS = 60
+
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    # A socket's path may hold about 100 bytes, which a checkout's can exceed; nobody needs one.
+    "unix_socket_directories": "",
+    "ssl": "on",
+    # Relative to the data directory.
+    "ssl_cert_file": "../server.pem",
+    "ssl_key_file": "../server.key",
+    "ssl_ca_file": "",
+    "logging_collector": "off",
+    "log_line_prefix": "%m [%p] ",
+}
+
+# Where packagers put the server's programs off the PATH: Debian, PGDG's RPMs, openSUSE, Alpine, Homebrew on ARM and on Intel, Postgres.app.
+USUAL_PROGRAMS = (
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/lib/postgresql*/bin",
+    "/usr/libexec/postgresql*",
+    "/opt/homebrew/opt/postgresql*/bin",
+    "/usr/local/opt/postgresql*/bin",
+    "/Applications/Postgres.app/Contents/Versions/*/bin",
+)
+
+HOW_TO_INSTALL = f"""PostgreSQL's server programs (initdb, pg_ctl, postgres; version {OLDEST} or later) are not here. Install them, then try again:
+  Debian, Ubuntu   sudo apt-get install postgresql
+  Fedora           sudo dnf install postgresql-server
+  macOS            brew install postgresql@17"""
+
+# Debian's package creates and starts a cluster of its own, on the usual port. It asks this file first, which postgresql-common brings; the line
+# goes again, so that a PostgreSQL that the user installs later gets its cluster.
+APT_SCRIPT = r"""
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+install() { apt-get -qq -o DPkg::Lock::Timeout=120 install --yes --no-install-recommends "$1"; }
+install postgresql-common || { apt-get -qq update; install postgresql-common; }
+conf=/etc/postgresql-common/createcluster.conf
+trap 'sed -i "/# by login-etl$/d" "$conf"' EXIT
+echo 'create_main_cluster = false # by login-etl' >> "$conf"
+install postgresql
+"""
+
+
+class PostgresError(Exception):
+    """The server cannot be installed, made, started or stopped; the text says why, for the person at the terminal."""
+
+
+class Postgres:
+    """Owns one server and its data, kept in `directory`.
+
+    Run by root, the server runs as the user `postgres` or `nobody`, as PostgreSQL demands; if that user cannot reach `directory`, the data lies
+    under /var/tmp in a place that follows from the directory's path, so that any later process finds it.
+    """
+
+    host = "localhost"
+
+    def __init__(self, directory: Path, port: int | None = None):
+        """A `port` given is used or refused; otherwise it is 5432 if that is free, else any that is."""
+        self.directory = Path(directory).resolve()
+        self.log_file = self.directory / "postgres.log"
+        self._port = port
+
+    @classmethod
+    def attach(cls, directory: Path) -> "Postgres | None":
+        """The server that an earlier process left running from `directory`, or None."""
+        server = cls(directory)
+        if not server.running:
+            return None
+        server._port = int(server._lock_file.read_text().splitlines()[3])
+        return server
+
+    # Where things are.
+
+    @property
+    def port(self) -> int:
+        if self._port is None:
+            raise PostgresError("PostgreSQL has no port before it is started")
+        return self._port
+
+    @property
+    def running(self) -> bool:
+        return self._pid() is not None
+
+    @property
+    def ca_file(self) -> Path:
+        """The certificate (PEM) of the authority that vouches for the server as `localhost`, and not as `127.0.0.1`."""
+        return self._home / "ca.pem"
+
+    @property
+    def admin_password(self) -> str:
+        return (self._home / "password").read_text().strip()
+
+    def url(self, database: str, user: str, password: str) -> str:
+        """A libpq URL, also understood by tokio-postgres; it leaves TLS to the client's default."""
+        return f"postgresql://{quote(user, safe='')}:{quote(password, safe='')}@{self.host}:{self.port}/{quote(database, safe='')}"
+
+    def connect(self, database: str = "postgres", **options) -> psycopg.Connection:
+        """A connection as superuser, over verified TLS; `options` are psycopg's (`autocommit=True`)."""
+        return psycopg.connect(
+            host=self.host,
+            hostaddr="127.0.0.1",
+            port=self.port,
+            dbname=database,
+            user="postgres",
+            password=self.admin_password,
+            sslmode="verify-full",
+            sslrootcert=str(self.ca_file),
+            connect_timeout=10,
+            **options,
+        )
+
+    def create_database(self, name: str) -> None:
+        """Raises psycopg's DuplicateDatabase where it exists."""
+        with self.connect(autocommit=True) as connection:
+            connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
+
+    # Its life.
+
+    def start(self) -> "Postgres":
+        """Returns when the server accepts connections, having made it first if need be; if it fails or is interrupted, none runs.
+
+        A server that an earlier run left is stopped first. The port stays the same for as long as this object lives.
+        """
+        self.stop()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # First, as their installation may bring the user that owns everything after.
+        _ = self._programs
+        if not self._data.exists():
+            self._create()
+        # Left by a killed server, it may name a pid that another program has by now. Deleting it gives nothing away: as long as any process
+        # of the killed server lives, its shared memory keeps a new one from starting.
+        self._lock_file.unlink(missing_ok=True)
+        try:
+            self._launch()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self, mode: str = "fast") -> None:
+        """Ends the server and returns when it is gone; `mode` is `fast`, or `immediate` for a crash. Nothing happens if none runs."""
+        pid = self._pid()
+        if pid is None:
+            return
+        for stop_signal in (signal.SIGINT, signal.SIGQUIT) if mode == "fast" else (signal.SIGQUIT,):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, stop_signal)
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while time.monotonic() < deadline:
+                if not serves(pid, self._data):
+                    return
+                time.sleep(0.02)
+        raise PostgresError(f"PostgreSQL (pid {pid}) does not stop{self._log_tail()}")
+
+    def restart(self, mode: str = "fast") -> None:
+        """Stops and starts it on the same port; `immediate` makes it recover from a crash."""
+        self.stop(mode)
+        self.start()
+
+    def remove(self) -> None:
+        """Stops the server and deletes its data; the log stays, in `directory`."""
+        self.stop()
+        home = self._home
+        self._discard_unfinished()
+        if self._data.exists():
+            shutil.rmtree(self._data)
+        for file in ("password", "ca.pem", "server.pem", "server.key"):
+            (home / file).unlink(missing_ok=True)
+        if home == self._refuge:
+            home.rmdir()
+
+    # The place of the data.
+
+    @property
+    def _refuge(self) -> Path:
+        """Under root, where the data goes if the server's user cannot reach `directory`."""
+        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:12]
+        return Path("/var/tmp") / f"login-etl-postgres-{digest}"
+
+    @property
+    def _home(self) -> Path:
+        # Anyone may make a directory in /var/tmp; only one of root's is ours.
+        if os.geteuid() == 0 and self._refuge.is_dir() and self._refuge.lstat().st_uid == 0:
+            return self._refuge
+        return self.directory
+
+    @property
+    def _data(self) -> Path:
+        return self._home / "data"
+
+    @property
+    def _lock_file(self) -> Path:
+        return self._data / "postmaster.pid"
+
+    @property
+    def _account(self) -> pwd.struct_passwd | None:
+        """The user to run the server as, or None for ourselves."""
+        if os.geteuid() != 0:
+            return None
+        if self._data.exists():
+            return pwd.getpwuid(self._data.stat().st_uid)
+        for name in ("postgres", "nobody"):
+            with contextlib.suppress(KeyError):
+                return pwd.getpwnam(name)
+        raise PostgresError("PostgreSQL does not run as root, and there is neither a user `postgres` nor `nobody` to run it as")
+
+    @property
+    def _as_account(self) -> dict:
+        """That user, in subprocess's words."""
+        account = self._account
+        return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if account else {}
+
+    def _create(self) -> None:
+        # pg_ctl hands the path to a shell, in double quotes.
+        if set(str(self._data)) & set('"$`\\'):
+            raise PostgresError(f"PostgreSQL's pg_ctl does not bear {self.directory}: please use a path without \", $, ` and \\")
+        if self._home != self._refuge and not self._reachable():
+            self._refuge.mkdir(mode=0o711)
+            self._refuge.chmod(0o711)
+            print(f"PostgreSQL's data goes to {self._refuge}, as user `{self._account.pw_name}` cannot reach {self.directory}")
+        self._write("password", secrets.token_urlsafe(24).encode(), mode=0o600)
+        self._make_certificates()
+        # Under a name of its own: the initdb of a killed run may still be writing to the last one.
+        self._discard_unfinished()
+        unfinished = Path(tempfile.mkdtemp(prefix="data.", dir=self._home))
+        if account := self._account:
+            os.chown(unfinished, account.pw_uid, account.pw_gid)
+        self.log_file.write_bytes(b"")
+        if not self._run(
+            *("initdb", "--pgdata", str(unfinished), "--username", "postgres", "--pwfile", str(self._home / "password")),
+            *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"),
+        ):
+            raise PostgresError(f"PostgreSQL's initdb failed{self._log_tail()}")
+        # Last, so that data found in their place are whole.
+        unfinished.rename(self._data)
+
+    def _discard_unfinished(self) -> None:
+        for unfinished in self._home.glob("data.*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _reachable(self) -> bool:
+        return subprocess.run(["test", "-x", self.directory], cwd="/", **self._as_account).returncode == 0
+
+    def _write(self, name: str, content: bytes, mode: int) -> None:
+        """A file beside the data; one that not everyone may read belongs to the server's user."""
+        path = self._home / name
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+            if not mode & 0o004 and (account := self._account):
+                os.fchown(file.fileno(), account.pw_uid, account.pw_gid)
+
+    def _make_certificates(self) -> None:
+        """An authority, whose key nobody keeps, and the server's certificate for DNS:localhost alone: tests need a name it does not have."""
+        now = datetime.now(UTC)
+
+        def certificate(name, public_key, issuer, signing_key):
+            return (
+                x509.CertificateBuilder()
+                .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+                .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+                .public_key(public_key)
+                .serial_number(x509.random_serial_number())
+                .not_valid_before(now - timedelta(days=1))
+                # macOS refuses server certificates that are valid for more than 825 days.
+                .not_valid_after(now + timedelta(days=800))
+                .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False)
+            )
+
+        def key_usage(*uses):
+            every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+            every += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+            return x509.KeyUsage(**{use: use in uses for use in every})
+
+        authority, authority_key = "login-etl local authority", ec.generate_private_key(ec.SECP256R1())
+        authority_certificate = (
+            certificate(authority, authority_key.public_key(), authority, authority_key)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True)
+            .sign(authority_key, hashes.SHA256())
+        )
+        server_key = ec.generate_private_key(ec.SECP256R1())
+        server_certificate = (
+            certificate(self.host, server_key.public_key(), authority, authority_key)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(key_usage("digital_signature"), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(self.host)]), critical=False)
+            .sign(authority_key, hashes.SHA256())
+        )
+        pem = serialization.Encoding.PEM
+        self._write("ca.pem", authority_certificate.public_bytes(pem), mode=0o644)
+        self._write("server.pem", server_certificate.public_bytes(pem), mode=0o644)
+        key_format = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        self._write("server.key", server_key.private_bytes(pem, *key_format), mode=0o600)
+
+    # The process.
+
+    def _pid(self) -> int | None:
+        """The pid of our own server: a live process whose command line names our data, as a recycled pid's does not."""
+        try:
+            pid = int(self._lock_file.read_text().split("\n", 1)[0])
+        except (FileNotFoundError, ValueError):
+            return None
+        return pid if serves(pid, self._data) else None
+
+    def _launch(self) -> None:
+        chosen = self._port is None
+        settings = " ".join(f"-c {name}='{value}'" for name, value in SETTINGS.items())
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            port = free_port() if chosen else self._port
+            self.log_file.touch()
+            log_before = self.log_file.stat().st_size
+            if self._run(
+                *("pg_ctl", "start", "--pgdata", str(self._data), "--wait", "--timeout", str(PATIENCE_SECONDS)),
+                *("--options", f"-p {port} {settings}"),
+            ):
+                break
+            complaint = self._log_tail(log_before)
+            passing = "shared memory block" in complaint or (chosen and "could not bind" in complaint)
+            if not passing or time.monotonic() > deadline:
+                raise PostgresError(f"PostgreSQL does not start on port {port}{complaint}")
+            time.sleep(0.5)
+        self._port = port
+        if chosen:
+            taken = f" ({USUAL_PORT} is taken)" if port != USUAL_PORT else ""
+            print(f"PostgreSQL {self._programs[1]} listens on {self.host}:{port}{taken}")
+
+    def _run(self, program: str, *arguments: str) -> bool:
+        """Whether one of PostgreSQL's programs succeeds; what it says goes to the log.
+
+        It has a session of its own, so that Ctrl-C reaches us alone, and finishes even then: half of pg_ctl could leave a server nobody knows.
+        """
+        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        with open(self.log_file, "ab") as log:
+            process = subprocess.Popen(
+                [self._programs[0] / program, *arguments],
+                cwd="/",
+                env=environment | {"LC_ALL": "C", "TZ": "UTC"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **self._as_account,
+            )
+            try:
+                return process.wait() == 0
+            except BaseException:
+                process.wait()
+                raise
+
+    def _log_tail(self, offset: int = 0) -> str:
+        lines = self.log_file.read_bytes()[offset:].decode(errors="replace").splitlines()[-15:]
+        return "\n  ".join([f"; the end of {self.log_file}:", *lines])
+
+    # The programs.
+
+    @cached_property
+    def _programs(self) -> tuple[Path, int]:
+        """The directory of the server's programs, and their major version: that of the data, else what PATH has, else the newest."""
+        found = self._find_programs()
+        if not found:
+            install()
+            found = self._find_programs()
+        if not found:
+            raise PostgresError(HOW_TO_INSTALL)
+        with contextlib.suppress(FileNotFoundError):
+            made_by = int((self._data / "PG_VERSION").read_text())
+            for programs in found:
+                if programs[1] == made_by:
+                    return programs
+            raise PostgresError(f"{self._data} needs PostgreSQL {made_by}, which is not here; `./local/down` deletes it")
+        return found[0]
+
+    def _find_programs(self) -> list[tuple[Path, int]]:
+        on_path = shutil.which("initdb")
+        first = [Path(on_path).resolve().parent] if on_path else []
+        usual = sorted((Path(match) for pattern in USUAL_PROGRAMS for match in glob.glob(pattern)), key=self._version, reverse=True)
+        return [(directory, version) for directory in first + usual if (version := self._version(directory)) >= OLDEST]
+
+    def _version(self, directory: Path) -> int:
+        """The major version of the programs in `directory`; 0 if they are not all there, or not for the server's user to run."""
+        if not all((directory / program).exists() for program in ("initdb", "pg_ctl", "postgres")):
+            return 0
+        try:
+            answer = subprocess.run([directory / "postgres", "--version"], cwd="/", capture_output=True, text=True, **self._as_account)
+        except PermissionError:
+            return 0
+        major = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)
+        return int(major[1]) if major else 0
+
+
+def install() -> None:
+    """Installs PostgreSQL with apt, if that is there and we may use it without a password."""
+    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if not shutil.which("apt-get") or not succeeds(*as_root, "true"):
+        raise PostgresError(HOW_TO_INSTALL)
+    print("PostgreSQL is not here: installing Debian's package `postgresql`, without a cluster (a minute or two)")
+    apt = subprocess.run([*as_root, "sh", "-c", APT_SCRIPT], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if apt.returncode != 0:
+        said = "\n  ".join((apt.stdout + apt.stderr).splitlines()[-15:])
+        raise PostgresError(f"apt could not install PostgreSQL:\n  {said}\n{HOW_TO_INSTALL}")
+
+
+def succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def serves(pid: int, data: Path) -> bool:
+    """Whether the process is a server of these data."""
+    if Path("/proc/self").exists():
+        try:
+            return b"\0-D\0%b\0" % os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+    return f"-D {data} " in subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE, text=True).stdout
+
+
+def free_port() -> int:
+    """The usual port, or another that nothing listens on, be it at ::1 alone, where clients would look for `localhost` first."""
+
+    def answers(family: int, address: str) -> bool:
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.settimeout(1)
+            return probe.connect_ex((address, USUAL_PORT)) == 0
+        return False
+
+    with socket.socket() as listener:
+        # As PostgreSQL does: connections of an earlier server that linger are no obstacle.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not answers(socket.AF_INET, "127.0.0.1") and not answers(socket.AF_INET6, "::1"):
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", USUAL_PORT))
+                return USUAL_PORT
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,81 @@
+"""The servers of a local world, and the settings that lead to them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from world import paths
+from world.localstack import CREDENTIALS, REGION, LocalStack
+from world.postgres import Postgres
+
+DATABASE_SECRET = "login-etl/database"
+
+
+class Servers:
+    """A PostgreSQL with the schema applied, and a LocalStack with the secret of its superuser's credentials."""
+
+    def __init__(self, directory: Path):
+        self.postgres = Postgres(directory / "postgres")
+        self.localstack = LocalStack(directory / "localstack", Path(sys.executable))
+
+    @classmethod
+    def attach(cls, directory: Path) -> "Servers":
+        """The servers that another process started in `directory`; raises `RuntimeError` if either does not run."""
+        servers = cls(directory)
+        servers.localstack = LocalStack.attach(directory / "localstack")
+        if not (postgres := Postgres.attach(directory / "postgres")):
+            raise RuntimeError(f"no PostgreSQL runs in {directory}")
+        servers.postgres = postgres
+        return servers
+
+    def __enter__(self) -> "Servers":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.postgres.start()
+        self.localstack.start()
+        self.apply_schema("postgres")
+        secret = {"username": "postgres", "password": self.postgres.admin_password}
+        answer = self.localstack.client("secretsmanager").create_secret(Name=DATABASE_SECRET, SecretString=json.dumps(secret))
+        self.database_secret_arn = answer["ARN"]
+
+    def stop(self) -> None:
+        """Stops both and deletes PostgreSQL's data; the logs stay."""
+        self.localstack.stop()
+        self.postgres.remove()
+
+    def apply_schema(self, database: str) -> None:
+        with self.postgres.connect(database) as connection:
+            for file in sorted((paths.ROOT / "schema").glob("*.sql")):
+                connection.execute(file.read_text())
+
+    def database_settings(self) -> dict[str, str]:
+        """The function's settings for this PostgreSQL."""
+        return {
+            "DATABASE_HOST": self.postgres.host,
+            "DATABASE_PORT": str(self.postgres.port),
+            "DATABASE_NAME": "postgres",
+            "DATABASE_CA_FILE": str(self.postgres.ca_file),
+        }
+
+    def environment(self) -> dict[str, str]:
+        """How any AWS SDK or CLI reaches this LocalStack, and the function or a test both servers."""
+        return {
+            "AWS_ENDPOINT_URL": self.localstack.endpoint,
+            **CREDENTIALS,
+            "DATABASE_SECRET_ID": DATABASE_SECRET,
+            **self.database_settings(),
+        }
+
+    def child_environment(self) -> dict[str, str]:
+        """The same, for a child process, over our own environment."""
+        return os.environ | self.environment()

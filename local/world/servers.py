@@ -1,7 +1,6 @@
 """The servers of a local world, and the settings that lead to them."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -75,7 +74,3 @@ class Servers:
             "DATABASE_SECRET_ID": DATABASE_SECRET,
             **self.database_settings(),
         }
-
-    def child_environment(self) -> dict[str, str]:
-        """The same, for a child process, over our own environment."""
-        return os.environ | self.environment()

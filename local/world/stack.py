@@ -1,6 +1,7 @@
 """The product's own stack, built and deployed by SAM CLI into a local world's LocalStack."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -11,7 +12,7 @@ from world.servers import Servers
 
 NAME = "login-etl"
 # Short, so that a bad message reaches the dead-letter queue while somebody watches.
-PARAMETERS = {"FunctionTimeout": 2, "BatchWindow": 1, "VisibilityTimeout": 13, "MaxReceiveCount": 3}
+PARAMETERS = {"FunctionTimeout": 1, "BatchWindow": 1, "VisibilityTimeout": 7, "MaxReceiveCount": 3}
 TICK_SECONDS = 10
 
 
@@ -96,7 +97,8 @@ def deploy(servers: Servers, name: str = NAME, **parameters: object) -> Stack:
         *("--resolve-s3", "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
         *("--parameter-overrides", *(f"{key}={value}" for key, value in parameters.items())),
         what="Deploying the stack",
-        environment=servers.child_environment(),
+        # SAM CLI looks every five seconds whether CloudFormation is done.
+        environment=os.environ | servers.environment() | {"SAM_CLI_POLL_DELAY": "0.5"},
     )
     return Stack(servers, name)
 

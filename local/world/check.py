@@ -117,7 +117,7 @@ def check_function() -> None:
     """The library's tests and the deployed stack's, on servers of their own."""
     with Servers(WORLD) as servers:
         command("cargo", "test", "--workspace", "--locked", "--no-run")
-        command("cargo", "test", "--workspace", "--locked", show=True, **servers.environment())
+        command("cargo", "test", "--workspace", "--locked", show=True, PYTHON=sys.executable, **servers.environment())
         stack.build()
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
         stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, VisibilityTimeout=19)

@@ -230,7 +230,7 @@ def keep(servers: Servers, deployed: stack.Stack) -> None:
     """Writes down how to reach the world, and says it."""
     url = servers.postgres.url("postgres", "postgres", servers.postgres.admin_password)
     database_url = f"{url}?sslmode=verify-full&sslrootcert={servers.postgres.ca_file}"
-    settings = servers.environment() | deployed.environment() | {"DATABASE_URL": database_url}
+    settings = servers.environment() | deployed.environment() | {"DATABASE_URL": database_url, "PYTHON": sys.executable}
     paths.ENV.touch(mode=0o600)
     paths.ENV.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
     heading("Everything goes on running; ./local/down stops it")

@@ -5,6 +5,8 @@ use std::process::Command;
 use login_etl::mask::Keyring;
 use serde_json::json;
 
+use crate::world::variable;
+
 /// NIST SP 800-38A's AES-256 key; its first 32 and 48 digits serve as AES-128 and AES-192 keys.
 const KEY: &str = "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4";
 const IV: &str = "000102030405060708090a0b0c0d0e0f";
@@ -83,13 +85,14 @@ cipher = AES.new(bytes.fromhex(sys.argv[1]), AES.MODE_SIV); cipher.update(sys.ar
 text, tag = cipher.encrypt_and_digest(sys.stdin.buffer.read())
 print('siv:' + b64encode(tag + text).decode())";
 
+    let python = variable("PYTHON");
     for value in VALUES {
-        let mut command = Command::new("python3");
+        let mut command = Command::new(&python);
         command.args(["-c", CBC, KEY, IV]);
         assert_eq!(mask(&json!({"key": KEY, "iv": IV}), "ip", value), output(command, value), "{value}");
         let long = format!("{SIV_KEY}{KEY}");
         for key in [SIV_KEY, &long] {
-            let mut command = Command::new("python3");
+            let mut command = Command::new(&python);
             command.args(["-c", SIV, key, "device_id"]);
             assert_eq!(mask(&siv(key), "device_id", value), output(command, value), "{value}");
         }
@@ -99,9 +102,9 @@ print('siv:' + b64encode(tag + text).decode())";
 /// Runs a tool of `./local/test`'s environment on `input`.
 fn output(mut command: Command, input: &str) -> String {
     use std::{io::Write, process::Stdio};
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("openssl and python3 on PATH");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("openssl is on PATH");
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{command:?} failed: is this run through ./local/test?");
+    assert!(output.status.success(), "{command:?} failed");
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }

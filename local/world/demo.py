@@ -8,6 +8,7 @@ import argparse
 import base64
 import fcntl
 import json
+import statistics
 import sys
 import time
 from collections import Counter
@@ -105,6 +106,7 @@ def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
         inserted = database.execute("select count(*) from user_logins").fetchone()[0]
     deduplicated = sum(line["deduplicated"] for line in deployed.log() if line.get("message") == "batch loaded")
 
+    show_function(deployed)
     heading("The count")
     # SQS itself may deliver a message twice, too.
     again = max(len(twice), deduplicated)
@@ -211,6 +213,16 @@ def tells(body: str, user_id: str, ip: str) -> bool:
         return login["user_id"] == user_id and (login["ip"] == ip or ip_address(login["ip"]) == ip_address(ip))
     except (ValueError, TypeError, KeyError):
         return False
+
+
+def show_function(deployed: stack.Stack) -> None:
+    """What the platform measured of the function."""
+    reports = [line["record"]["metrics"] for line in deployed.log() if line.get("type") == "platform.report"]
+    starts = [report["initDurationMs"] for report in reports if "initDurationMs" in report]
+    heading("The function")
+    print(f"  {len(reports)} invocations, {statistics.median(report['durationMs'] for report in reports):.0f} ms in the median")
+    print(f"  {len(starts)} cold start of {statistics.median(starts):.0f} ms: secrets read, connected to PostgreSQL over TLS")
+    print(f"  {max(report['maxMemoryUsedMB'] for report in reports)} MB of memory at most")
 
 
 def heading(text: str) -> None:

@@ -50,6 +50,22 @@ async fn a_batch_that_cannot_finish_fails_before_its_deadline_and_may_come_back(
 }
 
 #[tokio::test]
+async fn a_conflict_with_another_session_is_tried_again() {
+    let world = World::new().await;
+    // A sequence keeps counting when its transaction is rolled back: the first two tries conflict.
+    let conflicts = "
+        create sequence tries;
+        create function conflict() returns trigger language plpgsql as $$ begin
+            if nextval('tries') <= 2 then raise exception using errcode = '40001'; end if;
+            return null;
+        end $$;
+        create trigger conflict after insert on user_logins for each statement execute procedure conflict()";
+    world.admin.batch_execute(conflicts).await.unwrap();
+    assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..10))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 10);
+}
+
+#[tokio::test]
 async fn a_wrong_password_fails_the_batch_and_says_where_to_look() {
     let world = World::new().await;
     world.put_secret("database", &world.credentials("postgres", "canary-password")).await;

@@ -10,6 +10,7 @@ select
     min(create_date)        as first_day,
     max(create_date)        as last_day
 from user_logins
+where masked_ip is not null
 group by masked_ip
 having count(*) > 1;
 
@@ -21,5 +22,6 @@ select
     min(create_date)        as first_day,
     max(create_date)        as last_day
 from user_logins
+where masked_device_id is not null
 group by masked_device_id
 having count(*) > 1;

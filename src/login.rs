@@ -22,8 +22,8 @@ pub enum AppVersionEncoding {
     /// The dots go: `2.3.0` is 230. The original's rule; versions collide (`0.26` and `2.6`) and do not sort.
     #[default]
     Digits,
-    /// major · 10⁶ + minor · 10³ + patch: `2.3.0` is 2003000. Neither collides nor missorts;
-    /// minor and patch reach 999, and more than three parts are refused.
+    /// major · 10⁶ + minor · 10³ + patch: `2.3.0` is 2003000. Sorts as versions do, and only equal ones are equal
+    /// (`6.2`, `6.02` and `6.2.0` are). Minor and patch reach 999, and more than three parts are refused.
     Ordered,
 }
 

@@ -7,7 +7,7 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::Error as _};
 use zeroize::Zeroizing;
 
 use crate::mask::{Keyring, KeyringError};
@@ -44,7 +44,9 @@ pub enum SecretError {
         error: KeyringError,
     },
     /// It holds no credentials.
-    #[error("the secret {id:?} is not a JSON object with the strings \"username\" and \"password\"")]
+    #[error(
+        "the secret {id:?} is not a JSON object with \"username\" and \"password\", or its \"host\", \"port\" or \"dbname\" is none"
+    )]
     Credentials {
         /// The name or ARN.
         id: String,
@@ -71,24 +73,23 @@ pub struct Credentials {
     pub(crate) username: String,
     pub(crate) password: Zeroizing<String>,
     pub(crate) host: Option<String>,
-    pub(crate) port: Option<Port>,
+    #[serde(default, deserialize_with = "port")]
+    pub(crate) port: Option<u16>,
     pub(crate) dbname: Option<String>,
 }
 
 /// Rotation templates write the port as a number, people also as a string.
-#[derive(Clone, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum Port {
-    Number(u16),
-    Text(String),
-}
-
-impl Port {
-    pub(crate) fn number(&self) -> Option<u16> {
-        match self {
-            Self::Number(port) => Some(*port),
-            Self::Text(text) => text.parse().ok(),
-        }
+fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Port {
+        Number(u16),
+        Text(String),
+    }
+    match Option::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Port::Number(port)) => Ok(Some(port)),
+        Some(Port::Text(text)) => text.parse().map(Some).map_err(|_| D::Error::custom("not a port")),
     }
 }
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from world import paths, stack
 from world.postgres import PostgresError
-from world.servers import Servers
+from world.servers import Servers, alone
 
-WORLD = paths.LOCAL / "test"
+WORLD = paths.TEST_WORLD
 TICK_SECONDS = 20
 # Where a tool is not on PyPI, cargo builds it; without optimisation in a third of the time.
 CARGO_DENY = "cargo-deny@0.20.2"
@@ -25,7 +25,8 @@ class Failed(Exception):
 def main() -> int:
     options = parse_arguments()
     started = time.monotonic()
-    results = {name: run(name, check) for name, check in CHECKS.items() if not options.check or name in options.check}
+    with alone(WORLD):
+        results = {name: run(name, check) for name, check in CHECKS.items() if not options.check or name in options.check}
     print("\n" + "\n".join(f"  {'passed' if passed else 'FAILED'}  {name}" for name, passed in results.items()))
     print(f"\nchecks: {sum(results.values())} passed, {len(results) - sum(results.values())} failed")
     print(f"in {time.monotonic() - started:.0f} s")

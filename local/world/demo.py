@@ -6,14 +6,12 @@ shows what became of each. Ends with status 0 only if all of it adds up.
 
 import argparse
 import base64
-import fcntl
 import json
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from Crypto.Util.Padding import unpad
 
 from world import delivery, down, messages, paths, stack
 from world.postgres import PostgresError
-from world.servers import Servers
+from world.servers import Servers, alone
 
 # Beyond it nothing more will come: each bad message is received three times, seconds apart.
 QUIET_SECONDS = 120
@@ -33,8 +31,8 @@ def main() -> int:
     options = parse_arguments()
     bodies = read_lines(options.input) if options.input else messages.make(options.messages)
     with ExitStack() as cleanup:
-        cleanup.enter_context(alone())
-        down.main()
+        cleanup.enter_context(alone(paths.WORLD))
+        down.stop(paths.WORLD)
         print("Starting PostgreSQL and LocalStack ...")
         servers = cleanup.enter_context(Servers(paths.WORLD))
         print(f"LocalStack listens on {servers.localstack.endpoint}")
@@ -48,24 +46,12 @@ def main() -> int:
     return 0 if adds_up else 1
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Another demo of this checkout would take the servers away from under us."""
-    paths.WORLD.mkdir(parents=True, exist_ok=True)
-    with (paths.WORLD / "demo.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit("another ./local/demo runs in this checkout; wait for it, or stop it")
-        yield
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./local/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--messages", type=positive, default=100, metavar="N", help="send N made-up messages (default: 100)")
     source.add_argument("--input", type=Path, metavar="FILE", help="send the lines of FILE, each one message's body, instead")
-    parser.add_argument("--keep", action="store_true", help="leave everything running, and say how to reach it; ./local/down stops it")
+    parser.add_argument("--keep", action="store_true", help="leave everything running and say how to reach it, until ./local/down or the next demo")
     return parser.parse_args()
 
 
@@ -77,7 +63,7 @@ def positive(text: str) -> int:
 
 def read_lines(file: Path) -> list[str]:
     try:
-        bodies = [line for line in file.read_text().splitlines() if line.strip()]
+        bodies = [line for line in file.read_text().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"cannot read {file}: {error}")
     if not bodies:
@@ -97,16 +83,16 @@ def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
     wait_until_empty(deployed)
 
     dead = delivery.receive_all(deployed, deployed.dead_letter_queue_url)
-    reasons = wait_for_reasons(deployed, {message["MessageId"] for message in dead})
+    log = deployed.log()
     with servers.postgres.connect() as database:
         show_rows(database)
         show_duplicates(database)
-        show_dead_letters(dead, reasons)
+        show_dead_letters(dead, log)
         recovered = show_recovery(database, deployed, sent)
         inserted = database.execute("select count(*) from user_logins").fetchone()[0]
-    deduplicated = sum(line["deduplicated"] for line in deployed.log() if line.get("message") == "batch loaded")
+    deduplicated = sum(line["deduplicated"] for line in log if line.get("message") == "batch loaded")
 
-    show_function(deployed)
+    show_function(log)
     heading("The count")
     # SQS itself may deliver a message twice, too.
     again = max(len(twice), deduplicated)
@@ -114,7 +100,7 @@ def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
     print(f"  {inserted:7} inserted")
     print(f"  {deduplicated:7} deduplicated")
     print(f"  {len(dead):7} dead-lettered")
-    return recovered and len(sent) + again == inserted + deduplicated + len(dead) and len(sent) == inserted + len(dead)
+    return recovered and deduplicated == again and inserted + len(dead) == len(sent)
 
 
 def invoke(deployed: stack.Stack, event: dict) -> dict:
@@ -157,16 +143,6 @@ def wait_until_empty(deployed: stack.Stack) -> None:
         time.sleep(0.25)
 
 
-def wait_for_reasons(deployed: stack.Stack, message_ids: set[str]) -> dict[str, str]:
-    """Why the function refused each message, from its log, which lags behind a little."""
-    deadline = time.monotonic() + 20
-    while True:
-        reasons = {line["message_id"]: line["reason"] for line in deployed.log() if line.get("message") == "message failed"}
-        if message_ids <= reasons.keys() or time.monotonic() > deadline:
-            return reasons
-        time.sleep(0.5)
-
-
 def show_rows(database) -> None:
     heading(f"user_logins, {SHOWN} of its rows")
     show(database.execute(f"select * from user_logins limit {SHOWN}"))
@@ -184,8 +160,9 @@ def show_duplicates(database) -> None:
     )
 
 
-def show_dead_letters(dead: list[dict], reasons: dict[str, str]) -> None:
+def show_dead_letters(dead: list[dict], log: list[dict]) -> None:
     heading("The dead-letter queue, with the function's reasons")
+    reasons = {line["message_id"]: line["reason"] for line in log if line.get("message") == "message failed"}
     counts = Counter(reasons.get(message["MessageId"], "no reason in the log") for message in dead)
     for reason, count in counts.most_common():
         print(f"  {count:7} {reason}")
@@ -215,13 +192,13 @@ def tells(body: str, user_id: str, ip: str) -> bool:
         return False
 
 
-def show_function(deployed: stack.Stack) -> None:
+def show_function(log: list[dict]) -> None:
     """What the platform measured of the function."""
-    reports = [line["record"]["metrics"] for line in deployed.log() if line.get("type") == "platform.report"]
+    reports = [line["record"]["metrics"] for line in log if line.get("type") == "platform.report"]
     starts = [report["initDurationMs"] for report in reports if "initDurationMs" in report]
     heading("The function")
     print(f"  {len(reports)} invocations, {statistics.median(report['durationMs'] for report in reports):.0f} ms in the median")
-    print(f"  {len(starts)} cold start of {statistics.median(starts):.0f} ms: secrets read, connected to PostgreSQL over TLS")
+    print(f"  {max(starts):.0f} ms for a cold start: secrets read, connected to PostgreSQL over TLS")
     print(f"  {max(report['maxMemoryUsedMB'] for report in reports)} MB of memory at most")
 
 

@@ -1,26 +1,38 @@
-"""Stops what a kept world runs and deletes its data; the logs stay. Nothing happens if nothing is there."""
+"""Stops what a kept demo runs, or what a killed run left, and deletes its data; the logs stay. Nothing happens if nothing is there."""
 
+import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from world import paths
 from world.localstack import LocalStack
 from world.postgres import Postgres, PostgresError
+from world.servers import alone
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="./local/down", description=__doc__).parse_args()
+    for world in (paths.WORLD, paths.TEST_WORLD):
+        if world.exists():
+            with alone(world):
+                stop(world)
+
+
+def stop(world: Path) -> None:
+    """Stops the servers of one world."""
     # It says so if none runs.
     with contextlib.suppress(RuntimeError):
-        if localstack := LocalStack.attach(paths.LOCALSTACK):
-            localstack.stop()
-            print("LocalStack is stopped")
-    postgres = Postgres(paths.POSTGRES)
+        LocalStack.attach(world / "localstack").stop()
+        print("LocalStack is stopped")
+    postgres = Postgres(world / "postgres")
     was_running = postgres.running
     # Its data also after a crash, and wherever they are.
     postgres.remove()
     if was_running:
         print("PostgreSQL is stopped")
-    paths.ENV.unlink(missing_ok=True)
+    if world == paths.WORLD:
+        paths.ENV.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ LOCAL = ROOT / "target" / "local"
 VENV = LOCAL / "venv"
 TOOLS = LOCAL / "tools"
 WORLD = LOCAL / "world"
-POSTGRES = WORLD / "postgres"
-LOCALSTACK = WORLD / "localstack"
-
+TEST_WORLD = LOCAL / "test"
 SAM_BUILD = LOCAL / "sam"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

@@ -144,11 +144,6 @@ class Postgres:
             **options,
         )
 
-    def create_database(self, name: str) -> None:
-        """Raises psycopg's DuplicateDatabase where it exists."""
-        with self.connect(autocommit=True) as connection:
-            connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
-
     # Its life.
 
     def start(self) -> "Postgres":

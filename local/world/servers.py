@@ -1,7 +1,11 @@
 """The servers of a local world, and the settings that lead to them."""
 
+import fcntl
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from world import paths
@@ -9,6 +13,20 @@ from world.localstack import CREDENTIALS, REGION, LocalStack
 from world.postgres import Postgres
 
 DATABASE_SECRET = "login-etl/database"
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keeps another run from taking the servers of `directory` away from under us, and ends us in order when we are told to end."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit("another run of this checkout is under way; wait for it, or stop it")
+        yield
 
 
 class Servers:
@@ -40,6 +58,9 @@ class Servers:
         self.stop()
 
     def start(self) -> None:
+        # Left by a run that was killed.
+        with suppress(RuntimeError):
+            LocalStack.attach(self.localstack.directory).stop()
         self.postgres.start()
         self.localstack.start()
         self.apply_schema("postgres")

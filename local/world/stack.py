@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -47,9 +48,13 @@ class Stack:
         return bytes.fromhex(json.loads(secret["SecretString"])["key"])
 
     def log(self) -> list[dict]:
-        """The function's log lines so far: its own, the platform's, and the metrics."""
-        pages = self.localstack.client("logs").get_paginator("filter_log_events").paginate(logGroupName=f"/aws/lambda/{self.name}")
-        return [json.loads(event["message"]) for page in pages for event in page["events"]]
+        """The function's log lines so far: its own, the platform's, and the metrics. CloudWatch has the same, a little later."""
+        return [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+
+    def log_text(self) -> str:
+        """All that the function's environments wrote."""
+        files = sorted(self.localstack.function_logs.glob(f"{self.function_name}-*.log"))
+        return "".join(file.read_text(errors="replace") for file in files)
 
     def depth(self, queue_url: str) -> tuple[int, int]:
         """How many of a queue's messages wait, and how many are being handled."""
@@ -124,7 +129,8 @@ def run(*command: str | Path, what: str, environment: dict[str, str] | None = No
                 except subprocess.TimeoutExpired:
                     print(f"  ... {time.monotonic() - started:.0f} s  {last_line(log)}")
         except BaseException:
-            process.kill()
+            # With all it started: a build goes on without its `sam`.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
     if status != 0:

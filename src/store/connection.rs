@@ -1,22 +1,20 @@
 //! The one connection to PostgreSQL that an execution environment keeps.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use native_tls::{Certificate, Protocol, TlsConnector};
 use postgres_native_tls::MakeTlsConnector;
-use tokio::{
-    task::JoinHandle,
-    time::{Instant, timeout},
-};
+use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, Config, NoTls, Socket, config::SslMode, tls::MakeTlsConnect};
 
-use super::StoreError;
+use super::{DatabaseError, StoreError};
 use crate::{
     config::{DatabaseConfig, Tls},
     secrets::Credentials,
 };
 
 /// After a pause this long, the environment may have been frozen and the connection be gone without a word.
+/// By the wall clock: the monotonic one stands still in a freeze.
 const CHECK_AFTER: Duration = Duration::from_secs(5);
 /// Longest wait for a live server's answer to that check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,7 +31,7 @@ pub(super) struct Connector {
 pub(super) struct Connection {
     pub(super) client: Client,
     driver: JoinHandle<()>,
-    used: Instant,
+    used: SystemTime,
 }
 
 impl Drop for Connection {
@@ -46,8 +44,9 @@ impl Drop for Connection {
 impl Connection {
     /// Whether the server still answers; asked only after a pause.
     pub(super) async fn is_alive(&mut self) -> bool {
-        let paused = self.used.elapsed() >= CHECK_AFTER;
-        self.used = Instant::now();
+        // A clock that was set back says nothing.
+        let paused = self.used.elapsed().map_or(true, |pause| pause >= CHECK_AFTER);
+        self.used = SystemTime::now();
         if self.client.is_closed() {
             return false;
         }
@@ -85,9 +84,14 @@ impl Connector {
         &self.config.secret_id
     }
 
+    /// The host to connect to, of the settings or else of the secret.
+    pub(super) fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
+        self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)
+    }
+
     pub(super) async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
-        let host = self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)?;
-        let port = self.config.port.or_else(|| credentials.port.as_ref()?.number()).unwrap_or(5432);
+        let host = self.host(credentials)?;
+        let port = self.config.port.or(credentials.port).unwrap_or(5432);
         let name = self.config.name.as_deref().or(credentials.dbname.as_deref()).unwrap_or("postgres");
         let mut config = Config::new();
         config
@@ -106,7 +110,7 @@ impl Connector {
         };
         // The driver's own limit covers the TCP handshake only.
         match timeout(self.config.connect_timeout, opening).await {
-            Ok(opened) => opened.map_err(|error| StoreError::from(&error)),
+            Ok(opened) => opened.map_err(|error| StoreError::Connect(DatabaseError::new(&error))),
             Err(_) => Err(StoreError::ConnectTimeout),
         }
     }
@@ -120,5 +124,5 @@ where
     let (client, connection) = config.connect(tls).await?;
     // What ends the connection shows in the statement that it fails.
     let driver = tokio::spawn(async { drop(connection.await) });
-    Ok(Connection { client, driver, used: Instant::now() })
+    Ok(Connection { client, driver, used: SystemTime::now() })
 }

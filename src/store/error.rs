@@ -30,15 +30,12 @@ pub enum StoreError {
     /// The invocation ran out of time.
     #[error("the invocation's deadline came first")]
     Deadline,
-    /// The database answered with an error, or stopped answering.
-    #[error("{0}")]
-    Database(DatabaseError),
-}
-
-impl From<&tokio_postgres::Error> for StoreError {
-    fn from(error: &tokio_postgres::Error) -> Self {
-        Self::Database(DatabaseError::new(error))
-    }
+    /// The database did not let us in.
+    #[error("cannot connect to the database: {0}")]
+    Connect(DatabaseError),
+    /// The database refused the statement, or stopped answering.
+    #[error("cannot insert: {0}")]
+    Insert(DatabaseError),
 }
 
 impl StoreError {
@@ -49,16 +46,18 @@ impl StoreError {
             Self::NoHost | Self::CaFile { .. } | Self::Tls(_) => "Configuration",
             Self::ConnectTimeout => "DatabaseUnavailable",
             Self::Deadline => "Deadline",
-            Self::Database(error) if error.refuses_credentials() => "DatabaseCredentials",
-            Self::Database(DatabaseError(Cause::Tls(_))) => "DatabaseTls",
-            Self::Database(error) if error.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
-            Self::Database(_) => "Database",
+            Self::Connect(error) if error.refuses_credentials() => "DatabaseCredentials",
+            Self::Connect(DatabaseError(Cause::Tls(_))) => "DatabaseTls",
+            Self::Connect(_) | Self::Insert(_) if self.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
+            Self::Connect(_) | Self::Insert(_) => "Database",
         }
     }
 
     pub(super) fn remedy(&self) -> Remedy {
         match self {
-            Self::Database(error) => error.remedy(),
+            Self::Insert(error) => error.remedy(),
+            // Whatever is wrong at the door, it is not a row.
+            Self::Connect(error) if error.remedy() == Remedy::Reconnect => Remedy::Reconnect,
             _ => Remedy::GiveUp,
         }
     }
@@ -95,7 +94,7 @@ enum Cause {
 }
 
 impl DatabaseError {
-    fn new(error: &tokio_postgres::Error) -> Self {
+    pub(super) fn new(error: &tokio_postgres::Error) -> Self {
         if let Some(answer) = error.as_db_error() {
             return Self(Cause::Sqlstate {
                 code: answer.code().code().to_owned(),
@@ -109,8 +108,14 @@ impl DatabaseError {
             (_, Some(tls)) => Cause::Tls(tls.to_string()),
             (Some(io), _) => Cause::Lost(io.kind().to_string()),
             _ if error.is_closed() => Cause::Lost("connection closed".to_owned()),
-            // Without a source it names the kind of failure alone.
-            _ => Cause::Driver(error.to_string()),
+            // Without its source it names the kind of failure alone. The driver does not tell a server without TLS apart
+            // in any other way.
+            _ => match error.to_string() {
+                kind if kind == "error performing TLS handshake" => {
+                    Cause::Tls("the server does not offer it; DATABASE_TLS=disable is for local runs".to_owned())
+                }
+                kind => Cause::Driver(kind),
+            },
         })
     }
 
@@ -136,9 +141,9 @@ impl DatabaseError {
         match code.as_str() {
             // serialization_failure, deadlock_detected
             "40001" | "40P01" => Remedy::Repeat,
-            // admin_shutdown, crash_shutdown, cannot_connect_now; too_many_connections;
+            // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout; too_many_connections;
             // read_only_sql_transaction: a failover left us on the standby
-            "57P01" | "57P02" | "57P03" | "53300" | "25006" => Remedy::Reconnect,
+            "57P01" | "57P02" | "57P03" | "57P05" | "53300" | "25006" => Remedy::Reconnect,
             // data_exception, integrity_constraint_violation
             code if code.starts_with("22") || code.starts_with("23") => Remedy::Split,
             // connection_exception
@@ -165,9 +170,31 @@ impl fmt::Display for DatabaseError {
                     _ => "",
                 })
             }
-            Cause::Lost(kind) => write!(f, "no connection to the database: {kind}"),
-            Cause::Tls(reason) => write!(f, "no TLS with the database: {reason}"),
+            Cause::Lost(kind) => write!(f, "the connection is lost: {kind}"),
+            Cause::Tls(reason) => write!(f, "no TLS: {reason}"),
             Cause::Driver(reason) => f.write_str(reason),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_sqlstate_has_its_remedy() {
+        for (codes, remedy) in [
+            ("22001 22003 22021 22P02 23502 23505 23514", Remedy::Split),
+            ("40001 40P01", Remedy::Repeat),
+            ("08000 08006 57P01 57P02 57P03 57P05 53300 25006", Remedy::Reconnect),
+            ("28P01 28000 3D000 42P01 42501 53100 57014 XX000", Remedy::GiveUp),
+        ] {
+            for code in codes.split(' ') {
+                let error = DatabaseError(Cause::Sqlstate { code: code.to_owned(), constraint: None });
+                assert_eq!(error.remedy(), remedy, "{code}");
+                let at_the_door = if remedy == Remedy::Reconnect { remedy } else { Remedy::GiveUp };
+                assert_eq!(StoreError::Connect(error).remedy(), at_the_door, "{code}");
+            }
         }
     }
 }

@@ -36,8 +36,7 @@ const TRIES: u32 = 4;
 /// Wait before the second try; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 
-/// A row to insert, and the message it came from.
-#[derive(Debug)]
+/// A row to insert, and the message it came from. `Debug` shows the key alone, as groups are often named after users.
 pub struct Entry {
     /// The message's key in the ledger, unique within a batch.
     pub key: LedgerKey,
@@ -45,6 +44,12 @@ pub struct Entry {
     pub group: Option<String>,
     /// The row.
     pub row: Row,
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry").field("key", &self.key).finish_non_exhaustive()
+    }
 }
 
 /// What became of a batch's entries, by their index. Those in neither list are in the database.
@@ -72,6 +77,7 @@ impl Store {
     pub async fn new(config: DatabaseConfig, secrets: Secrets) -> Result<Self, StoreError> {
         let connector = Connector::new(config)?;
         let credentials = secrets.credentials(connector.secret_id()).await?;
+        connector.host(&credentials)?;
         Ok(Self { session: Mutex::new(Session { connector, secrets, credentials, connection: None }) })
     }
 
@@ -126,7 +132,7 @@ impl Session {
             }
             match self.insert_together(part.iter().map(|&index| &entries[index]).collect()).await {
                 Ok(inserted) => outcome.inserted += inserted,
-                Err(StoreError::Database(error)) if error.remedy() == Remedy::Split => {
+                Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
                     if let [index] = part[..] {
                         outcome.refused.push((index, error));
                         stopped.extend(entries[index].group.as_ref());
@@ -159,7 +165,7 @@ impl Session {
                 // Unnamed, so that a pooler in transaction mode can share the connection.
                 Ok(connection) => match connection.client.execute_typed(INSERT, &parameters).await {
                     Ok(inserted) => return Ok(inserted),
-                    Err(error) => StoreError::from(&error),
+                    Err(error) => StoreError::Insert(DatabaseError::new(&error)),
                 },
                 Err(error) => error,
             };
@@ -193,7 +199,7 @@ impl Session {
     /// Connects; refused credentials are read once more, because they may have been rotated.
     async fn connect(&mut self) -> Result<Connection, StoreError> {
         match self.connector.connect(&self.credentials).await {
-            Err(StoreError::Database(error)) if error.refuses_credentials() => {
+            Err(StoreError::Connect(error)) if error.refuses_credentials() => {
                 self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
                 self.connector.connect(&self.credentials).await
             }

@@ -71,7 +71,10 @@ async fn a_wrong_password_fails_the_batch_and_says_where_to_look() {
     world.put_secret("database", &world.credentials("postgres", "canary-password")).await;
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseCredentials");
-    assert_eq!(error.to_string(), "SQLSTATE 28P01: check username and password in the database secret");
+    assert_eq!(
+        error.to_string(),
+        "cannot connect to the database: SQLSTATE 28P01: check username and password in the database secret"
+    );
     assert!(!format!("{error:?}").contains("canary"));
 }
 
@@ -113,7 +116,7 @@ async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do()
     let event = event(0, bodies(0..2));
     let error = invoke(&handler, &event).await.unwrap_err();
     assert_eq!(error.error_type(), "Database");
-    assert!(error.to_string().starts_with("SQLSTATE 42501: the user may not write"), "{error}");
+    assert!(error.to_string().starts_with("cannot insert: SQLSTATE 42501: the user may not write"), "{error}");
     world.admin.batch_execute("drop table user_logins cascade").await.unwrap();
     let error = invoke(&handler, &event).await.unwrap_err();
     assert!(error.to_string().ends_with("apply the files in schema/"), "{error}");
@@ -124,7 +127,13 @@ async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starti
     let mut world = World::new().await;
     world.put_secret("database", r#"{"username": "canary"}"#).await;
     let error = world.try_handler().await.unwrap_err().to_string();
-    assert!(error.ends_with(r#"is not a JSON object with the strings "username" and "password""#), "{error}");
+    assert!(error.contains(r#"is not a JSON object with "username" and "password""#), "{error}");
+    world.put_secret("database", r#"{"username": "canary", "password": "canary", "port": "canary"}"#).await;
+    assert_eq!(world.try_handler().await.unwrap_err().error_type(), "Secret");
+    world.put_secret("database", r#"{"username": "canary", "password": "canary"}"#).await;
+    world.settings.remove("DATABASE_HOST");
+    let error = world.try_handler().await.unwrap_err().to_string();
+    assert!(error.starts_with("no database host: set DATABASE_HOST"), "{error}");
     world.put_secret("masking", r#"{"key": "canary"}"#).await;
     let error = world.try_handler().await.unwrap_err();
     assert!(error.to_string().contains("32, 48 or 64 hex digits"), "{error}");

@@ -90,6 +90,18 @@ async fn a_second_copy_of_a_bad_message_is_reported_once() {
 }
 
 #[tokio::test]
+async fn a_second_copy_of_a_refused_message_shares_its_fate() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-1')").await.unwrap();
+    let mut event: Value = serde_json::from_str(&event(0, bodies(0..3))).unwrap();
+    let copy = event["Records"][1].clone();
+    event["Records"].as_array_mut().unwrap().push(copy);
+    let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+    assert_eq!(failed(&response), [message_id(1)]);
+    assert_eq!(world.count("user_logins").await, 2);
+}
+
+#[tokio::test]
 async fn rows_that_postgresql_refuses_are_found_and_fail_alone() {
     let world = World::new().await;
     world

@@ -66,10 +66,6 @@ impl World {
         let server = connect(superuser.dbname("postgres")).await;
         server.batch_execute(&format!("create database {database}")).await.unwrap();
         let admin = connect(superuser.dbname(&database)).await;
-        for file in SCHEMA {
-            admin.batch_execute(file).await.unwrap();
-        }
-
         let settings = HashMap::from([
             ("MASKING_SECRET_ID", format!("{database}/masking")),
             ("DATABASE_SECRET_ID", format!("{database}/database")),
@@ -78,9 +74,16 @@ impl World {
             ("DATABASE_CA_FILE", variable("DATABASE_CA_FILE")),
         ]);
         let world = Self { secrets, superuser, admin, settings, database };
+        world.apply_schema().await;
         world.create_secret("masking", KEYRING).await;
         world.create_secret("database", &world.credentials(&user, &password)).await;
         world
+    }
+
+    pub async fn apply_schema(&self) {
+        for file in SCHEMA {
+            self.admin.batch_execute(file).await.unwrap();
+        }
     }
 
     pub fn credentials(&self, username: &str, password: &str) -> String {

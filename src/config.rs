@@ -11,6 +11,8 @@ pub struct Config {
     pub masking_secret_id: String,
     /// The `DATABASE_*` settings.
     pub database: DatabaseConfig,
+    /// `SECRETS_TTL`: the age at which the keyring is read again.
+    pub secrets_ttl: Duration,
     /// `APP_VERSION_ENCODING`: how `app_version` becomes an integer.
     pub app_version_encoding: AppVersionEncoding,
 }
@@ -28,9 +30,13 @@ pub struct DatabaseConfig {
     pub name: Option<String>,
     /// `DATABASE_TLS` and `DATABASE_CA_FILE`.
     pub tls: Tls,
+    /// `LEDGER_RETENTION_DAYS`: how long the ledger remembers a message.
+    pub ledger_retention: Duration,
     /// Longest time to wait for a connection.
     pub connect_timeout: Duration,
 }
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// Whether and how the connection to the database is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +92,18 @@ impl Config {
                     Some("disable") => Tls::Disable,
                     Some(_) => return Err(invalid("DATABASE_TLS", "verify-full or disable")),
                 },
+                ledger_retention: match optional("LEDGER_RETENTION_DAYS").map(|days| days.parse()) {
+                    None => DAY * 35,
+                    // A message keeps its id for 14 days in the queue at most, and then 14 in the dead-letter queue.
+                    Some(Ok(days @ 28..=36_500)) => DAY * days,
+                    Some(_) => return Err(invalid("LEDGER_RETENTION_DAYS", "a number of days from 28 to 36500")),
+                },
                 connect_timeout: Duration::from_secs(5),
+            },
+            secrets_ttl: match optional("SECRETS_TTL").map(|seconds| seconds.parse()) {
+                None => Duration::from_secs(3600),
+                Some(Ok(seconds)) => Duration::from_secs(seconds),
+                Some(Err(_)) => return Err(invalid("SECRETS_TTL", "a number of seconds")),
             },
             app_version_encoding: match optional("APP_VERSION_ENCODING").as_deref() {
                 None | Some("digits") => AppVersionEncoding::Digits,
@@ -128,6 +145,12 @@ mod tests {
             ("DATABASE_SECRET_ID", "", "set DATABASE_SECRET_ID: it is required"),
             ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
             ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
+            ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
+            (
+                "LEDGER_RETENTION_DAYS",
+                "27",
+                "set LEDGER_RETENTION_DAYS to a number of days from 28 to 36500: its value is not one of these",
+            ),
             (
                 "APP_VERSION_ENCODING",
                 "x",

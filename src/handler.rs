@@ -14,9 +14,10 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use crate::{
-    login::{AppVersionEncoding, Invalid, Login},
+    login::{AppVersionEncoding, Invalid, Login, Row},
     mask::Keyring,
     metrics,
+    secrets::FreshKeyring,
     store::{DatabaseError, Entry, LedgerKey, Store, StoreError},
 };
 
@@ -28,7 +29,7 @@ const NO_DEADLINE: Duration = Duration::from_secs(30);
 /// Handles batches; one for the life of an execution environment.
 #[derive(Debug)]
 pub struct Handler {
-    keyring: Keyring,
+    keyring: FreshKeyring,
     store: Store,
     app_version_encoding: AppVersionEncoding,
 }
@@ -104,7 +105,7 @@ struct Report {
 
 impl Handler {
     /// A handler with its keyring and its database.
-    pub fn new(keyring: Keyring, store: Store, app_version_encoding: AppVersionEncoding) -> Self {
+    pub fn new(keyring: FreshKeyring, store: Store, app_version_encoding: AppVersionEncoding) -> Self {
         Self { keyring, store, app_version_encoding }
     }
 
@@ -164,18 +165,20 @@ impl Handler {
             return Err(BatchError::NoMessageId);
         }
 
+        let keyring = self.keyring.current(deadline).await;
+        let horizon = self.store.horizon();
         let mut entries = Vec::with_capacity(records.len());
         let mut fates = HashMap::with_capacity(records.len());
         let mut stopped_groups = HashSet::new();
         for message in &records {
-            let key = ledger_key(message);
+            let key = ledger_key(message, horizon);
             // A second copy of a message in the batch shares the first one's fate.
             let hash_map::Entry::Vacant(fate) = fates.entry(key.message_id) else { continue };
             let group = fifo_group(message);
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
                 Err(Failure::HeldBack)
             } else {
-                self.row(message).map_err(Failure::Invalid)
+                self.row(message, &keyring).map_err(Failure::Invalid)
             };
             match row {
                 Ok(row) => {
@@ -197,22 +200,22 @@ impl Handler {
             fates.insert(entries[index].key.message_id, Some(failure));
         }
         for message in records {
-            if let Some(Some(failure)) = fates.get(&ledger_key(&message).message_id) {
+            if let Some(Some(failure)) = fates.get(&ledger_key(&message, horizon).message_id) {
                 report.failures.push((message.message_id.unwrap_or_default(), failure.clone()));
             }
         }
         Ok(())
     }
 
-    fn row(&self, message: &SqsMessage) -> Result<crate::login::Row, Invalid> {
+    fn row(&self, message: &SqsMessage, keyring: &Keyring) -> Result<Row, Invalid> {
         let body = message.body.as_deref().ok_or(Invalid::NoBody)?;
-        Login::parse(body, self.app_version_encoding)?.mask(&self.keyring)
+        Login::parse(body, self.app_version_encoding)?.mask(keyring)
     }
 }
 
-fn ledger_key(message: &SqsMessage) -> LedgerKey {
+fn ledger_key(message: &SqsMessage, horizon: SystemTime) -> LedgerKey {
     let sent_timestamp = message.attributes.get("SentTimestamp").map(String::as_str);
-    LedgerKey::new(message.message_id.as_deref().unwrap_or_default(), sent_timestamp)
+    LedgerKey::new(message.message_id.as_deref().unwrap_or_default(), sent_timestamp, horizon)
 }
 
 /// The message's group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.

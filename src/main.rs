@@ -4,14 +4,21 @@ use std::sync::Arc;
 
 use lambda_runtime::{Diagnostic, Error, service_fn};
 use lambda_runtime_api_client::{Client, body::Body, build_request};
-use login_etl::{config::Config, handler::Handler, logging, secrets::Secrets, store::Store};
+use login_etl::{
+    config::Config,
+    handler::Handler,
+    logging,
+    secrets::{FreshKeyring, Secrets},
+    store::Store,
+};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     logging::init();
     match init().await {
         Ok(handler) => {
-            lambda_runtime::run(service_fn(move |event| {
+            // Several invocations at once where Lambda says so, on Managed Instances; elsewhere one after the other.
+            lambda_runtime::run_concurrent(service_fn(move |event| {
                 let handler = Arc::clone(&handler);
                 async move { handler.invoke(event).await }
             }))
@@ -27,7 +34,7 @@ async fn main() -> Result<(), Error> {
 async fn init() -> Result<Arc<Handler>, Error> {
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
     let secrets = Secrets::from_env().await;
-    let keyring = secrets.keyring(&config.masking_secret_id).await?;
+    let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
     let store = Store::new(config.database, secrets).await?;
     // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
     if let Err(error) = store.connect().await {

@@ -1,6 +1,10 @@
 //! Secrets Manager: the keyring and the database's credentials.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
 use aws_smithy_http_client::{
@@ -8,6 +12,10 @@ use aws_smithy_http_client::{
     tls::{Provider, rustls_provider::CryptoMode},
 };
 use serde::{Deserialize, Deserializer, de::Error as _};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout_at},
+};
 use zeroize::Zeroizing;
 
 use crate::mask::{Keyring, KeyringError};
@@ -135,5 +143,55 @@ impl Secrets {
             SecretError::Read { id: id.to_owned(), code: code.to_owned() }
         })?;
         secret.secret_string.map(Zeroizing::new).ok_or_else(|| SecretError::Binary { id: id.to_owned() })
+    }
+}
+
+/// Longest wait for a new keyring while the present one does.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Wait before a keyring that could not be read is asked for again.
+const REFRESH_PAUSE: Duration = Duration::from_secs(60);
+
+/// The keyring, read again when it is older than its time to live.
+#[derive(Debug)]
+pub struct FreshKeyring {
+    secrets: Secrets,
+    id: String,
+    ttl: Duration,
+    current: Mutex<(Arc<Keyring>, SystemTime)>,
+}
+
+impl FreshKeyring {
+    /// Reads the keyring for the first time.
+    ///
+    /// # Errors
+    /// [`SecretError`], when the secret cannot be read or is no keyring.
+    pub async fn read(secrets: Secrets, id: String, ttl: Duration) -> Result<Self, SecretError> {
+        let keyring = secrets.keyring(&id).await?;
+        let expires = SystemTime::now() + ttl;
+        Ok(Self { secrets, id, ttl, current: Mutex::new((Arc::new(keyring), expires)) })
+    }
+
+    /// The keyring to mask with now. One that cannot be read again is kept, with a warning: what it masks stays recoverable.
+    pub async fn current(&self, deadline: Instant) -> Arc<Keyring> {
+        let mut current = self.current.lock().await;
+        let now = SystemTime::now();
+        if now >= current.1 {
+            let reading = self.secrets.keyring(&self.id);
+            *current = match timeout_at(deadline.min(Instant::now() + REFRESH_TIMEOUT), reading).await {
+                Ok(Ok(keyring)) => (Arc::new(keyring), now + self.ttl),
+                failure => {
+                    let error = failure.map_or_else(
+                        |_| "no answer in time".to_owned(),
+                        |result| match result {
+                            Ok(_) => String::new(),
+                            Err(error) => error.to_string(),
+                        },
+                    );
+                    tracing::warn!(error, "keyring not read again, used on as it is");
+                    (Arc::clone(&current.0), now + self.ttl.min(REFRESH_PAUSE))
+                }
+            };
+        }
+        Arc::clone(&current.0)
     }
 }

@@ -2,17 +2,21 @@
 
 import fcntl
 import json
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from psycopg import sql
 from world import paths
 from world.localstack import CREDENTIALS, REGION, LocalStack
 from world.postgres import Postgres
 
 DATABASE_SECRET = "login-etl/database"
+# The function's own user, which the schema makes.
+DATABASE_USER = "login_etl"
 
 
 @contextmanager
@@ -30,7 +34,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 class Servers:
-    """A PostgreSQL with the schema applied, and a LocalStack with the secret of its superuser's credentials."""
+    """A PostgreSQL with the schema applied, and a LocalStack with the secret of the function's credentials."""
 
     def __init__(self, directory: Path):
         self.postgres = Postgres(directory / "postgres")
@@ -64,7 +68,9 @@ class Servers:
         self.postgres.start()
         self.localstack.start()
         self.apply_schema("postgres")
-        secret = {"username": "postgres", "password": self.postgres.admin_password}
+        secret = {"username": DATABASE_USER, "password": secrets.token_urlsafe(24)}
+        with self.postgres.connect() as connection:
+            connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(DATABASE_USER), secret["password"]))
         answer = self.localstack.client("secretsmanager").create_secret(Name=DATABASE_SECRET, SecretString=json.dumps(secret))
         self.database_secret_arn = answer["ARN"]
 
@@ -93,5 +99,6 @@ class Servers:
             "AWS_ENDPOINT_URL": self.localstack.endpoint,
             **CREDENTIALS,
             "DATABASE_SECRET_ID": DATABASE_SECRET,
+            "DATABASE_ADMIN_PASSWORD": self.postgres.admin_password,
             **self.database_settings(),
         }

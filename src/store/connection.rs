@@ -84,6 +84,10 @@ impl Connector {
         &self.config.secret_id
     }
 
+    pub(super) fn ledger_retention(&self) -> Duration {
+        self.config.ledger_retention
+    }
+
     /// The host to connect to, of the settings or else of the secret.
     pub(super) fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
         self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)

@@ -22,11 +22,18 @@ pub struct LedgerKey {
 
 impl LedgerKey {
     /// The key of the message with this `messageId` and `SentTimestamp` (milliseconds since the epoch).
-    /// An id that is not a UUID has one made from it (version 5); an unusable timestamp is the epoch.
-    pub fn new(message_id: &str, sent_timestamp: Option<&str>) -> Self {
-        let sent_ms = sent_timestamp.and_then(|text| text.parse().ok()).filter(|ms| *ms <= LATEST_MS).unwrap_or(0);
+    ///
+    /// An id that is not a UUID has one made from it (version 5). A timestamp that is missing, unusable or before
+    /// `horizon` is the epoch, under which keys are kept for ever: SQS lets no message grow so old, so there are few.
+    pub fn new(message_id: &str, sent_timestamp: Option<&str>, horizon: SystemTime) -> Self {
+        let sent_at = sent_timestamp
+            .and_then(|text| text.parse().ok())
+            .filter(|ms| *ms <= LATEST_MS)
+            .map(|ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms))
+            .filter(|sent_at| *sent_at >= horizon)
+            .unwrap_or(SystemTime::UNIX_EPOCH);
         Self {
-            sent_at: SystemTime::UNIX_EPOCH + Duration::from_millis(sent_ms),
+            sent_at,
             message_id: Uuid::try_parse(message_id).unwrap_or_else(|_| Uuid::new_v5(&NAMESPACE, message_id.as_bytes())),
         }
     }
@@ -38,15 +45,17 @@ mod tests {
 
     #[test]
     fn any_id_and_any_timestamp_make_a_key_that_stays_the_same() {
-        let key = LedgerKey::new("059f36b4-87a3-44ab-83d2-661975830a7d", Some("1545082649183"));
-        assert_eq!(key.message_id, uuid!("059f36b4-87a3-44ab-83d2-661975830a7d"));
-        assert_eq!(key.sent_at, SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_082_649_183));
+        let horizon = SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_000_000_000);
+        let key = |id, timestamp| LedgerKey::new(id, timestamp, horizon);
+        let usual = key("059f36b4-87a3-44ab-83d2-661975830a7d", Some("1545082649183"));
+        assert_eq!(usual.message_id, uuid!("059f36b4-87a3-44ab-83d2-661975830a7d"));
+        assert_eq!(usual.sent_at, SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_082_649_183));
 
-        let odd = LedgerKey::new("not a uuid", None);
+        let odd = key("not a uuid", None);
         assert_eq!(odd.message_id, uuid!("7e9f5710-c605-5ed5-ba4b-594320e8c1ec"));
         assert_eq!(odd.sent_at, SystemTime::UNIX_EPOCH);
-        for timestamp in ["", "-1", "soon", "18446744073709551615", "18446744073709551616"] {
-            assert_eq!(LedgerKey::new("not a uuid", Some(timestamp)), odd, "{timestamp}");
+        for timestamp in ["", "-1", "soon", "1544999999999", "18446744073709551615", "18446744073709551616"] {
+            assert_eq!(key("not a uuid", Some(timestamp)), odd, "{timestamp}");
         }
     }
 }

@@ -7,7 +7,11 @@ mod connection;
 mod error;
 mod ledger;
 
-use std::{collections::HashSet, fmt, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{
     sync::Mutex,
@@ -30,6 +34,12 @@ use crate::{
 };
 
 const INSERT: &str = include_str!("insert.sql");
+const PRUNE: &str = include_str!("prune.sql");
+
+/// Inserted rows after which expired keys are deleted: up to twice as many, so that a ledger that has grown shrinks.
+const PRUNE_EVERY: u64 = 10_000;
+/// Longest that a batch may wait for that.
+const PRUNE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Tries of a statement that lost its connection or a conflict with another session.
 const TRIES: u32 = 4;
@@ -67,6 +77,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Store {
     session: Mutex<Session>,
+    retention: Duration,
 }
 
 impl Store {
@@ -78,7 +89,11 @@ impl Store {
         let connector = Connector::new(config)?;
         let credentials = secrets.credentials(connector.secret_id()).await?;
         connector.host(&credentials)?;
-        Ok(Self { session: Mutex::new(Session { connector, secrets, credentials, connection: None }) })
+        let retention = connector.ledger_retention();
+        // An environment that lives for few rows prunes, too.
+        let unpruned = PRUNE_EVERY;
+        let session = Session { connector, secrets, credentials, connection: None, unpruned };
+        Ok(Self { session: Mutex::new(session), retention })
     }
 
     /// Connects ahead of the first batch, which would do so itself.
@@ -87,6 +102,11 @@ impl Store {
     /// [`StoreError`], when the database is not to be reached now.
     pub async fn connect(&self) -> Result<(), StoreError> {
         self.session.lock().await.connected().await.map(drop)
+    }
+
+    /// Messages sent before this are beyond the ledger's memory.
+    pub fn horizon(&self) -> SystemTime {
+        SystemTime::now() - self.retention
     }
 
     /// Inserts the rows of the messages that were not inserted before.
@@ -101,6 +121,9 @@ impl Store {
             // A statement may still be under way on it.
             session.connection = None;
         }
+        if let Ok(outcome) = &result {
+            session.prune(outcome.inserted, self.horizon(), deadline).await;
+        }
         result
     }
 }
@@ -110,6 +133,8 @@ struct Session {
     secrets: Secrets,
     credentials: Credentials,
     connection: Option<Connection>,
+    /// Rows inserted since the ledger was pruned.
+    unpruned: u64,
 }
 
 impl Session {
@@ -182,6 +207,24 @@ impl Session {
             tries += 1;
             wait *= 2;
         }
+    }
+
+    /// Now and then deletes expired keys. A failure is no batch's matter: it is logged, and tried again in time.
+    async fn prune(&mut self, inserted: u64, horizon: SystemTime, deadline: Instant) {
+        self.unpruned += inserted;
+        let Some(connection) = self.connection.as_ref().filter(|_| self.unpruned >= PRUNE_EVERY) else { return };
+        let limit = (2 * self.unpruned) as i64;
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&limit, Type::INT8)];
+        let pruning = connection.client.execute_typed(PRUNE, &parameters);
+        match timeout_at(deadline.min(Instant::now() + PRUNE_TIMEOUT), pruning).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(error = %DatabaseError::new(&error), "ledger not pruned"),
+            Err(_) => {
+                tracing::warn!(error = "no time left", "ledger not pruned");
+                self.connection = None;
+            }
+        }
+        self.unpruned = 0;
     }
 
     async fn connected(&mut self) -> Result<&Connection, StoreError> {

@@ -49,13 +49,54 @@ async fn a_batch_that_cannot_finish_fails_before_its_deadline_and_may_come_back(
     assert_eq!(world.count("user_logins").await, 10);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_does_not_outlive_its_invocation() {
+    let world = World::new().await;
+    let lock = world.lock_table().await;
+    let error =
+        invoke_within(&world.handler().await, &event(0, bodies(0..10)), Duration::from_secs(1)).await.unwrap_err();
+    assert_eq!(error.error_type(), "Deadline");
+    world.until(&format!("{} = 0", world.waiting())).await;
+    lock.batch_execute("commit").await.unwrap();
+    assert_eq!(world.count("user_logins").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_invocations_of_one_environment_share_its_connection_each_within_its_own_deadline() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let lock = world.lock_table().await;
+    let events = [event(0, bodies(0..10)), event(10, bodies(10..20)), event(20, bodies(20..30))];
+    let (short, long, also_long, ()) = tokio::join!(
+        invoke_within(&handler, &events[0], Duration::from_secs(1)),
+        invoke_within(&handler, &events[1], Duration::from_secs(20)),
+        invoke_within(&handler, &events[2], Duration::from_secs(20)),
+        async {
+            world.until(&format!("{} = 1", world.waiting())).await;
+            let first = world.session().await;
+            // The first is given up, the server ends it, and the next waits in its place, alone.
+            world
+                .until(&format!(
+                    "{} = 1 and not exists (select from pg_stat_activity where pid = {first})",
+                    world.waiting()
+                ))
+                .await;
+            lock.batch_execute("commit").await.unwrap();
+        },
+    );
+    assert_eq!(short.unwrap_err().error_type(), "Deadline");
+    assert!(failed(&long.unwrap()).is_empty() && failed(&also_long.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 20);
+    assert_eq!(world.sessions().await, 1);
+}
+
 #[tokio::test]
 async fn a_conflict_with_another_session_is_tried_again() {
     let world = World::new().await;
     // A sequence keeps counting when its transaction is rolled back: the first two tries conflict.
     let conflicts = "
         create sequence tries;
-        create function conflict() returns trigger language plpgsql as $$ begin
+        create function conflict() returns trigger language plpgsql security definer as $$ begin
             if nextval('tries') <= 2 then raise exception using errcode = '40001'; end if;
             return null;
         end $$;
@@ -68,7 +109,7 @@ async fn a_conflict_with_another_session_is_tried_again() {
 #[tokio::test]
 async fn a_wrong_password_fails_the_batch_and_says_where_to_look() {
     let world = World::new().await;
-    world.put_secret("database", &world.credentials("postgres", "canary-password")).await;
+    world.put_secret("database", &world.credentials("login_etl", "canary-password")).await;
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseCredentials");
     assert_eq!(
@@ -86,7 +127,7 @@ async fn a_rotated_password_is_read_again() {
         world.admin.batch_execute(&format!("alter role {role} password '{password}'")).await.unwrap();
         world.put_secret("database", &world.credentials(role, password)).await;
     };
-    world.admin.batch_execute(&format!("create role {role} superuser login")).await.unwrap();
+    world.admin.batch_execute(&format!("create role {role} login in role login_etl")).await.unwrap();
     set_password("before").await;
     let handler = world.handler().await;
     invoke(&handler, &event(0, bodies(0..1))).await.unwrap();

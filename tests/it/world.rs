@@ -12,7 +12,7 @@ use login_etl::{
     config::Config,
     handler::{BatchError, Handler},
     mask::Keyring,
-    secrets::Secrets,
+    secrets::{FreshKeyring, Secrets},
     store::{Store, StoreError},
 };
 use serde_json::{Value, json, value::RawValue};
@@ -22,10 +22,11 @@ use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
                               "iv": "000102030405060708090a0b0c0d0e0f"}"#;
 
-const SCHEMA: [&str; 3] = [
+const SCHEMA: [&str; 4] = [
     include_str!("../../schema/001_user_logins.sql"),
     include_str!("../../schema/002_ledger.sql"),
     include_str!("../../schema/003_duplicates.sql"),
+    include_str!("../../schema/004_role.sql"),
 ];
 
 /// Reads a variable that says where the servers are.
@@ -45,7 +46,7 @@ pub struct World {
 }
 
 impl World {
-    /// A new database with the schema, and secrets that let the superuser into it.
+    /// A new database with the schema, and secrets that let the function's own user into it.
     pub async fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -61,7 +62,8 @@ impl World {
         let [user, password] = ["username", "password"].map(|name| known[name].as_str().unwrap().to_owned());
 
         let mut superuser = tokio_postgres::Config::new();
-        superuser.host("127.0.0.1").port(variable("DATABASE_PORT").parse().unwrap()).user(&user).password(&password);
+        superuser.host("127.0.0.1").port(variable("DATABASE_PORT").parse().unwrap());
+        superuser.user("postgres").password(variable("DATABASE_ADMIN_PASSWORD"));
         superuser.ssl_mode(SslMode::Disable);
         let server = connect(superuser.dbname("postgres")).await;
         server.batch_execute(&format!("create database {database}")).await.unwrap();
@@ -81,6 +83,9 @@ impl World {
     }
 
     pub async fn apply_schema(&self) {
+        // The role is the whole server's: two sessions cannot alter it at once.
+        static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+        let _alone = ALONE.lock().await;
         for file in SCHEMA {
             self.admin.batch_execute(file).await.unwrap();
         }
@@ -107,7 +112,7 @@ impl World {
     pub async fn try_handler(&self) -> Result<Handler, StoreError> {
         let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
         let secrets = Secrets::from_env().await;
-        let keyring = secrets.keyring(&config.masking_secret_id).await?;
+        let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
         let store = Store::new(config.database, secrets).await?;
         Ok(Handler::new(keyring, store, config.app_version_encoding))
     }
@@ -146,6 +151,18 @@ impl World {
              and application_name = 'login-etl' and wait_event_type = 'Lock')",
             self.database
         )
+    }
+
+    /// How many sessions of the function's there are.
+    pub async fn sessions(&self) -> i64 {
+        self.count("pg_stat_activity where datname = current_database() and application_name = 'login-etl'").await
+    }
+
+    /// The process of the function's one session.
+    pub async fn session(&self) -> i32 {
+        let query = "select pid from pg_stat_activity \
+                     where datname = current_database() and application_name = 'login-etl'";
+        self.admin.query_one(query, &[]).await.unwrap().get(0)
     }
 
     /// Ends the function's sessions; the server tells them so, as at a shutdown.

@@ -1,0 +1,11 @@
+-- Deletes up to $2 of the keys that were sent before $1, the oldest first; what another session is deleting is left to it.
+-- Keys under the epoch stay.
+delete from user_logins_ledger
+where ctid = any (array(
+    select ctid
+    from user_logins_ledger
+    where sent_at > 'epoch' and sent_at < $1
+    order by sent_at, message_id
+    limit $2
+    for update skip locked
+))

@@ -1,6 +1,12 @@
-//! The settings: environment variables, read once.
+//! The settings: environment variables, read once, and the AWS SDK's.
 
 use std::{path::PathBuf, time::Duration};
+
+use aws_config::SdkConfig;
+use aws_smithy_http_client::{
+    Builder,
+    tls::{Provider, rustls_provider::CryptoMode},
+};
 
 use crate::login::AppVersionEncoding;
 
@@ -13,6 +19,8 @@ pub struct Config {
     pub database: DatabaseConfig,
     /// `SECRETS_TTL`: the age at which the keyring is read again.
     pub secrets_ttl: Duration,
+    /// `OUTAGE_DELAY`: how long a message is hidden after its first receive, when the database is out.
+    pub outage_delay: Duration,
     /// `APP_VERSION_ENCODING`: how `app_version` becomes an integer.
     pub app_version_encoding: AppVersionEncoding,
 }
@@ -105,6 +113,12 @@ impl Config {
                 Some(Ok(seconds)) => Duration::from_secs(seconds),
                 Some(Err(_)) => return Err(invalid("SECRETS_TTL", "a number of seconds")),
             },
+            outage_delay: match optional("OUTAGE_DELAY").map(|seconds| seconds.parse()) {
+                None => Duration::from_secs(60),
+                // 120 times that, and the jitter, stay below the 12 hours that SQS can hide a message.
+                Some(Ok(seconds @ 0..=240)) => Duration::from_secs(seconds),
+                Some(_) => return Err(invalid("OUTAGE_DELAY", "a number of seconds from 0 to 240")),
+            },
             app_version_encoding: match optional("APP_VERSION_ENCODING").as_deref() {
                 None | Some("digits") => AppVersionEncoding::Digits,
                 Some("ordered") => AppVersionEncoding::Ordered,
@@ -112,6 +126,12 @@ impl Config {
             },
         })
     }
+}
+
+/// The AWS SDK's settings: region, credentials and endpoint of the environment, as every SDK reads them.
+pub async fn sdk_config() -> SdkConfig {
+    let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+    aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client).load().await
 }
 
 fn invalid(name: &'static str, expected: &'static str) -> ConfigError {
@@ -146,6 +166,11 @@ mod tests {
             ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
             ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
+            (
+                "OUTAGE_DELAY",
+                "241",
+                "set OUTAGE_DELAY to a number of seconds from 0 to 240: its value is not one of these",
+            ),
             (
                 "LEDGER_RETENTION_DAYS",
                 "27",

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet, hash_map},
     fmt,
+    ops::RangeInclusive,
     panic::AssertUnwindSafe,
     time::{Duration, SystemTime},
 };
@@ -17,12 +18,14 @@ use crate::{
     login::{AppVersionEncoding, Invalid, Login, Row},
     mask::Keyring,
     metrics,
+    redelivery::Redelivery,
     secrets::FreshKeyring,
     store::{DatabaseError, Entry, LedgerKey, Store, StoreError},
 };
 
-/// What is kept of the invocation's time for the answer.
-const ANSWER_TIME: Duration = Duration::from_millis(200);
+/// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
+/// these.
+const ANSWER_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(3);
 /// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
 const NO_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -31,6 +34,7 @@ const NO_DEADLINE: Duration = Duration::from_secs(30);
 pub struct Handler {
     keyring: FreshKeyring,
     store: Store,
+    redelivery: Redelivery,
     app_version_encoding: AppVersionEncoding,
 }
 
@@ -104,9 +108,14 @@ struct Report {
 }
 
 impl Handler {
-    /// A handler with its keyring and its database.
-    pub fn new(keyring: FreshKeyring, store: Store, app_version_encoding: AppVersionEncoding) -> Self {
-        Self { keyring, store, app_version_encoding }
+    /// A handler with its keyring, its database and what delays redeliveries.
+    pub fn new(
+        keyring: FreshKeyring,
+        store: Store,
+        redelivery: Redelivery,
+        app_version_encoding: AppVersionEncoding,
+    ) -> Self {
+        Self { keyring, store, redelivery, app_version_encoding }
     }
 
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
@@ -118,12 +127,22 @@ impl Handler {
     pub async fn invoke(&self, event: LambdaEvent<Box<RawValue>>) -> Result<SqsBatchResponse, BatchError> {
         let (started, timestamp) = (Instant::now(), SystemTime::now());
         let time = event.context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
-        let deadline = started + time.saturating_sub(ANSWER_TIME);
+        let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
+        let deadline = started + time.saturating_sub(answer_time);
 
         let mut report = Report::default();
-        // The runtime would put a panic's message into its answer, and a message can quote data.
-        let loaded = AssertUnwindSafe(self.load(event.payload.get(), deadline, &mut report)).catch_unwind().await;
-        let result = loaded.unwrap_or(Err(BatchError::Panic));
+        let result = match parse(event.payload.get()) {
+            // The runtime would put a panic's message into its answer, and a message can quote data.
+            Ok(messages) => {
+                let loaded = AssertUnwindSafe(self.load(&messages, deadline, &mut report)).catch_unwind().await;
+                let result = loaded.unwrap_or(Err(BatchError::Panic));
+                if let Err(BatchError::Store(_)) = result {
+                    self.redelivery.delay(&messages, deadline + answer_time / 2).await;
+                }
+                result
+            }
+            Err(error) => Err(error),
+        };
 
         let Report { messages, inserted, failures } = report;
         let failed = failures.len();
@@ -156,21 +175,18 @@ impl Handler {
         Ok(response)
     }
 
-    async fn load(&self, event: &str, deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
-        let SqsEvent { records, .. } = serde_json::from_str(event)
-            // The error itself may quote the event, so only its place is kept.
-            .map_err(|error| BatchError::NotAnSqsEvent { line: error.line(), column: error.column() })?;
-        report.messages = records.len();
-        if records.iter().any(|message| message.message_id.as_deref().is_none_or(str::is_empty)) {
+    async fn load(&self, messages: &[SqsMessage], deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
+        report.messages = messages.len();
+        if messages.iter().any(|message| message.message_id.as_deref().is_none_or(str::is_empty)) {
             return Err(BatchError::NoMessageId);
         }
 
         let keyring = self.keyring.current(deadline).await;
         let horizon = self.store.horizon();
-        let mut entries = Vec::with_capacity(records.len());
-        let mut fates = HashMap::with_capacity(records.len());
+        let mut entries = Vec::with_capacity(messages.len());
+        let mut fates = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
-        for message in &records {
+        for message in messages {
             let key = ledger_key(message, horizon);
             // A second copy of a message in the batch shares the first one's fate.
             let hash_map::Entry::Vacant(fate) = fates.entry(key.message_id) else { continue };
@@ -199,9 +215,9 @@ impl Handler {
         for (index, failure) in refused.chain(held_back) {
             fates.insert(entries[index].key.message_id, Some(failure));
         }
-        for message in records {
-            if let Some(Some(failure)) = fates.get(&ledger_key(&message, horizon).message_id) {
-                report.failures.push((message.message_id.unwrap_or_default(), failure.clone()));
+        for message in messages {
+            if let Some(Some(failure)) = fates.get(&ledger_key(message, horizon).message_id) {
+                report.failures.push((message.message_id.clone().unwrap_or_default(), failure.clone()));
             }
         }
         Ok(())
@@ -211,6 +227,14 @@ impl Handler {
         let body = message.body.as_deref().ok_or(Invalid::NoBody)?;
         Login::parse(body, self.app_version_encoding)?.mask(keyring)
     }
+}
+
+/// The event's messages, any number of them.
+fn parse(event: &str) -> Result<Vec<SqsMessage>, BatchError> {
+    let SqsEvent { records, .. } = serde_json::from_str(event)
+        // The error itself may quote the event, so only its place is kept.
+        .map_err(|error| BatchError::NotAnSqsEvent { line: error.line(), column: error.column() })?;
+    Ok(records)
 }
 
 fn ledger_key(message: &SqsMessage, horizon: SystemTime) -> LedgerKey {

@@ -4,7 +4,8 @@
 //! SqsEvent ─ handler ─┬─ login   body → Login, validated
 //!                     ├─ mask    ip, device_id → Masked
 //!                     ├─ store   rows and ledger entries → PostgreSQL, in one statement
-//!                     └─ metrics one event a batch
+//!                     ├─ metrics one event a batch
+//!                     └─ redelivery  after an outage: later and later
 //!          ─→ SqsBatchResponse
 //! ```
 //!
@@ -20,5 +21,6 @@ pub mod logging;
 pub mod login;
 pub mod mask;
 pub mod metrics;
+pub mod redelivery;
 pub mod secrets;
 pub mod store;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use lambda_runtime::{Diagnostic, Error, service_fn};
 use lambda_runtime_api_client::{Client, body::Body, build_request};
 use login_etl::{
-    config::Config,
+    config::{self, Config},
     handler::Handler,
     logging,
+    redelivery::Redelivery,
     secrets::{FreshKeyring, Secrets},
     store::Store,
 };
@@ -33,14 +34,16 @@ async fn main() -> Result<(), Error> {
 
 async fn init() -> Result<Arc<Handler>, Error> {
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
-    let secrets = Secrets::from_env().await;
+    let sdk_config = config::sdk_config().await;
+    let secrets = Secrets::new(&sdk_config);
     let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
     let store = Store::new(config.database, secrets).await?;
     // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
     if let Err(error) = store.connect().await {
         tracing::warn!(%error, "no connection yet");
     }
-    Ok(Arc::new(Handler::new(keyring, store, config.app_version_encoding)))
+    let redelivery = Redelivery::new(sdk_config, config.outage_delay);
+    Ok(Arc::new(Handler::new(keyring, store, redelivery, config.app_version_encoding)))
 }
 
 /// Tells Lambda why the environment cannot start, so that the reason shows in the invocation's error.

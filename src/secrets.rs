@@ -6,11 +6,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use aws_config::SdkConfig;
 use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
-use aws_smithy_http_client::{
-    Builder,
-    tls::{Provider, rustls_provider::CryptoMode},
-};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::{
     sync::Mutex,
@@ -108,11 +105,9 @@ impl fmt::Debug for Credentials {
 }
 
 impl Secrets {
-    /// A client for the region, credentials and endpoint of the environment, as every AWS SDK reads them.
-    pub async fn from_env() -> Self {
-        let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
-        let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client).load().await;
-        Self { client: Client::new(&config) }
+    /// A client with this configuration.
+    pub fn new(sdk_config: &SdkConfig) -> Self {
+        Self { client: Client::new(sdk_config) }
     }
 
     /// Reads the keyring.

@@ -9,9 +9,10 @@ use std::{
 use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent};
 use lambda_runtime::{Context, LambdaEvent};
 use login_etl::{
-    config::Config,
+    config::{self, Config},
     handler::{BatchError, Handler},
     mask::Keyring,
+    redelivery::Redelivery,
     secrets::{FreshKeyring, Secrets},
     store::{Store, StoreError},
 };
@@ -111,10 +112,12 @@ impl World {
 
     pub async fn try_handler(&self) -> Result<Handler, StoreError> {
         let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
-        let secrets = Secrets::from_env().await;
+        let sdk_config = config::sdk_config().await;
+        let secrets = Secrets::new(&sdk_config);
         let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
         let store = Store::new(config.database, secrets).await?;
-        Ok(Handler::new(keyring, store, config.app_version_encoding))
+        let redelivery = Redelivery::new(sdk_config, config.outage_delay);
+        Ok(Handler::new(keyring, store, redelivery, config.app_version_encoding))
     }
 
     pub async fn count(&self, table: &str) -> i64 {

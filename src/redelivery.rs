@@ -1,0 +1,156 @@
+//! When messages come back after an outage: later and later, so that a long one sends nothing good to the
+//! dead-letter queue.
+//!
+//! An item that fails for its own sake comes back after the queue's visibility timeout, and soon reaches the dead-letter
+//! queue. A batch that fails for the database's sake is no fault of its messages, and their receives are counted all the
+//! same. So each is hidden for a time that doubles with its receives.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use aws_config::SdkConfig;
+use aws_lambda_events::sqs::SqsMessage;
+use aws_sdk_sqs::{
+    Client,
+    error::{ProvideErrorMetadata, SdkError},
+    types::ChangeMessageVisibilityBatchRequestEntry,
+};
+use futures_util::{StreamExt, stream};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, timeout_at},
+};
+
+/// The longest delay is this many times the first.
+const LONGEST: u32 = 120;
+/// A random part of the delay is added to it, up to one in so many: what failed together does not come back together.
+const JITTER: u32 = 4;
+/// The service's limit on a request's entries.
+const ENTRIES: usize = 10;
+/// Requests under way at once; a full batch of 10,000 messages needs a thousand.
+const REQUESTS: usize = 32;
+
+/// Delays redeliveries.
+#[derive(Debug)]
+pub struct Redelivery {
+    sdk_config: SdkConfig,
+    first_delay: Duration,
+    client: OnceCell<Client>,
+    denied: AtomicBool,
+}
+
+impl Redelivery {
+    /// `first_delay` is what a message is hidden for after its first receive; none if that is zero. The SQS client is
+    /// built when it is first needed.
+    pub fn new(sdk_config: SdkConfig, first_delay: Duration) -> Self {
+        Self { sdk_config, first_delay, client: OnceCell::new(), denied: AtomicBool::new(false) }
+    }
+
+    /// Delays the messages of a batch that failed for the database's sake, as many as can be until `deadline`.
+    ///
+    /// A failure is only logged: the messages then come back after the queue's visibility timeout. Where the function's
+    /// role lacks the permission, nothing is tried again.
+    pub async fn delay(&self, messages: &[SqsMessage], deadline: Instant) {
+        if self.first_delay.is_zero() || self.denied.load(Ordering::Relaxed) {
+            return;
+        }
+        let error = match timeout_at(deadline, self.delay_all(messages)).await {
+            Ok(Ok(())) => return,
+            Ok(Err(code)) => code,
+            Err(_) => "no time left".to_owned(),
+        };
+        if error.contains("AccessDenied") {
+            self.denied.store(true, Ordering::Relaxed);
+        }
+        tracing::warn!(
+            error,
+            "redelivery not delayed; the role needs sqs:GetQueueUrl and sqs:ChangeMessageVisibility on the queue"
+        );
+    }
+
+    async fn delay_all(&self, messages: &[SqsMessage]) -> Result<(), String> {
+        let client = self.client.get_or_init(|| async { Client::new(&self.sdk_config) }).await;
+        let mut queues: HashMap<&str, Vec<ChangeMessageVisibilityBatchRequestEntry>> = HashMap::new();
+        for message in messages {
+            let (Some(arn), Some(receipt_handle)) = (&message.event_source_arn, &message.receipt_handle) else {
+                continue;
+            };
+            let receives = message.attributes.get("ApproximateReceiveCount").and_then(|count| count.parse().ok());
+            let delay = delay(self.first_delay, receives.unwrap_or(1), fastrand::f32());
+            let entries = queues.entry(arn).or_default();
+            let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
+                .id((entries.len() % ENTRIES).to_string())
+                .receipt_handle(receipt_handle)
+                .visibility_timeout(delay.as_secs().try_into().unwrap_or(i32::MAX))
+                .build();
+            entries.push(entry.map_err(|error| error.to_string())?);
+        }
+        for (arn, entries) in queues {
+            // arn:aws:sqs:region:account:name
+            let mut parts = arn.rsplit(':');
+            let (name, account) = (parts.next(), parts.next());
+            let queue = client.get_queue_url().set_queue_name(name.map(Into::into));
+            let queue = queue.set_queue_owner_aws_account_id(account.map(Into::into)).send().await.map_err(code)?;
+            let url = queue.queue_url().unwrap_or_default();
+            let requests: Vec<_> = entries
+                .chunks(ENTRIES)
+                .map(|entries| {
+                    client.change_message_visibility_batch().queue_url(url).set_entries(Some(entries.to_vec())).send()
+                })
+                .collect();
+            let mut answers = stream::iter(requests).buffer_unordered(REQUESTS);
+            while let Some(answer) = answers.next().await {
+                if let Some(failed) = answer.map_err(code)?.failed().first() {
+                    return Err(failed.code().to_owned());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How long to hide a message after this many receives; `chance`, from 0 to 1, says how much of the jitter is added.
+fn delay(first: Duration, receives: u32, chance: f32) -> Duration {
+    let times = 2_u32.saturating_pow(receives.saturating_sub(1)).min(LONGEST);
+    let delay = first.saturating_mul(times);
+    delay + (delay / JITTER).mul_f32(chance)
+}
+
+fn code<E: ProvideErrorMetadata>(error: SdkError<E>) -> String {
+    let kind = match error {
+        SdkError::TimeoutError(_) => "TimeoutError",
+        SdkError::DispatchFailure(_) => "DispatchFailure",
+        _ => "unexpected answer",
+    };
+    error.code().unwrap_or(kind).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_s_receives_cover_six_hours_of_outage() {
+        let template = include_str!("../template.yaml");
+        let (_, parameter) = template.split_once("  MaxReceiveCount:\n").unwrap();
+        let (_, default) = parameter.split_once("Default: ").unwrap();
+        let receives: u32 = default.lines().next().unwrap().parse().unwrap();
+        let covered: Duration = (1..receives).map(|receive| delay(Duration::from_secs(60), receive, 0.0)).sum();
+        assert!(covered >= Duration::from_secs(6 * 3600), "{covered:?}");
+    }
+
+    #[test]
+    fn the_delay_doubles_with_each_receive_up_to_its_longest() {
+        let minute = Duration::from_secs(60);
+        assert_eq!(delay(minute, 0, 0.0), minute);
+        assert_eq!(delay(minute, 1, 0.0), minute);
+        assert_eq!(delay(minute, 1, 1.0), minute * 5 / 4);
+        assert_eq!(delay(minute, 4, 0.0), 8 * minute);
+        assert_eq!(delay(minute, u32::MAX, 0.0), 120 * minute);
+        // The service's own limit is 12 hours from the receipt.
+        assert!(delay(minute, u32::MAX, 1.0) < Duration::from_secs(12 * 3600 - 900));
+    }
+}

@@ -1,6 +1,6 @@
 //! The Lambda function: reads its settings and secrets, connects, and handles batches.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use lambda_runtime::{Diagnostic, Error, service_fn};
 use lambda_runtime_api_client::{Client, body::Body, build_request};
@@ -12,6 +12,10 @@ use login_etl::{
     secrets::{FreshKeyring, Secrets},
     store::Store,
 };
+use tokio::time::{Instant, timeout_at};
+
+/// Within the 10 s that Lambda gives initialisation.
+const INIT_TIME: Duration = Duration::from_secs(9);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
@@ -33,14 +37,20 @@ async fn main() -> Result<(), Error> {
 }
 
 async fn init() -> Result<Arc<Handler>, Error> {
+    let started = Instant::now();
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
     let sdk_config = config::sdk_config().await;
     let secrets = Secrets::new(&sdk_config);
-    let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
-    let store = Store::new(config.database, secrets).await?;
+    let (keyring, store) = tokio::join!(
+        FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl),
+        Store::new(config.database, secrets.clone()),
+    );
+    let (keyring, store) = (keyring?, store?);
     // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
-    if let Err(error) = store.connect().await {
-        tracing::warn!(%error, "no connection yet");
+    match timeout_at(started + INIT_TIME, store.connect()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "no connection yet"),
+        Err(_) => tracing::warn!(error = "no answer in time", "no connection yet"),
     }
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
     Ok(Arc::new(Handler::new(keyring, store, redelivery, config.app_version_encoding)))

@@ -36,6 +36,9 @@ use crate::{
 const INSERT: &str = include_str!("insert.sql");
 const PRUNE: &str = include_str!("prune.sql");
 
+/// Waits before refused credentials are read again.
+const ROTATION_WAITS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(500), Duration::from_secs(1)];
+
 /// Inserted rows after which expired keys are deleted: up to twice as many, so that a ledger that has grown shrinks.
 const PRUNE_EVERY: u64 = 10_000;
 /// Longest that a batch may wait for that.
@@ -239,15 +242,17 @@ impl Session {
         Ok(self.connection.insert(connection))
     }
 
-    /// Connects; refused credentials are read once more, because they may have been rotated.
+    /// Connects. Refused credentials are read again, because they may have been rotated; and again a little later, because
+    /// a rotation changes the database first and the secret after it.
     async fn connect(&mut self) -> Result<Connection, StoreError> {
-        match self.connector.connect(&self.credentials).await {
-            Err(StoreError::Connect(error)) if error.refuses_credentials() => {
-                self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
-                self.connector.connect(&self.credentials).await
+        for wait in ROTATION_WAITS {
+            match self.connector.connect(&self.credentials).await {
+                Err(StoreError::Connect(error)) if error.refuses_credentials() => sleep(wait).await,
+                result => return result,
             }
-            result => result,
+            self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
         }
+        self.connector.connect(&self.credentials).await
     }
 }
 

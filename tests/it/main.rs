@@ -9,6 +9,7 @@ mod ledger;
 mod loading;
 mod masks;
 mod outages;
+mod proxy;
 mod redelivery;
 mod responses;
 mod tls;

@@ -2,7 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use crate::world::{World, bodies, event, failed, invoke, invoke_within};
+use login_etl::handler::Handler;
+
+use crate::{
+    proxy::{Mode, Proxy},
+    world::{World, bodies, event, failed, invoke, invoke_within, variable},
+};
 
 #[tokio::test]
 async fn a_connection_that_was_ended_between_invocations_is_replaced() {
@@ -104,6 +109,109 @@ async fn a_conflict_with_another_session_is_tried_again() {
     world.admin.batch_execute(conflicts).await.unwrap();
     assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..10))).await.unwrap()).is_empty());
     assert_eq!(world.count("user_logins").await, 10);
+}
+
+/// An environment with a connection through a proxy, which has inserted `event(0, bodies(0..1))`.
+async fn behind_a_proxy(world: &mut World) -> (Proxy, Handler) {
+    let proxy = Proxy::start(variable("DATABASE_PORT").parse().unwrap()).await;
+    world.settings.insert("DATABASE_PORT", proxy.port.to_string());
+    let handler = world.handler().await;
+    invoke(&handler, &event(0, bodies(0..1))).await.unwrap();
+    (proxy, handler)
+}
+
+#[tokio::test]
+async fn a_commit_whose_answer_is_lost_is_not_repeated() {
+    let mut world = World::new().await;
+    let (proxy, handler) = behind_a_proxy(&mut world).await;
+    proxy.turn(Mode::CutAnswer);
+    assert!(failed(&invoke(&handler, &event(1, bodies(1..11))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 11);
+}
+
+#[tokio::test]
+async fn a_half_open_connection_fails_one_batch_at_its_deadline_and_is_replaced() {
+    let mut world = World::new().await;
+    let (proxy, handler) = behind_a_proxy(&mut world).await;
+    proxy.turn(Mode::Stall);
+    let error = invoke_within(&handler, &event(1, bodies(1..11)), Duration::from_secs(1)).await.unwrap_err();
+    assert_eq!(error.error_type(), "Deadline");
+    assert!(failed(&invoke(&handler, &event(1, bodies(1..11))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 11);
+}
+
+#[tokio::test]
+async fn after_a_pause_a_half_open_connection_is_found_out_and_replaced_at_once() {
+    let mut world = World::new().await;
+    let (proxy, handler) = behind_a_proxy(&mut world).await;
+    proxy.turn(Mode::Stall);
+    // The pause is what makes the environment check.
+    tokio::time::sleep(Duration::from_millis(5100)).await;
+    assert!(
+        failed(&invoke_within(&handler, &event(1, bodies(1..11)), Duration::from_secs(5)).await.unwrap()).is_empty()
+    );
+    assert_eq!(world.count("user_logins").await, 11);
+}
+
+#[tokio::test]
+async fn a_standby_after_a_failover_fails_the_batch_until_the_primary_is_found() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let set = format!("alter role login_etl in database {} set default_transaction_read_only = ", world.database);
+    world.admin.batch_execute(&format!("{set} on")).await.unwrap();
+    let error = invoke(&handler, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseUnavailable");
+    world.admin.batch_execute(&format!("{set} off")).await.unwrap();
+    invoke(&handler, &event(0, bodies(0..1))).await.unwrap();
+    assert_eq!(world.count("user_logins").await, 1);
+}
+
+#[tokio::test]
+async fn too_many_connections_fail_the_batch_until_there_is_room() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let limit = format!("alter database {} connection limit", world.database);
+    world.admin.batch_execute(&format!("{limit} 0")).await.unwrap();
+    let error = invoke(&handler, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseUnavailable");
+    world.admin.batch_execute(&format!("{limit} -1")).await.unwrap();
+    invoke(&handler, &event(0, bodies(0..1))).await.unwrap();
+    assert_eq!(world.count("user_logins").await, 1);
+}
+
+#[tokio::test]
+async fn a_full_disk_fails_the_batch_and_no_message() {
+    let world = World::new().await;
+    let full = "
+        create function full_disk() returns trigger language plpgsql as $$ begin
+            raise exception using errcode = '53100';
+        end $$;
+        create trigger full_disk after insert on user_logins for each statement execute procedure full_disk()";
+    world.admin.batch_execute(full).await.unwrap();
+    let handler = world.handler().await;
+    let error = invoke(&handler, &event(0, bodies(0..10))).await.unwrap_err();
+    assert_eq!(error.error_type(), "Database");
+    world.admin.batch_execute("drop trigger full_disk on user_logins").await.unwrap();
+    assert!(failed(&invoke(&handler, &event(0, bodies(0..10))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 10);
+}
+
+#[tokio::test]
+async fn the_gap_of_a_rotation_is_ridden_out() {
+    let world = World::new().await;
+    let role = &world.database;
+    world.admin.batch_execute(&format!("create role {role} login password 'before' in role login_etl")).await.unwrap();
+    world.put_secret("database", &world.credentials(role, "before")).await;
+    let handler = world.handler().await;
+    // The rotation changes the database first, and the secret a moment later.
+    world.admin.batch_execute(&format!("alter role {role} password 'after'")).await.unwrap();
+    let event = event(0, bodies(0..1));
+    let (response, ()) = tokio::join!(invoke(&handler, &event), async {
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        world.put_secret("database", &world.credentials(role, "after")).await;
+    });
+    response.unwrap();
+    assert_eq!(world.count("user_logins").await, 1);
 }
 
 #[tokio::test]

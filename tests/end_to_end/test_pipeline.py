@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import time
 
 import pytest
@@ -132,10 +133,13 @@ def test_an_environment_with_a_wrong_setting_does_not_start_and_says_why(stack):
         until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
 
     right = functions.get_function_configuration(FunctionName=stack.function_name)["Environment"]["Variables"]
+    # Takes connections and never answers.
+    silent = socket.create_server(("127.0.0.1", 0))
     try:
         for wrong, message in [
             ({"DATABASE_TLS": "prefer"}, "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ({"MASKING_SECRET_ID": "gone"}, 'cannot read the secret "gone" (ResourceNotFoundException)'),
+            ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}, f'cannot read the secret "{right["MASKING_SECRET_ID"]}" (TimeoutError)'),
             ({"DATABASE_CA_FILE": "/gone.pem"}, 'cannot use DATABASE_CA_FILE "/gone.pem": entity not found'),
         ]:
             configure(right | wrong)
@@ -143,5 +147,6 @@ def test_an_environment_with_a_wrong_setting_does_not_start_and_says_why(stack):
             assert (bool(error), answer["errorType"]) == (True, "Init")
             assert answer["errorMessage"].startswith(message)
     finally:
+        silent.close()
         configure(right)
     assert invoke(stack, '{"Records": []}') == (None, {"batchItemFailures": []})

@@ -131,18 +131,16 @@ impl Handler {
         let deadline = started + time.saturating_sub(answer_time);
 
         let mut report = Report::default();
-        let result = match parse(event.payload.get()) {
-            // The runtime would put a panic's message into its answer, and a message can quote data.
-            Ok(messages) => {
-                let loaded = AssertUnwindSafe(self.load(&messages, deadline, &mut report)).catch_unwind().await;
-                let result = loaded.unwrap_or(Err(BatchError::Panic));
-                if let Err(BatchError::Store(_)) = result {
-                    self.redelivery.delay(&messages, deadline + answer_time / 2).await;
-                }
-                result
+        let loading = async {
+            let messages = parse(event.payload.get())?;
+            let result = self.load(&messages, deadline, &mut report).await;
+            if let Err(BatchError::Store(_)) = result {
+                self.redelivery.delay(&messages, deadline + answer_time / 2).await;
             }
-            Err(error) => Err(error),
+            result
         };
+        // The runtime would put a panic's message into its answer, and a message can quote data.
+        let result = AssertUnwindSafe(loading).catch_unwind().await.unwrap_or(Err(BatchError::Panic));
 
         let Report { messages, inserted, failures } = report;
         let failed = failures.len();

@@ -125,6 +125,10 @@ def check_function() -> None:
         pytest("tests/end_to_end", LOGIN_ETL_WORLD=str(WORLD))
 
 
+def check_fuzz() -> None:
+    command(sys.executable, "-m", "world.fuzz", "--quick", "10", show=True)
+
+
 def check_executor() -> None:
     pytest("local/executor/tests")
 
@@ -141,6 +145,7 @@ CHECKS = {
     "template": check_template,
     "executor": check_executor,
     "function": check_function,
+    "fuzz": check_fuzz,
 }
 
 if __name__ == "__main__":

@@ -122,6 +122,24 @@ async fn the_ordered_encoding_keeps_versions_apart() {
 }
 
 #[tokio::test]
+async fn the_function_s_user_can_insert_and_nothing_else() {
+    let world = World::new().await;
+    invoke(&world.handler().await, &sample("valid")).await.unwrap();
+    for statement in [
+        "select from user_logins",
+        "update user_logins set locale = null",
+        "delete from user_logins",
+        "truncate user_logins_ledger",
+        "select from duplicate_ips",
+        "select from pg_authid",
+    ] {
+        let refused = world.admin.batch_execute(&format!("set role login_etl; {statement}")).await.unwrap_err();
+        assert_eq!(refused.code().map(|code| code.code()), Some("42501"), "{statement}");
+        world.admin.batch_execute("reset role").await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn the_schema_takes_an_existing_table_as_it_is_and_can_be_applied_again() {
     let world = World::new().await;
     let exercise = "

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use aws_config::{SdkConfig, timeout::TimeoutConfig};
+use aws_config::{SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
@@ -133,10 +133,14 @@ const SDK_TIMEOUT: Duration = Duration::from_secs(7);
 /// The AWS SDK's settings: region, credentials and endpoint of the environment, as every SDK reads them.
 pub async fn sdk_config() -> SdkConfig {
     let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
-    // Lambda gives initialisation 10 s; within them the SDK's own retries end, with an error that says what is wrong.
+    // Lambda gives initialisation 10 s; within them the SDK tries again and again, and then says what is wrong.
     let timeouts = TimeoutConfig::builder().connect_timeout(Duration::from_secs(2)).operation_timeout(SDK_TIMEOUT);
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client);
-    config.timeout_config(timeouts.build()).load().await
+    let retries = RetryConfig::standard()
+        .with_max_attempts(10)
+        .with_initial_backoff(Duration::from_millis(200))
+        .with_max_backoff(Duration::from_secs(2));
+    config.timeout_config(timeouts.build()).retry_config(retries).load().await
 }
 
 fn invalid(name: &'static str, expected: &'static str) -> ConfigError {

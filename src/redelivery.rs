@@ -62,13 +62,12 @@ impl Redelivery {
             Ok(Err(code)) => code,
             Err(_) => "no time left".to_owned(),
         };
+        let mut hint = "";
         if error.contains("AccessDenied") {
             self.denied.store(true, Ordering::Relaxed);
+            hint = "the role needs sqs:GetQueueUrl and sqs:ChangeMessageVisibility on the queue; not tried again";
         }
-        tracing::warn!(
-            error,
-            "redelivery not delayed; the role needs sqs:GetQueueUrl and sqs:ChangeMessageVisibility on the queue"
-        );
+        tracing::warn!(error, hint, "redelivery not delayed, of some messages at least");
     }
 
     async fn delay_all(&self, messages: &[SqsMessage]) -> Result<(), String> {
@@ -88,6 +87,7 @@ impl Redelivery {
                 .build();
             entries.push(entry.map_err(|error| error.to_string())?);
         }
+        let mut result = Ok(());
         for (arn, entries) in queues {
             // arn:aws:sqs:region:account:name
             let mut parts = arn.rsplit(':');
@@ -103,12 +103,12 @@ impl Redelivery {
                 .collect();
             let mut answers = stream::iter(requests).buffer_unordered(REQUESTS);
             while let Some(answer) = answers.next().await {
-                if let Some(failed) = answer.map_err(code)?.failed().first() {
-                    return Err(failed.code().to_owned());
-                }
+                // A message that another delivery has seen through is no reason to leave the others.
+                let failed = answer.map(|answer| answer.failed().first().map(|failed| failed.code().to_owned()));
+                result = result.and(failed.map_err(code).and_then(|failed| failed.map_or(Ok(()), Err)));
             }
         }
-        Ok(())
+        result
     }
 }
 

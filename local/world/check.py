@@ -129,6 +129,11 @@ def check_fuzz() -> None:
     command(sys.executable, "-m", "world.fuzz", "--quick", "10", show=True)
 
 
+def check_soak() -> None:
+    """The same schedule each time; `./local/soak` takes a new one."""
+    command(sys.executable, "-m", "world.soak", "--quick", "--seed", "1", show=True)
+
+
 def check_executor() -> None:
     pytest("local/executor/tests")
 
@@ -145,6 +150,7 @@ CHECKS = {
     "template": check_template,
     "executor": check_executor,
     "function": check_function,
+    "soak": check_soak,
     "fuzz": check_fuzz,
 }
 

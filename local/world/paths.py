@@ -10,6 +10,7 @@ VENV = LOCAL / "venv"
 TOOLS = LOCAL / "tools"
 WORLD = LOCAL / "world"
 TEST_WORLD = LOCAL / "test"
+SOAK_WORLD = LOCAL / "soak"
 SAM_BUILD = LOCAL / "sam"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

@@ -1,6 +1,6 @@
 //! What the database can answer, and what to do about it.
 
-use std::{error::Error as _, fmt, io, path::PathBuf};
+use std::{error::Error as _, fmt, io, iter, path::PathBuf};
 
 use crate::secrets::SecretError;
 
@@ -101,16 +101,18 @@ impl DatabaseError {
                 constraint: answer.constraint().map(ToOwned::to_owned),
             });
         }
-        let source = error.source();
-        let io = source.and_then(|source| source.downcast_ref::<io::Error>());
-        let tls = source.and_then(|source| source.downcast_ref::<native_tls::Error>());
+        let sources = || iter::successors(error.source(), |&error| error.source());
+        let io = sources().find_map(|source| source.downcast_ref::<io::Error>());
+        let tls = sources().find_map(|source| source.downcast_ref::<native_tls::Error>()).map(ToString::to_string);
         Self(match (io, tls) {
-            (_, Some(tls)) => Cause::Tls(tls.to_string()),
             (Some(io), _) => Cause::Lost(io.kind().to_string()),
-            _ if error.is_closed() => Cause::Lost("connection closed".to_owned()),
+            // How OpenSSL tells that the connection ended in the handshake.
+            (None, Some(tls)) if tls.contains("EOF") => Cause::Lost(tls),
+            (None, Some(tls)) => Cause::Tls(tls),
+            (None, None) if error.is_closed() => Cause::Lost("connection closed".to_owned()),
             // Without its source it names the kind of failure alone. The driver does not tell a server without TLS apart
             // in any other way.
-            _ => match error.to_string() {
+            (None, None) => match error.to_string() {
                 kind if kind == "error performing TLS handshake" => {
                     Cause::Tls("the server does not offer it; DATABASE_TLS=disable is for local runs".to_owned())
                 }

@@ -1,5 +1,10 @@
 //! The connection to the database is private, and to nobody else.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::world::{World, bodies, event, invoke};
@@ -24,18 +29,38 @@ async fn the_connection_is_encrypted_unless_that_is_disabled() {
     assert!(!world.rows(query).await[0].get::<_, bool>("ssl"));
 }
 
+/// A server that answers the request for TLS with `answer`, says no more and closes; how often it was asked.
+async fn server_that_answers(answer: &'static [u8]) -> (u16, Arc<AtomicU32>) {
+    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = server.local_addr().unwrap().port();
+    let asked = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = server.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            let mut ssl_request = [0; 8];
+            client.read_exact(&mut ssl_request).await.unwrap();
+            client.write_all(answer).await.unwrap();
+        }
+    });
+    (port, asked)
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_in_the_handshake_is_tried_again() {
+    let mut world = World::new().await;
+    let (port, asked) = server_that_answers(b"S").await;
+    world.settings.insert("DATABASE_PORT", port.to_string());
+    let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseUnavailable", "{error}");
+    assert_eq!(asked.load(Ordering::Relaxed), 4);
+}
+
 #[tokio::test]
 async fn a_server_without_tls_is_refused() {
     let mut world = World::new().await;
-    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    world.settings.insert("DATABASE_PORT", server.local_addr().unwrap().port().to_string());
-    tokio::spawn(async move {
-        let (mut client, _) = server.accept().await.unwrap();
-        let mut ssl_request = [0; 8];
-        client.read_exact(&mut ssl_request).await.unwrap();
-        client.write_all(b"N").await.unwrap();
-        client.read_u8().await
-    });
+    let (port, _) = server_that_answers(b"N").await;
+    world.settings.insert("DATABASE_PORT", port.to_string());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseTls");
     assert!(error.to_string().contains("the server does not offer it"), "{error}");

@@ -1,0 +1,352 @@
+"""What breaks, and when: a schedule from a seed, carried out by one thread for each part of the world."""
+
+import json
+import random
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import psutil
+import psycopg
+
+from world.servers import DATABASE_USER, Servers
+from world.soak.pollers import Redeliveries
+from world.soak.proxy import Proxy
+from world.stack import Stack
+
+# A fault that found nothing to break, as no connection was open or no statement came by, is tried again for so long.
+PATIENCE_SECONDS = 10
+# How far the load may run ahead of the faults, in faults.
+AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    # Of the attack's duration, when to begin.
+    at: float
+    seed: int
+
+
+@dataclass
+class World:
+    """What there is to break."""
+
+    servers: Servers
+    stack: Stack
+    # The network to PostgreSQL, and that to Secrets Manager.
+    proxy: Proxy
+    aws_proxy: Proxy
+    redeliveries: Redeliveries
+    queue_urls: list[str]
+    visibility_seconds: int
+    # Every password and every key there ever was, none of which may be in any log.
+    passwords: list[str] = field(default_factory=list)
+    ring: dict = field(default_factory=dict)
+    # Key id and time (of day, seconds) of each rotation.
+    rotations: list[tuple[str, float]] = field(default_factory=list)
+
+    def admin(self, **options) -> psycopg.Connection:
+        return self.servers.postgres.connect(autocommit=True, **options)
+
+    def functions(self) -> list[psutil.Process]:
+        """The function's processes, the emulator's and our own."""
+        with suppress(psutil.NoSuchProcess):
+            return [process for process in psutil.Process().children(recursive=True) if process.name() == "bootstrap"]
+        return []
+
+
+# Each gives whether it broke anything.
+
+
+def cut_with_reset(world: World, chance: random.Random) -> bool:
+    return world.proxy.cut(reset=True) > 0
+
+
+def cut_in_order(world: World, chance: random.Random) -> bool:
+    return world.proxy.cut(reset=False) > 0
+
+
+def refuse_connections(world: World, chance: random.Random) -> bool:
+    return world.proxy.refuse(chance.uniform(0.2, 2)) > 0
+
+
+def delay(world: World, chance: random.Random) -> bool:
+    return world.proxy.delay(chance.uniform(1, 3), each=chance.choice((0.05, 0.2, 0.8))) > 0
+
+
+def stall(world: World, chance: random.Random) -> bool:
+    return world.proxy.stall(chance.uniform(0.1, 3)) > 0
+
+
+def cut_after_commit(world: World, chance: random.Random) -> bool:
+    return world.proxy.spring("unheard", PATIENCE_SECONDS / 2)
+
+
+def stall_after_commit(world: World, chance: random.Random) -> bool:
+    return world.proxy.spring("silenced", PATIENCE_SECONDS / 2)
+
+
+def tear_statement(world: World, chance: random.Random) -> bool:
+    return world.proxy.spring("torn", PATIENCE_SECONDS / 2)
+
+
+def crash_postgres(world: World, chance: random.Random) -> bool:
+    world.servers.postgres.restart("immediate")
+    return True
+
+
+def restart_postgres(world: World, chance: random.Random) -> bool:
+    world.servers.postgres.restart("fast")
+    return True
+
+
+def terminate_backends(world: World, chance: random.Random) -> bool:
+    with world.admin() as admin:
+        return admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [DATABASE_USER]).rowcount > 0
+
+
+def lock_table(world: World, chance: random.Random) -> bool:
+    """At times for longer than an invocation may take."""
+    table = chance.choice(("user_logins", "user_logins_ledger"))
+    with world.admin() as admin, admin.transaction():
+        admin.execute(f"lock table {table} in access exclusive mode")
+        return wait_for_waiting(world, chance.uniform(0.5, 4.5)) > 0
+
+
+def cancel_statements(world: World, chance: random.Random) -> bool:
+    """Of those that wait for a lock, because others are too quick to be caught."""
+    with world.admin() as admin, admin.transaction():
+        admin.execute("lock table user_logins in access exclusive mode")
+        wait_for_waiting(world, 1)
+        with world.admin() as other:
+            query = "select pg_cancel_backend(pid) from pg_stat_activity where usename = %s and wait_event_type = 'Lock'"
+            return other.execute(query, [DATABASE_USER]).rowcount > 0
+
+
+def wait_for_waiting(world: World, seconds: float) -> int:
+    """After so many seconds, how many statements wait for a lock."""
+    time.sleep(seconds)
+    with world.admin() as admin:
+        query = "select count(*) from pg_stat_activity where usename = %s and wait_event_type = 'Lock'"
+        return admin.execute(query, [DATABASE_USER]).fetchone()[0]
+
+
+def make_read_only(world: World, chance: random.Random) -> bool:
+    """As a node is after a failover."""
+    return alter_role_for_a_while(world, chance, "set default_transaction_read_only = on", "reset default_transaction_read_only")
+
+
+def exhaust_connections(world: World, chance: random.Random) -> bool:
+    return alter_role_for_a_while(world, chance, "connection limit 0", "connection limit -1")
+
+
+def alter_role_for_a_while(world: World, chance: random.Random, change: str, back: str) -> bool:
+    with world.admin() as admin:
+        admin.execute(f"alter role {DATABASE_USER} {change}")
+        try:
+            terminate_backends(world, chance)
+            time.sleep(chance.uniform(0.2, 2))
+        finally:
+            admin.execute(f"alter role {DATABASE_USER} {back}")
+        terminate_backends(world, chance)
+    return True
+
+
+def rotate_password(world: World, chance: random.Random) -> bool:
+    """As a single user's rotation does: for a moment the secret and the server disagree. Connections end, so that all have to log in again."""
+    password = secrets.token_urlsafe(24)
+    world.passwords.append(password)
+    secret = json.dumps({"username": DATABASE_USER, "password": password})
+
+    def store() -> None:
+        world.stack.localstack.client("secretsmanager").put_secret_value(SecretId=world.servers.database_secret_arn, SecretString=secret)
+
+    with world.admin() as admin:
+
+        def alter() -> None:
+            admin.execute(psycopg.sql.SQL("alter role {} password {}").format(psycopg.sql.Identifier(DATABASE_USER), password))
+
+        steps = [store, alter]
+        chance.shuffle(steps)
+        steps[0]()
+        terminate_backends(world, chance)
+        time.sleep(chance.uniform(0, 1))
+        steps[1]()
+    return True
+
+
+def rotate_keyring(world: World, chance: random.Random) -> bool:
+    """A new active key, of any cipher and length; the old ones stay for what they have masked."""
+    key_id = f"soak-{len(world.ring['keys'])}"
+    cipher, digits, iv = chance.choice((("aes-cbc", 32, 1), ("aes-cbc", 48, 0), ("aes-cbc", 64, 1), ("aes-siv", 64, 0), ("aes-siv", 128, 0)))
+    key = {"cipher": cipher, "key": secrets.token_hex(digits // 2)} | ({"iv": secrets.token_hex(16)} if iv else {})
+    world.ring = {"active": key_id, "keys": world.ring["keys"] | {key_id: key}}
+    secret = json.dumps(world.ring)
+    world.stack.localstack.client("secretsmanager").put_secret_value(SecretId=world.stack.masking_secret_arn, SecretString=secret)
+    world.rotations.append((key_id, time.time()))
+    return True
+
+
+def kill_function(world: World, chance: random.Random) -> bool:
+    with suppress(IndexError, psutil.NoSuchProcess):
+        chance.choice(world.functions()).kill()
+        return True
+    return False
+
+
+def freeze_function(world: World, chance: random.Random) -> bool:
+    with suppress(IndexError, psutil.NoSuchProcess):
+        process = chance.choice(world.functions())
+        process.suspend()
+        time.sleep(chance.uniform(0.2, 4))
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+        return True
+    return False
+
+
+def refuse_secrets(world: World, chance: random.Random) -> bool:
+    """While an environment starts and the others read the keyring again."""
+    kill_function(world, chance)
+    world.aws_proxy.refuse(chance.uniform(0.5, 4))
+    return True
+
+
+def silence_secrets(world: World, chance: random.Random) -> bool:
+    kill_function(world, chance)
+    world.aws_proxy.stall(chance.uniform(0.5, 3))
+    return True
+
+
+def shorten_visibility(world: World, chance: random.Random) -> bool:
+    """For a while, what is received comes back while it is still being handled."""
+    sqs = world.stack.localstack.client("sqs")
+    for queue_url in world.queue_urls:
+        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": "1"})
+    time.sleep(chance.uniform(1, 3))
+    for queue_url in world.queue_urls:
+        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": str(world.visibility_seconds)})
+    return True
+
+
+def redelivery(kind: str) -> Callable[[World, random.Random], bool]:
+    return lambda world, chance: world.redeliveries.cause(kind, PATIENCE_SECONDS / 2)
+
+
+# Each lane is one thread's: what must not overlap is in one, and any two lanes break things at the same time. The number is a kind's weight.
+LANES: list[dict[str, tuple[int, Callable[[World, random.Random], bool]]]] = [
+    {
+        "connections cut (RST)": (2, cut_with_reset),
+        "connections cut (FIN)": (2, cut_in_order),
+        "connections refused": (1, refuse_connections),
+        "network slow": (1, delay),
+        "network silent (half-open)": (2, stall),
+        "cut after the commit": (4, cut_after_commit),
+        "silent after the commit": (2, stall_after_commit),
+        "statement torn in two": (2, tear_statement),
+    },
+    {
+        "PostgreSQL crashed": (2, crash_postgres),
+        "PostgreSQL restarted": (1, restart_postgres),
+        "backends terminated": (2, terminate_backends),
+        "table locked": (2, lock_table),
+        "statements cancelled": (1, cancel_statements),
+        "database read-only": (1, make_read_only),
+        "no connections left": (1, exhaust_connections),
+        "password rotated": (2, rotate_password),
+        "keyring rotated": (1, rotate_keyring),
+    },
+    {
+        "function killed": (5, kill_function),
+        "function frozen": (2, freeze_function),
+        "Secrets Manager unreachable": (1, refuse_secrets),
+        "Secrets Manager silent": (1, silence_secrets),
+        "visibility timeout too short": (1, shorten_visibility),
+        **{kind: (3, redelivery(kind)) for kind in Redeliveries.KINDS},
+    },
+]
+
+
+def plan(count: int, seed: int) -> list[list[Fault]]:
+    """Each lane's faults in the order of their beginning; kinds in proportion to their weights, the same for the same seed."""
+    chance = random.Random(seed)
+    lanes = []
+    for number, lane in enumerate(LANES):
+        share = count // len(LANES) + (number < count % len(LANES))
+        once = [kind for kind, (weight, _) in lane.items() for _ in range(weight)]
+        # Every kind comes before any comes again.
+        kinds = list(lane)[:share]
+        while len(kinds) < share:
+            kinds += chance.sample(once, min(len(once), share - len(kinds)))
+        chance.shuffle(kinds)
+        lanes.append([Fault(kind, (place + chance.random()) / share, chance.getrandbits(32)) for place, kind in enumerate(kinds)])
+    return lanes
+
+
+class Attack:
+    """Owns the lanes' threads, as a context manager, and tells how far they have come."""
+
+    def __init__(self, world: World, schedule: list[list[Fault]], seconds: float):
+        self._world, self._schedule, self._seconds = world, schedule, seconds
+        self._count = sum(map(len, schedule))
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self.done: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "Attack":
+        self.started = self._last = time.monotonic()
+        lanes = zip(self._schedule, LANES, strict=True)
+        self._threads = [threading.Thread(target=self._run, args=lane, daemon=True) for lane in lanes]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        # A fault under way is seen through: it may be starting a server.
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def over(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1; it goes on a little by itself while a fault waits for traffic, and then waits for it."""
+        if self.over:
+            return 1.0
+        with self._lock:
+            since = (time.monotonic() - self._last) / self._seconds * self._count
+            return min(1.0, (self.done.total() + self.missed.total() + min(AHEAD, since)) / self._count)
+
+    def check(self) -> None:
+        """Raises what made a lane end."""
+        if self._error:
+            raise self._error
+
+    def _run(self, faults: list[Fault], actions: dict) -> None:
+        try:
+            for fault in faults:
+                self._stopping.wait(max(0.0, self.started + fault.at * self._seconds - time.monotonic()))
+                if self._stopping.is_set():
+                    return
+                hit = self._inject(actions[fault.kind][1], random.Random(fault.seed))
+                with self._lock:
+                    (self.done if hit else self.missed)[fault.kind] += 1
+                    self._last = time.monotonic()
+        except BaseException as error:
+            self._error = error
+
+    def _inject(self, action: Callable[[World, random.Random], bool], chance: random.Random) -> bool:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (hit := action(self._world, chance)) and time.monotonic() < deadline and not self._stopping.is_set():
+            time.sleep(0.05)
+        return hit

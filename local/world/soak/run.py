@@ -1,0 +1,232 @@
+"""One soak, in a world that is up: the stack deployed behind the proxy, the load sent through it, and the wait until all is settled."""
+
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from world import paths, stack
+from world.servers import DATABASE_SECRET, DATABASE_USER, Servers
+from world.soak import load
+from world.soak.checker import Evidence
+from world.soak.environment import Environment
+from world.soak.faults import Attack, World
+from world.soak.load import Message
+from world.soak.pollers import Order, Poller, Pool, Redeliveries, deduplication_id, redrive_policy
+from world.soak.proxy import Proxy
+
+WORLD = paths.SOAK_WORLD
+
+TIMEOUT_SECONDS = 3
+# Soon enough for a bad message to come back many times.
+VISIBILITY_SECONDS = 6
+# So many that no fault dead-letters a good message during the attack; after it, so few that a bad one leaves at once.
+MOST_RECEIVES, MOST_RECEIVES_AT_LAST = 1000, 3
+EMULATOR_BATCH, POLLER_BATCH, FIFO_BATCH = 200, 60, 10
+# For each queue; one more than pollers, for what is delivered to two at once.
+ENVIRONMENTS, POLLERS = 3, 2
+SECRETS_TTL = 2
+# Seconds, of the function's own setting; it doubles with each receive.
+OUTAGE_DELAY = 1
+# Without any change in the queues for so long, nothing more will come.
+QUIET_SECONDS = 40
+TICK_SECONDS = 10
+
+
+class Run:
+    """Owns the deployed stack, the FIFO queue beside it, what polls both (as a context manager), and the record of what was sent."""
+
+    def __init__(self, servers: Servers, proxy: Proxy, aws_proxy: Proxy, messages: list[Message], seed: int):
+        self.messages = messages
+        self._servers, self._chance = servers, random.Random(seed)
+        self.sent: dict[str, Message] = {}
+        self.tally: Counter[str] = Counter()
+        self.answers: list[bytes] = []
+        self._order = Order()
+        prepare_database(servers)
+        self.stack = stack.deploy(
+            servers,
+            DatabasePort=proxy.port,
+            LogLevel="TRACE",
+            FunctionTimeout=TIMEOUT_SECONDS,
+            VisibilityTimeout=VISIBILITY_SECONDS,
+            MaxReceiveCount=MOST_RECEIVES,
+            OutageDelay=0,
+            BatchSize=EMULATOR_BATCH,
+            BatchWindow=1,
+            SecretsTtl=SECRETS_TTL,
+        )
+        self._sqs = self.stack.localstack.client("sqs")
+        self._fifo_url, self._fifo_dead_url = create_fifo_queue(self._sqs)
+        self.world = World(servers, self.stack, proxy, aws_proxy, Redeliveries(), [self.stack.queue_url, self._fifo_url], VISIBILITY_SECONDS)
+        client = self.stack.localstack.client("secretsmanager")
+        self.world.passwords.append(json.loads(client.get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])["password"])
+        first = json.loads(client.get_secret_value(SecretId=self.stack.masking_secret_arn)["SecretString"])
+        self.world.ring = {"active": "", "keys": {"": first}}
+        logs = WORLD / "environments"
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir()
+        aws_endpoint = f"http://127.0.0.1:{aws_proxy.port}"
+
+        def pool(url: str, size: int, outage_delay: int, order: Order | None = None) -> Pool:
+            def environment(number: int) -> Environment:
+                log = logs / f"{url.rpartition('/')[2]}-{number}.log"
+                variables = {"AWS_ENDPOINT_URL": aws_endpoint, "OUTAGE_DELAY": str(outage_delay)}
+                return Environment(self.stack, paths.SAM_BUILD / "LoginFunction", log, self.tally, self.answers, **variables)
+
+            def poller() -> Poller:
+                client = self.stack.localstack.client("sqs")
+                return Poller(client, url, size, random.Random(self._chance.random()), self.world.redeliveries, self.tally, order)
+
+            return Pool([environment(number) for number in range(ENVIRONMENTS)], [poller() for _ in range(POLLERS)])
+
+        self._pool = pool(self.stack.queue_url, POLLER_BATCH, OUTAGE_DELAY)
+        # In the emulator's FIFO queues a hidden message keeps those of other groups from coming back.
+        self._fifo_pool = pool(self._fifo_url, FIFO_BATCH, 0, self._order)
+
+    def __enter__(self) -> "Run":
+        self._pool.__enter__()
+        self._fifo_pool.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.__exit__()
+        self._fifo_pool.__exit__()
+
+    def send_during(self, attack: Attack) -> None:
+        """Sends all messages, evenly over the attack."""
+        shown = time.monotonic()
+        place = 0
+        while place < len(self.messages) or not attack.over:
+            attack.check()
+            self._check()
+            until = int(attack.progress * len(self.messages))
+            self._send(self.messages[place:until])
+            place = max(place, until)
+            if time.monotonic() - shown >= TICK_SECONDS:
+                shown = time.monotonic()
+                print(f"  ... {len(self.sent)} messages sent, {attack.done.total()} faults, {self._remaining()} messages in the queues")
+            time.sleep(0.1)
+        attack.check()
+
+    def _send(self, messages: list[Message]) -> None:
+        for url, some in (
+            (self.stack.queue_url, [message for message in messages if not message.group]),
+            (self._fifo_url, [message for message in messages if message.group]),
+        ):
+            for start in range(0, len(some), 10):
+                ten = some[start : start + 10]
+                answer = self._sqs.send_message_batch(QueueUrl=url, Entries=[entry(number, message) for number, message in enumerate(ten)])
+                if answer.get("Failed"):
+                    raise RuntimeError(f"SQS refused messages: {answer['Failed'][0]['Message']}")
+                self.sent |= {sent["MessageId"]: ten[int(sent["Id"])] for sent in answer["Successful"]}
+
+    def settle(self) -> tuple[list[str], int]:
+        """Waits until every good message is through, and then until the bad ones are in the dead-letter queues.
+
+        Returns the logins that overtook a bad message of their group, and how many messages the queues hold still.
+        """
+        stuck = sum(not message.good or message.held_back for message in self.messages)
+        print("Nothing breaks any more; waiting for the rest ...")
+        self._reveal()
+        self._wait_until(lambda: self._remaining() <= stuck)
+        held_back = [message.row[0] for message in self.messages if message.held_back]
+        with self.world.admin() as database:
+            overtaking = database.execute("select user_id from user_logins where user_id = any (%s)", [held_back]).fetchall()
+
+        self._set(self.stack.queue_url, redrive_policy(self.stack.dead_letter_queue_url, MOST_RECEIVES_AT_LAST))
+        # In a FIFO queue what waits behind a bad message is received as often as that one, and would go with it to the dead-letter queue. One
+        # at a time, the bad one at the head of its group is received more often than all others, and leaves alone.
+        for poller in self._fifo_pool.pollers:
+            poller.batch_size, poller.hurried = 1, True
+        time.sleep(TIMEOUT_SECONDS)
+        for message in self.messages:
+            if message.group and not message.good:
+                self._order.excused.setdefault(message.group, set()).add(message.place)
+        most = max(poller.most_received for poller in self._fifo_pool.pollers) + 3
+        self._set(self._fifo_url, redrive_policy(self._fifo_dead_url, most))
+        self._wait_until(lambda: self._remaining() == 0)
+        return [user for (user,) in overtaking], self._remaining()
+
+    def _check(self) -> None:
+        """Raises what made a poller end."""
+        self._pool.check()
+        self._fifo_pool.check()
+
+    def _set(self, queue_url: str, attributes: dict[str, str]) -> None:
+        self._sqs.set_queue_attributes(QueueUrl=queue_url, Attributes=attributes)
+
+    def _remaining(self) -> int:
+        return sum(self.stack.depth(self.stack.queue_url)) + sum(self.stack.depth(self._fifo_url))
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Gives up when nothing has changed for a while; the account then says what is missing."""
+        before, since, shown = None, time.monotonic(), time.monotonic()
+        while not condition() and time.monotonic() - since < QUIET_SECONDS:
+            self._check()
+            if (now := self._remaining()) != before:
+                before, since = now, time.monotonic()
+            if time.monotonic() - shown >= TICK_SECONDS:
+                shown = time.monotonic()
+                print(f"  ... {now} messages in the queues")
+                # Invocations that began among faults may have hidden theirs since.
+                self._reveal()
+            time.sleep(0.25)
+
+    def _reveal(self) -> None:
+        """Shows at once what the function has hidden for a while."""
+        for poller in self._pool.pollers:
+            poller.reveal()
+
+    def evidence(self, overtaking: list[str], left: int, began: datetime) -> Evidence:
+        world = self.world
+        files = [*self.stack.localstack.function_logs.glob("*.log"), *(WORLD / "environments").glob("*.log"), self._servers.postgres.log_file]
+        keys = [text for key in world.ring["keys"].values() for text in (key["key"], key.get("iv")) if text]
+        return Evidence(
+            sent=self.sent,
+            dead=[message for url in (self.stack.dead_letter_queue_url, self._fifo_dead_url) for message in take_all(self._sqs, url)],
+            left=left,
+            overtaking=overtaking,
+            malformed=self.tally["failed: malformed answer"],
+            logs={file.name: file.read_bytes() for file in files} | {"answers": b"\n".join(self.answers)},
+            secrets=[*world.passwords, self._servers.postgres.admin_password, *keys],
+            ring=world.ring,
+            rotations=world.rotations,
+            secrets_ttl=SECRETS_TTL,
+            days={began.date(), datetime.now(UTC).date()},
+        )
+
+
+def prepare_database(servers: Servers) -> None:
+    """Keeps the times of commits, refuses one kind of user, and ends the function's statements with its invocation."""
+    with servers.postgres.connect(autocommit=True) as admin:
+        admin.execute("alter system set track_commit_timestamp = on")
+        admin.execute(f"alter table user_logins add constraint refused check (user_id not like '{load.REFUSED_USER}%')")
+        admin.execute(f"alter role {DATABASE_USER} set statement_timeout = '{TIMEOUT_SECONDS}s'")
+    servers.postgres.restart()
+
+
+def create_fifo_queue(sqs) -> tuple[str, str]:
+    """A FIFO queue and its dead-letter queue; the stack has none."""
+    fifo = {"FifoQueue": "true", "VisibilityTimeout": str(VISIBILITY_SECONDS)}
+    dead = sqs.create_queue(QueueName="logins-dead.fifo", Attributes=fifo)["QueueUrl"]
+    queue = sqs.create_queue(QueueName="logins.fifo", Attributes=fifo | redrive_policy(dead, MOST_RECEIVES))["QueueUrl"]
+    return queue, dead
+
+
+def entry(number: int, message: Message) -> dict:
+    group = {"MessageGroupId": message.group, "MessageDeduplicationId": deduplication_id(message.group, message.place)} if message.group else {}
+    return {"Id": str(number), "MessageBody": message.body, **group}
+
+
+def take_all(sqs, queue_url: str) -> list[str]:
+    """Empties a queue; the ids of its messages."""
+    ids = []
+    while messages := sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10).get("Messages"):
+        ids += [message["MessageId"] for message in messages]
+        entries = [{"Id": str(number), "ReceiptHandle": message["ReceiptHandle"]} for number, message in enumerate(messages)]
+        sqs.delete_message_batch(QueueUrl=queue_url, Entries=entries)
+    return ids

@@ -1,9 +1,23 @@
 //! Messages of a batch that failed for the database's sake come back later than the queue would have it.
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
+use aws_config::{BehaviorVersion, SdkConfig};
+use aws_lambda_events::sqs::SqsEvent;
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
+use login_etl::redelivery::Redelivery;
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::Instant,
+};
 
 use crate::world::{World, bodies, event, invoke, variable};
 
@@ -76,4 +90,40 @@ async fn without_a_delay_they_come_back_when_the_queue_would_have_it() {
     world.settings.insert("OUTAGE_DELAY", "0".to_owned());
     let queue = Queue::new(&world).await;
     assert_eq!(coming_back(&world, &queue).await, (10, 2));
+}
+
+#[tokio::test]
+async fn without_the_permission_it_is_asked_for_once() {
+    let service = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", service.local_addr().unwrap());
+    let asked = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = service.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            let mut request = [0; 16_384];
+            let _read = client.read(&mut request).await.unwrap();
+            let body = r#"{"__type":"com.amazon.coral.service#AccessDeniedException","message":"not authorized"}"#;
+            let head = "HTTP/1.1 403 Forbidden\r\ncontent-type: application/x-amz-json-1.0\r\nconnection: close";
+            let answer = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            client.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    let usual = login_etl::config::sdk_config().await;
+    // Made anew, because the endpoint of the environment goes before one that is set.
+    let sdk_config = SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(usual.region().cloned())
+        .credentials_provider(usual.credentials_provider().unwrap())
+        .http_client(usual.http_client().unwrap())
+        .sleep_impl(usual.sleep_impl().unwrap())
+        .time_source(usual.time_source().unwrap())
+        .endpoint_url(endpoint)
+        .build();
+    let redelivery = Redelivery::new(sdk_config, Duration::from_secs(60));
+    let event: SqsEvent = serde_json::from_str(&event(0, bodies(0..20))).unwrap();
+    for _ in 0..3 {
+        redelivery.delay(&event.records, Instant::now() + Duration::from_secs(10)).await;
+    }
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
 }

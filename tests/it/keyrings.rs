@@ -1,5 +1,7 @@
 //! A rotated keyring reaches environments that run.
 
+use login_etl::mask::Keyring;
+
 use crate::world::{World, body, event, invoke};
 
 const RING: &str = r#"{"active": "new", "keys": {"new": {"cipher": "aes-siv",
@@ -20,6 +22,12 @@ async fn a_rotated_keyring_is_used_once_the_present_one_is_old() {
     assert_eq!(masked_under_the_new_key(&world).await, 0);
     invoke(&eager, &event(1, [body(1)])).await.unwrap();
     assert_eq!(masked_under_the_new_key(&world).await, 1);
+
+    // An aes-siv mask holds for its own field only.
+    let rows = world.rows("select masked_ip, masked_device_id from user_logins where user_id = 'user-1'").await;
+    let ring = Keyring::from_json(RING).unwrap();
+    assert_eq!(*ring.recover("ip", rows[0].get("masked_ip")).unwrap(), "10.0.0.1");
+    assert_eq!(*ring.recover("device_id", rows[0].get("masked_device_id")).unwrap(), "device-1");
 }
 
 #[tokio::test]

@@ -172,20 +172,17 @@ impl FreshKeyring {
         let now = SystemTime::now();
         if now >= current.1 {
             let reading = self.secrets.keyring(&self.id);
-            *current = match timeout_at(deadline.min(Instant::now() + REFRESH_TIMEOUT), reading).await {
-                Ok(Ok(keyring)) => (Arc::new(keyring), now + self.ttl),
-                failure => {
-                    let error = failure.map_or_else(
-                        |_| "no answer in time".to_owned(),
-                        |result| match result {
-                            Ok(_) => String::new(),
-                            Err(error) => error.to_string(),
-                        },
-                    );
-                    tracing::warn!(error, "keyring not read again, used on as it is");
-                    (Arc::clone(&current.0), now + self.ttl.min(REFRESH_PAUSE))
-                }
+            let read = match timeout_at(deadline.min(Instant::now() + REFRESH_TIMEOUT), reading).await {
+                Ok(read) => read.map_err(|error| error.to_string()),
+                Err(_) => Err("no answer in time".to_owned()),
             };
+            match read {
+                Ok(keyring) => *current = (Arc::new(keyring), now + self.ttl),
+                Err(error) => {
+                    tracing::warn!(error, "keyring not read again, used on as it is");
+                    current.1 = now + self.ttl.min(REFRESH_PAUSE);
+                }
+            }
         }
         Arc::clone(&current.0)
     }

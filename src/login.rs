@@ -82,7 +82,8 @@ pub enum Field {
 }
 
 impl Field {
-    const ALL: [Self; 6] = [Self::UserId, Self::AppVersion, Self::DeviceType, Self::Ip, Self::Locale, Self::DeviceId];
+    /// All of them, in the order in which they are checked.
+    pub const ALL: [Self; 6] = [Self::UserId, Self::AppVersion, Self::DeviceType, Self::Ip, Self::Locale, Self::DeviceId];
 
     /// The field's name on the wire; for masked fields also what binds an `aes-siv` mask to its column.
     pub const fn name(self) -> &'static str {
@@ -93,6 +94,19 @@ impl Field {
             Self::Ip => "ip",
             Self::Locale => "locale",
             Self::DeviceId => "device_id",
+        }
+    }
+}
+
+/// The fields that are masked, each with the column that has its mask.
+pub const MASKED: [(Field, &str); 2] = [(Field::Ip, "masked_ip"), (Field::DeviceId, "masked_device_id")];
+
+impl Field {
+    /// The one spelling of a value of this field, so that equal values have equal masks.
+    pub fn canonical(self, value: &str) -> Cow<'_, str> {
+        match self {
+            Self::Ip => canonical_ip(value),
+            _ => Cow::Borrowed(value),
         }
     }
 }
@@ -179,10 +193,10 @@ impl<'a> Login<'a> {
     /// [`Invalid`], the message's fault: a value that would not fit its column once masked.
     pub fn mask(self, keyring: &Keyring) -> Result<Row, Invalid> {
         let mask = |field: Field, value: &str| {
-            keyring.mask(field.name(), value).map_err(|_| Invalid::Field(field, Fault::TooLong))
+            keyring.mask(field.name(), &field.canonical(value)).map_err(|_| Invalid::Field(field, Fault::TooLong))
         };
         Ok(Row {
-            masked_ip: mask(Field::Ip, &canonical_ip(&self.ip))?,
+            masked_ip: mask(Field::Ip, &self.ip)?,
             masked_device_id: mask(Field::DeviceId, &self.device_id)?,
             user_id: self.user_id.into_owned(),
             device_type: self.device_type.into_owned(),
@@ -192,8 +206,8 @@ impl<'a> Login<'a> {
     }
 }
 
-/// One spelling for each address, so that equal addresses have equal masks; other text stays as it is.
-pub fn canonical_ip(text: &str) -> Cow<'_, str> {
+/// One spelling for each address; other text stays as it is.
+fn canonical_ip(text: &str) -> Cow<'_, str> {
     text.parse::<IpAddr>().map_or(Cow::Borrowed(text), |address| Cow::Owned(address.to_string()))
 }
 

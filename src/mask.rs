@@ -16,7 +16,7 @@ use aes::{
 };
 use aes_siv::siv::{Aes128Siv, Aes256Siv};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use zeroize::Zeroizing;
 
 /// Most characters of a masked value, the width of its column.
@@ -82,7 +82,7 @@ pub enum KeyringError {
     SivIv,
 }
 
-/// The keys by id, one of them active. `Debug` shows ids and ciphers only.
+/// The keys by id, one of them active; the empty id is the unnamed key's. `Debug` shows ids and ciphers only.
 #[derive(Debug)]
 pub struct Keyring {
     active: String,
@@ -100,7 +100,7 @@ impl Keyring {
             .map_err(|error| KeyringError::Shape { line: error.line(), column: error.column() })?;
         let (active, keys) = match text {
             KeyringText { key: key @ Some(_), iv, active: None, keys: None } => {
-                (String::new(), BTreeMap::from([(String::new(), KeyText { cipher: CipherName::Cbc, key, iv })]))
+                (String::new(), BTreeMap::from([(String::new(), KeyText { key, iv, ..KeyText::default() })]))
             }
             KeyringText { key: None, iv: None, active: Some(active), keys: Some(keys) } => (active, keys),
             _ => return Err(KeyringError::Shape { line: 1, column: 1 }),
@@ -115,22 +115,28 @@ impl Keyring {
         Ok(Self { active, keys })
     }
 
+    /// The id of the key that new values are masked under.
+    pub fn active(&self) -> &str {
+        &self.active
+    }
+
+    /// Every key's id and the name of its cipher.
+    pub fn keys(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.keys.iter().map(|(id, key)| (id.as_str(), key.0.name()))
+    }
+
     /// Masks `value` under the active key. `field` is the field's name; an `aes-siv` mask holds for that field only.
     ///
     /// # Errors
     /// [`TooLong`], the message's fault.
     pub fn mask(&self, field: &str, value: &str) -> Result<Masked, TooLong> {
-        // No cipher shortens its input; this bounds the work that a hostile value can cause.
-        if value.len() > MASKED_MAX {
-            return Err(TooLong);
-        }
-        let mut text = String::with_capacity(MASKED_MAX);
-        if !self.active.is_empty() {
-            text.push_str(&self.active);
-            text.push(':');
-        }
-        BASE64.encode_string(self.keys[&self.active].0.encrypt(field, value.as_bytes()), &mut text);
-        if text.len() > MASKED_MAX { Err(TooLong) } else { Ok(Masked(text)) }
+        mask(&self.active, &self.keys[&self.active], field, value)
+    }
+
+    /// Masks `value` under every key, as rows of different ages may have it. A key under which it is too long is left out.
+    pub fn mask_under_all(&self, field: &str, value: &str) -> Vec<(&str, Masked)> {
+        let masks = self.keys.iter().map(|(id, key)| (id.as_str(), mask(id, key, field, value)));
+        masks.filter_map(|(id, masked)| Some((id, masked.ok()?))).collect()
     }
 
     /// The plain value of `masked`, under whichever key of the ring it was made.
@@ -138,12 +144,35 @@ impl Keyring {
     /// # Errors
     /// [`Unrecoverable`], for whatever reason.
     pub fn recover(&self, field: &str, masked: &str) -> Result<Zeroizing<String>, Unrecoverable> {
-        let (id, encoded) = masked.split_once(':').unwrap_or(("", masked));
+        let (id, encoded) = split(masked);
         let ciphertext = BASE64.decode(encoded).map_err(|_| Unrecoverable)?;
         let key = self.keys.get(id).ok_or(Unrecoverable)?;
         let plain = key.0.decrypt(field, &ciphertext).ok_or(Unrecoverable)?;
         String::from_utf8(plain).map(Zeroizing::new).map_err(|_| Unrecoverable)
     }
+}
+
+/// The id of the key that a mask was made under, as the mask says it.
+pub fn key_id(masked: &str) -> &str {
+    split(masked).0
+}
+
+fn split(masked: &str) -> (&str, &str) {
+    masked.split_once(':').unwrap_or(("", masked))
+}
+
+fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong> {
+    // No cipher shortens its input; this bounds the work that a hostile value can cause.
+    if value.len() > MASKED_MAX {
+        return Err(TooLong);
+    }
+    let mut text = String::with_capacity(MASKED_MAX);
+    if !id.is_empty() {
+        text.push_str(id);
+        text.push(':');
+    }
+    BASE64.encode_string(key.0.encrypt(field, value.as_bytes()), &mut text);
+    if text.len() > MASKED_MAX { Err(TooLong) } else { Ok(Masked(text)) }
 }
 
 fn is_key_id(id: &str) -> bool {
@@ -162,13 +191,18 @@ struct KeyringText {
     iv: Option<Zeroizing<String>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeyText {
     #[serde(default)]
     cipher: CipherName,
     key: Option<Zeroizing<String>>,
     iv: Option<Zeroizing<String>>,
+    /// When the key was made and when another took its place: for its owner, not for us.
+    #[serde(rename = "created")]
+    _created: Option<IgnoredAny>,
+    #[serde(rename = "replaced")]
+    _replaced: Option<IgnoredAny>,
 }
 
 #[derive(Default, Deserialize)]

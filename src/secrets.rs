@@ -98,6 +98,23 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Er
     }
 }
 
+impl Credentials {
+    /// A user's name and password, with nothing said of where the database is.
+    pub fn new(username: String, password: String) -> Self {
+        Self { username, password: Zeroizing::new(password), host: None, port: None, dbname: None }
+    }
+
+    /// The same user, where `other` says that the database is.
+    pub fn at(self, other: &Self) -> Self {
+        Self { host: other.host.clone(), port: other.port, dbname: other.dbname.clone(), ..self }
+    }
+
+    /// The user's name.
+    pub fn username(&self) -> &str {
+        &self.username
+    }
+}
+
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials").finish_non_exhaustive()

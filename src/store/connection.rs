@@ -1,6 +1,9 @@
-//! The one connection to PostgreSQL that an execution environment keeps.
+//! Connecting to PostgreSQL, and the one connection that an execution environment keeps.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use native_tls::{Certificate, Protocol, TlsConnector};
 use postgres_native_tls::MakeTlsConnector;
@@ -22,14 +25,24 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
 
 /// How to connect: the settings, and the roots that are trusted, read once.
-pub(super) struct Connector {
+#[derive(Clone)]
+pub struct Connector {
     config: DatabaseConfig,
-    tls: Option<MakeTlsConnector>,
+    application_name: &'static str,
+    tls: Option<TlsConnector>,
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector").field("config", &self.config).finish_non_exhaustive()
+    }
 }
 
 /// A connection and the task that drives it, which ends with it.
-pub(super) struct Connection {
-    pub(super) client: Client,
+#[derive(Debug)]
+pub struct Connection {
+    /// To send statements with.
+    pub client: Client,
     driver: JoinHandle<()>,
     used: SystemTime,
 }
@@ -55,7 +68,11 @@ impl Connection {
 }
 
 impl Connector {
-    pub(super) fn new(config: DatabaseConfig) -> Result<Self, StoreError> {
+    /// Reads the trusted roots. The server shows the sessions under `application_name`.
+    ///
+    /// # Errors
+    /// [`StoreError`], when they cannot be used. The operator's fault.
+    pub fn new(config: DatabaseConfig, application_name: &'static str) -> Result<Self, StoreError> {
         let tls = match &config.tls {
             Tls::Disable => None,
             Tls::VerifyFull { ca_file } => {
@@ -74,10 +91,10 @@ impl Connector {
                         builder.add_root_certificate(root);
                     }
                 }
-                Some(MakeTlsConnector::new(builder.build().map_err(|error| StoreError::Tls(error.to_string()))?))
+                Some(builder.build().map_err(|error| StoreError::Tls(error.to_string()))?)
             }
         };
-        Ok(Self { config, tls })
+        Ok(Self { config, application_name, tls })
     }
 
     pub(super) fn secret_id(&self) -> &str {
@@ -88,27 +105,47 @@ impl Connector {
         self.config.ledger_retention
     }
 
+    /// How a server's certificate is verified; `None` where `DATABASE_TLS` is `disable`.
+    pub fn tls(&self) -> Option<&TlsConnector> {
+        self.tls.as_ref()
+    }
+
     /// The host to connect to, of the settings or else of the secret.
-    pub(super) fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
+    ///
+    /// # Errors
+    /// [`StoreError::NoHost`]. The operator's fault.
+    pub fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
         self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)
     }
 
-    pub(super) async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
+    /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
+    pub fn port(&self, credentials: &Credentials) -> u16 {
+        self.config.port.or(credentials.port).unwrap_or(5432)
+    }
+
+    /// The database to connect to, of the settings, or of the secret, or `postgres`.
+    pub fn name<'a>(&'a self, credentials: &'a Credentials) -> &'a str {
+        self.config.name.as_deref().or(credentials.dbname.as_deref()).unwrap_or("postgres")
+    }
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// [`StoreError`], when the server is not reached, or lets nobody in.
+    pub async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
         let host = self.host(credentials)?;
-        let port = self.config.port.or(credentials.port).unwrap_or(5432);
-        let name = self.config.name.as_deref().or(credentials.dbname.as_deref()).unwrap_or("postgres");
         let mut config = Config::new();
         config
             .host(host)
-            .port(port)
-            .dbname(name)
+            .port(self.port(credentials))
+            .dbname(self.name(credentials))
             .user(&credentials.username)
             .password(credentials.password.as_bytes())
-            .application_name(env!("CARGO_PKG_NAME"))
+            .application_name(self.application_name)
             .tcp_user_timeout(UNACKNOWLEDGED);
         let opening = async {
             match &self.tls {
-                Some(tls) => open(config.ssl_mode(SslMode::Require), tls.clone()).await,
+                Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls.clone())).await,
                 None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
             }
         };

@@ -19,11 +19,9 @@ use tokio::{
 };
 use tokio_postgres::types::{ToSql, Type};
 
-use self::{
-    connection::{Connection, Connector},
-    error::Remedy,
-};
+use self::error::Remedy;
 pub use self::{
+    connection::{Connection, Connector},
     error::{DatabaseError, StoreError},
     ledger::LedgerKey,
 };
@@ -89,7 +87,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`], when either cannot be used. The operator's fault.
     pub async fn new(config: DatabaseConfig, secrets: Secrets) -> Result<Self, StoreError> {
-        let connector = Connector::new(config)?;
+        let connector = Connector::new(config, env!("CARGO_PKG_NAME"))?;
         let credentials = secrets.credentials(connector.secret_id()).await?;
         connector.host(&credentials)?;
         let retention = connector.ledger_retention();

@@ -1,0 +1,71 @@
+//! Who recovered what, and why: one row for each time, committed before anything is shown.
+
+use std::collections::BTreeSet;
+
+use aws_config::SdkConfig;
+use tokio_postgres::{Client, types::Type};
+
+use crate::output::{Failure, failed, sql};
+
+/// Most masks that a row lists.
+const MASKS_MAX: usize = 1000;
+
+/// What is recorded of a recovery.
+#[derive(Debug)]
+pub struct Record<'a> {
+    /// `recover` or `reveal`.
+    pub action: &'static str,
+    /// Why, as the person says.
+    pub reason: &'a str,
+    /// Where the masks came from.
+    pub source: &'a str,
+    /// How many values were asked for.
+    pub requested: usize,
+    /// How many were shown.
+    pub recovered: usize,
+    /// The masks that were recovered, and so are none of what else may have been given by mistake.
+    pub masks: &'a [&'a str],
+}
+
+/// A reason there must be.
+pub fn check_reason(reason: &str) -> Result<(), Failure> {
+    if reason.trim().is_empty() { Err(Failure::Usage("--reason says nothing".to_owned())) } else { Ok(()) }
+}
+
+/// Writes the record, and returns once the server has it on disk.
+pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) -> Result<(), Failure> {
+    let operator = operator(aws).await;
+    let keys: BTreeSet<&str> = record.masks.iter().map(|masked| login_etl::mask::key_id(masked)).collect();
+    let keys: Vec<&str> = keys.into_iter().collect();
+    let masks = (record.masks.len() <= MASKS_MAX).then_some(record.masks);
+    let number = |count: usize| i32::try_from(count).map_err(|_| failed("that many values cannot be recorded"));
+    let what = || sql("record this in user_logins_audit, so nothing is shown");
+
+    let transaction = client.transaction().await.map_err(what())?;
+    // The server may be set to answer before it has written.
+    transaction.batch_execute("set local synchronous_commit = on").await.map_err(what())?;
+    let insert = "insert into user_logins_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
+                  values ($1, $2, $3, $4, $5, $6, $7, $8)";
+    let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 8] = [
+        (&operator, Type::TEXT),
+        (&record.action, Type::TEXT),
+        (&record.reason, Type::TEXT),
+        (&record.source, Type::TEXT),
+        (&number(record.requested)?, Type::INT4),
+        (&number(record.recovered)?, Type::INT4),
+        (&keys, Type::TEXT_ARRAY),
+        (&masks, Type::TEXT_ARRAY),
+    ];
+    transaction.execute_typed(insert, &parameters).await.map_err(what())?;
+    transaction.commit().await.map_err(what())
+}
+
+/// Who runs this: the AWS identity, which AWS vouches for, and the user and host, which nobody does.
+async fn operator(aws: &SdkConfig) -> String {
+    let identity = aws_sdk_sts::Client::new(aws).get_caller_identity().send().await;
+    let arn = identity.ok().and_then(|identity| identity.arn).unwrap_or_else(|| "unknown to AWS".to_owned());
+    let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
+    let host = std::fs::read_to_string("/etc/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
+    let or_unknown = |value: Option<String>| value.map_or_else(|| "unknown".to_owned(), |value| value.trim().to_owned());
+    format!("{arn} ({}@{})", or_unknown(user), or_unknown(host))
+}

@@ -1,0 +1,342 @@
+//! What can be asked for, and the help that teaches it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::Styles};
+use login_etl::login::Field;
+
+use crate::output::{BOLD, GOOD};
+
+const STYLES: Styles = Styles::styled().header(BOLD).usage(BOLD).literal(GOOD);
+
+const AFTER: &str = "\
+Where the pipeline is
+  --stack NAME reads it from the deployed stack: queues, function, secrets, database. Without it, the function's own
+  environment variables say it (DATABASE_HOST, MASKING_SECRET_ID …, or flags), and QUEUE_URL, DLQ_URL, FUNCTION_NAME.
+  Flags come before the stack, the stack before the environment, that before `.env`.
+  AWS is found as every AWS tool finds it: AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL …
+
+Who you are to the database
+  The function's user may only insert. Yours is in a secret that --database-secret names (JSON with username and
+  password), or in DATABASE_USER and DATABASE_PASSWORD. Grant it the role login_etl_operator.
+
+Exit status
+  0  done, and the answer is yes     2  asked in a wrong way, or not confirmed
+  1  done, and the answer is no:     3  not done: a setting, AWS or the database
+     a check failed, something is
+     left, a value not recovered";
+
+/// Operates a login-etl pipeline: its schema, its health, its dead letters, its masks and its keys.
+#[derive(Debug, Parser)]
+#[command(name = "etlctl", version, styles = STYLES, max_term_width = 120, after_help = AFTER, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Take all settings from this CloudFormation stack
+    #[arg(long, global = true, value_name = "NAME")]
+    pub stack: Option<String>,
+    /// Answer in JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Read variables from this file instead of `.env`
+    #[arg(long, global = true, value_name = "FILE")]
+    pub env_file: Option<PathBuf>,
+    /// Secret with your own database user [ETLCTL_DATABASE_SECRET_ID]
+    #[arg(long, global = true, value_name = "ID", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_secret: Option<String>,
+    /// Your own database user; the password is in DATABASE_PASSWORD [DATABASE_USER]
+    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_user: Option<String>,
+    /// Host of the database [DATABASE_HOST]
+    #[arg(long, global = true, value_name = "HOST", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_host: Option<String>,
+    /// Port of the database [DATABASE_PORT]
+    #[arg(long, global = true, value_name = "PORT", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_port: Option<String>,
+    /// Name of the database [DATABASE_NAME]
+    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_name: Option<String>,
+    /// verify-full or disable [DATABASE_TLS]
+    #[arg(long, global = true, value_name = "MODE", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_tls: Option<String>,
+    /// PEM file of the roots to trust instead of the system's [DATABASE_CA_FILE]
+    #[arg(long, global = true, value_name = "FILE", help_heading = SETTINGS, hide_short_help = true)]
+    pub database_ca_file: Option<String>,
+    /// Secret with the keyring [MASKING_SECRET_ID]
+    #[arg(long, global = true, value_name = "ID", help_heading = SETTINGS, hide_short_help = true)]
+    pub masking_secret: Option<String>,
+    /// The queue [QUEUE_URL]
+    #[arg(long, global = true, value_name = "URL", help_heading = SETTINGS, hide_short_help = true)]
+    pub queue_url: Option<String>,
+    /// The dead-letter queue [DLQ_URL]
+    #[arg(long, global = true, value_name = "URL", help_heading = SETTINGS, hide_short_help = true)]
+    pub dlq_url: Option<String>,
+    /// The function [FUNCTION_NAME]
+    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    pub function: Option<String>,
+}
+
+const SETTINGS: &str = "Settings [and their variables]";
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Bring the database's schema up to date
+    ///
+    /// Applies what is missing of the schema, each file in a transaction of its own, and records it with its checksum in
+    /// login_etl_migrations. Takes a user_logins that is there already as it is, if its columns fit. Two at once wait for
+    /// each other. Needs the tables' owner, and the right to create roles the first time.
+    Migrate(Migrate),
+    /// Check that everything is set up right; changes nothing
+    ///
+    /// Looks at the function, its event source mapping, both queues, the secrets, the database and the last hour's
+    /// failures, and says for each thing that is wrong what to do about it.
+    Doctor,
+    /// Show a value's masks, one for each key of the ring
+    Mask(Mask),
+    /// Find the logins from an address or a device
+    ///
+    /// Masks the value under every key of the ring, and looks for rows that have one of the masks. Nothing is decrypted.
+    #[command(after_help = "\
+Examples
+  etlctl find --ip 199.172.111.135 --stack login-etl
+  etlctl find --device-id - --since 2026-11-01 < device.txt   # keeps it out of the shell's history")]
+    Find(Find),
+    /// Recover masked values, for a reason that is recorded
+    ///
+    /// Who asks, when, why, for how many, under which keys and with what outcome is committed to user_logins_audit before
+    /// anything is shown. Values go to standard output or to a new file that only you can read, and nowhere else. What
+    /// cannot be recovered reads alike, whatever is wrong with it.
+    #[command(after_help = "\
+Examples
+  etlctl recover --field ip --reason 'Order 12/345 of the district court' '2026-11:kzXo…=='
+  etlctl recover --field ip --reason '…' --file masks.txt --output addresses.txt
+  etlctl recover --reason '…' --csv logins.csv --output recovered.csv          # columns masked_ip, masked_device_id
+  etlctl recover --reason '…' --query \"select * from user_logins where user_id = '…'\"")]
+    Recover(Recover),
+    /// The keyring: its keys, and rows from one key to the next
+    ///
+    /// A rotation, while messages flow: `add` makes a key, `activate` has new rows masked under it, `remask` brings the
+    /// old rows over, so that equal values are equal again, and `retire` takes the old key out of the ring.
+    Keys {
+        #[command(subcommand)]
+        command: Keys,
+    },
+    /// The dead-letter queue: what died, why, and back again
+    ///
+    /// Looking hides a message from others for a minute at most.
+    Dlq {
+        #[command(subcommand)]
+        command: Dlq,
+    },
+    /// The pipeline on one screen
+    Status(Status),
+    /// Print a completion script for your shell
+    #[command(after_help = "\
+Examples
+  etlctl completions bash > ~/.local/share/bash-completion/completions/etlctl
+  etlctl completions zsh  > \"${fpath[1]}/_etlctl\"
+  etlctl completions fish > ~/.config/fish/completions/etlctl.fish")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Only say what is missing; the exit status is 1 if anything is
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// A field that is masked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MaskedField {
+    Ip,
+    #[value(name = "device_id", alias = "device-id")]
+    DeviceId,
+}
+
+impl MaskedField {
+    pub fn field(self) -> Field {
+        match self {
+            Self::Ip => Field::Ip,
+            Self::DeviceId => Field::DeviceId,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Mask {
+    /// Which field's value it is
+    #[arg(long)]
+    pub field: MaskedField,
+    /// The value, or `-` to read it from standard input
+    pub value: String,
+}
+
+#[derive(Debug, Args)]
+#[group(id = "wanted", required = true, multiple = false, args = ["ip", "device_id"])]
+pub struct Find {
+    /// The address, or `-` to read it from standard input
+    #[arg(long, value_name = "VALUE")]
+    pub ip: Option<String>,
+    /// The device, or `-` to read it from standard input
+    #[arg(long, value_name = "VALUE")]
+    pub device_id: Option<String>,
+    /// Only rows of this day (UTC) and later
+    #[arg(long, value_name = "YYYY-MM-DD")]
+    pub since: Option<jiff::civil::Date>,
+    /// Most rows to show, the latest first
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub limit: u32,
+}
+
+#[derive(Debug, Args)]
+#[group(id = "source", required = true, multiple = false, args = ["masks", "file", "csv", "query"])]
+pub struct Recover {
+    /// Why: a ticket, an order, a request. It is recorded
+    #[arg(long)]
+    pub reason: String,
+    /// Which field's masks they are; of --csv and --query, the field of --column
+    #[arg(long)]
+    pub field: Option<MaskedField>,
+    /// Masks as they stand in the table
+    #[arg(value_name = "MASK", requires = "field")]
+    pub masks: Vec<String>,
+    /// A file with a mask a line, or `-` for standard input
+    #[arg(long, requires = "field")]
+    pub file: Option<PathBuf>,
+    /// A CSV file with a line of headings, or `-`: its columns masked_ip and masked_device_id, or --column
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// The rows of a query, which cannot change anything: the same columns
+    #[arg(long, value_name = "SQL")]
+    pub query: Option<String>,
+    /// Another column with masks, of --field
+    #[arg(long, value_name = "NAME", requires = "field", conflicts_with_all = ["masks", "file"])]
+    pub column: Option<String>,
+    /// A new file to write to instead of standard output
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Do not ask, however many values it is
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Keys {
+    /// Show each key's cipher, age and rows
+    List {
+        /// Do not count rows, which reads the whole table
+        #[arg(long)]
+        no_rows: bool,
+    },
+    /// Put a new random key into the ring; it masks nothing until it is activated
+    Add {
+        /// Its id, 1 to 32 of a-z 0-9 . _ - ; this month if not given. It shows in every mask
+        id: Option<String>,
+        /// aes-siv also detects damage and keeps the columns apart; aes-cbc is the original's
+        #[arg(long, default_value = "aes-siv", value_parser = ["aes-siv", "aes-cbc"])]
+        cipher: String,
+    },
+    /// Have new rows masked under this key
+    ///
+    /// Running functions notice within SECRETS_TTL. Rows from before keep their masks until `etlctl keys remask`.
+    Activate {
+        /// The key's id
+        id: String,
+    },
+    /// Bring all rows under the active key, while messages flow
+    ///
+    /// Reads the table from end to end, in batches, and rewrites masks that are not those of the active key, until a pass
+    /// finds nothing to do. That pass has then checked every row: each mask is the one that its value has under the active
+    /// key, so that equal values are equal again. Inserts are not held up. It can be killed at any point and run again.
+    ///
+    /// Rewriting makes the table and its indexes larger for a while, to twice their size at worst, until vacuum has been.
+    Remask {
+        /// Rewrite no more than this many rows a second
+        #[arg(long, value_name = "N")]
+        rate: Option<std::num::NonZeroU32>,
+        /// Rows a batch, roughly
+        #[arg(long, value_name = "N", default_value = "5000")]
+        batch: std::num::NonZeroU32,
+    },
+    /// Take a key out of the ring
+    ///
+    /// Refused while a row is masked under it, and while a running function may still use it. Copies and backups of the table
+    /// that have masks of this key cannot be recovered without it.
+    Retire {
+        /// The key's id; "" is the unnamed key's
+        id: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Dlq {
+    /// List the dead messages, with the reason for each
+    List {
+        /// Most messages to read
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        limit: usize,
+    },
+    /// Group the dead messages by why they died
+    ///
+    /// Runs the function's own validation on each. One that passes was refused by the database, or its batch failed too
+    /// often: the function's log is asked for the reason.
+    Explain {
+        /// Most messages to read
+        #[arg(long, value_name = "N", default_value_t = 10_000)]
+        limit: usize,
+    },
+    /// Show one dead message, its values hidden
+    Show {
+        /// The message's id
+        message_id: String,
+        /// Show its body as it is; recorded like a recovery
+        #[arg(long, requires = "reason")]
+        reveal: bool,
+        /// Why
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// Send dead messages back through the pipeline
+    ///
+    /// All of them, by SQS's own move task: each gets a new id, and dies again if nothing was fixed. With --fixed, only those
+    /// that are valid now: they are given to the function under their own ids, so that the ledger keeps what was written
+    /// already from being written twice, and are deleted once the function has taken them.
+    Redrive {
+        /// Only what is valid now
+        #[arg(long)]
+        fixed: bool,
+        /// Most messages a second
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=500))]
+        rate: Option<i32>,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Delete all dead messages
+    Purge {
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Refresh every so many seconds, until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "5", value_parser = clap::value_parser!(u64).range(1..))]
+    pub watch: Option<u64>,
+}

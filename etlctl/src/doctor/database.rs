@@ -1,0 +1,182 @@
+//! The way to the database, the schema in it, and the rights of the function's user.
+
+use std::time::{Duration, SystemTime};
+
+use login_etl::{secrets::Credentials, store::Connector};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_postgres::Client;
+use x509_cert::{Certificate, der::Decode};
+
+use super::{Checks, State, pipeline::Pipeline};
+use crate::{
+    migrate,
+    output::{Failure, duration, failed, sql},
+    settings::Settings,
+};
+
+/// A certificate that ends within this is worth a word.
+const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
+/// Clocks further apart than this write wrong days around midnight, and AWS refuses signatures at five minutes.
+const CLOCKS: f64 = 5.0;
+
+pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Option<&Pipeline>) {
+    checks.area = "database";
+    let connector = settings.connector();
+    let Some(connector) = checks.have(connector) else { return };
+    let credentials = settings.credentials(&connector).await;
+    let Some(credentials) = checks.have(credentials) else { return };
+    match certificate(&connector, &credentials).await {
+        Ok(None) => checks.consider(false, "TLS is off", "set DATABASE_TLS to verify-full, but for local runs"),
+        Ok(Some(left)) => checks.consider(
+            left > ENDS_SOON,
+            format!("TLS is verified; the certificate is good for {}", duration(left)),
+            "renew the server's certificate before it ends: no batch is loaded after",
+        ),
+        Err(Failure::Failed(why) | Failure::Usage(why)) => {
+            checks.check(false, why, "check DATABASE_HOST, DATABASE_CA_FILE and the server's certificate");
+            return;
+        }
+        Err(Failure::BrokenPipe) => return,
+    }
+    let connection = async { Ok::<_, Failure>(connector.connect(&credentials).await?) }.await;
+    let Some(connection) = checks.have(connection) else { return };
+    let client = &connection.client;
+    for part in [clock(client, checks).await, schema(client, checks).await, connections(client, checks, pipeline).await] {
+        checks.have(part);
+    }
+    let role = rights(settings, client, checks).await;
+    checks.have(role);
+}
+
+/// How long the server's certificate is good for, verified as the function verifies it; `None` without TLS.
+async fn certificate(connector: &Connector, credentials: &Credentials) -> Result<Option<Duration>, Failure> {
+    /// The protocol's request to go on in TLS: its length, and a number that is no version.
+    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+    let Some(tls) = connector.tls() else { return Ok(None) };
+    let (host, port) = (connector.host(credentials)?, connector.port(credentials));
+    let not_reached = |error: &dyn std::fmt::Display| failed(format!("{host}:{port} is not reached: {error}"));
+    let shaking = async {
+        let mut stream = TcpStream::connect((host, port)).await.map_err(|error| not_reached(&error))?;
+        stream.write_all(&SSL_REQUEST).await.map_err(|error| not_reached(&error))?;
+        if stream.read_u8().await.map_err(|error| not_reached(&error))? != b'S' {
+            return Err(failed(format!("{host}:{port} does not offer TLS")));
+        }
+        let tls = tokio_native_tls::TlsConnector::from(tls.clone());
+        tls.connect(host, stream).await.map_err(|error| failed(format!("{host}:{port} cannot be trusted: {error}")))
+    };
+    let stream = timeout(Duration::from_secs(5), shaking).await.map_err(|_| not_reached(&"no answer in 5 s"))??;
+    let unreadable = || failed("the server's certificate cannot be read");
+    let certificate = stream.get_ref().peer_certificate().ok().flatten().ok_or_else(unreadable)?;
+    let der = certificate.to_der().map_err(|_| unreadable())?;
+    let certificate = Certificate::from_der(&der).map_err(|_| unreadable())?;
+    let ends = certificate.tbs_certificate().validity().not_after.to_unix_duration();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Ok(Some(ends.saturating_sub(now)))
+}
+
+async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    let asked = SystemTime::now();
+    let row = client.query_one("select extract(epoch from clock_timestamp())::float8", &[]).await.map_err(sql("read the clock"))?;
+    let answered = SystemTime::now();
+    let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let apart = (row.get::<_, f64>(0) - (since(asked) + since(answered)) / 2.0).abs();
+    let found = format!("its clock and this machine's are {apart:.1} s apart");
+    checks.consider(apart <= CLOCKS, found, "see which of the two is wrong: the day of a row is the database's");
+    Ok(())
+}
+
+async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    let there = "select to_regclass('user_logins') is not null, to_regclass('user_logins_ledger') is not null";
+    let there = client.query_one(there, &[]).await.map_err(sql("look for the tables"))?;
+    for (place, name) in ["user_logins", "user_logins_ledger"].into_iter().enumerate() {
+        if !there.get::<_, bool>(place) {
+            checks.check(false, format!("there is no table {name}"), "run `etlctl migrate`");
+            return Ok(());
+        }
+    }
+    let misfits = migrate::misfits(client).await?;
+    let found = if misfits.is_empty() { "the columns of user_logins fit".to_owned() } else { "user_logins does not fit".to_owned() };
+    checks.check(misfits.is_empty(), found, misfits.join("; "));
+    let key = "select exists (select from pg_index where indrelid = 'user_logins_ledger'::regclass and indisunique and indisvalid)";
+    let key: bool = client.query_one(key, &[]).await.map_err(sql("look at the ledger"))?.get(0);
+    let found = if key { "the ledger has its key" } else { "the ledger has no key" };
+    checks.check(key, found, "make (sent_at, message_id) its primary key: without it messages are inserted twice");
+    let indexes = "select count(distinct attname) from pg_index join pg_attribute on attrelid = indrelid and attnum = indkey[0]
+                   where indrelid = 'user_logins'::regclass and indisvalid and attname in ('masked_ip', 'masked_device_id')";
+    let indexes: i64 = client.query_one(indexes, &[]).await.map_err(sql("look at the indexes"))?.get(0);
+    let found = if indexes == 2 { "both masked columns have an index" } else { "a masked column has no index" };
+    checks.consider(indexes == 2, found, "run `etlctl migrate`: finding duplicates reads the whole table");
+    let outstanding = migrate::outstanding(client).await?;
+    let found = match outstanding.len() {
+        0 => "every migration is recorded".to_owned(),
+        _ => format!("not recorded as applied: {}", outstanding.join(", ")),
+    };
+    checks.consider(outstanding.is_empty(), found, "run `etlctl migrate`");
+    Ok(())
+}
+
+async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pipeline>) -> Result<(), Failure> {
+    let query = "select current_setting('max_connections')::int4 - current_setting('superuser_reserved_connections')::int4,
+                        (select count(*)::int4 from pg_stat_activity where backend_type = 'client backend'),
+                        (select count(*)::int4 from pg_stat_activity where application_name = 'login-etl')";
+    let row = client.query_one(query, &[]).await.map_err(sql("count connections"))?;
+    let (most, used, ours): (i32, i32, i32) = (row.get(0), row.get(1), row.get(2));
+    let free = most - used + ours;
+    let Some(concurrency) = pipeline.and_then(|pipeline| pipeline.concurrency) else { return Ok(()) };
+    checks.check(
+        concurrency <= free,
+        format!("it has {free} connections for the function, which may want {concurrency}"),
+        "lower MaximumConcurrency, raise max_connections, or put RDS Proxy in front",
+    );
+    Ok(())
+}
+
+/// What the function's user may do: what it has to, and not more.
+async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    checks.area = "function's database user";
+    let credentials = settings.secrets().credentials(&settings.require("DATABASE_SECRET_ID")?).await?;
+    let user = credentials.username();
+    let role = "select rolsuper or rolcreaterole or rolcreatedb or rolbypassrls or rolreplication, rolcanlogin, \
+                       coalesce(array_to_string(rolconfig, ','), '') from pg_roles where rolname = $1";
+    let role = client.query_opt(role, &[&user]).await.map_err(sql("look at the user"))?;
+    let Some(role) = role else {
+        checks.check(false, format!("there is no user {user:?}"), "`etlctl migrate` makes login_etl; name it in the secret");
+        return Ok(());
+    };
+    let query = "select
+        has_table_privilege($1, 'user_logins', 'insert') and has_table_privilege($1, 'user_logins_ledger', 'select')
+            and has_table_privilege($1, 'user_logins_ledger', 'insert'),
+        has_table_privilege($1, 'user_logins_ledger', 'delete') and has_table_privilege($1, 'user_logins_ledger', 'update'),
+        has_any_column_privilege($1, 'user_logins', 'select') or has_any_column_privilege($1, 'user_logins', 'update')
+            or has_table_privilege($1, 'user_logins', 'delete') or has_table_privilege($1, 'user_logins', 'truncate')";
+    let can = client.query_one(query, &[&user]).await.map_err(sql("look at the user's rights"))?;
+    let grants = "run `etlctl migrate`, which grants login_etl what it needs";
+    let found = |can: bool, what: &str| format!("{user:?} {} {what}", if can { "may" } else { "may not" });
+    checks.check(can.get(0), found(can.get(0), "insert rows and ledger keys"), grants);
+    checks.consider(can.get(1), found(can.get(1), "delete expired ledger keys"), grants);
+    let (powers, reads): (bool, bool) = (role.get(0), can.get(2));
+    checks.check(
+        !powers,
+        if powers { format!("{user:?} is a superuser, or close to one") } else { format!("{user:?} has no powers over the server") },
+        "give the function a user of its own: login_etl",
+    );
+    checks.consider(
+        !reads,
+        found(reads, "read or change rows that are there"),
+        "revoke select, update, delete and truncate on user_logins from it: it needs none of them",
+    );
+    let limited = role.get::<_, &str>(2).contains("statement_timeout");
+    checks.consider(
+        limited,
+        if limited { "its statements have a time limit" } else { "its statements have no time limit" },
+        format!("alter role {user} set statement_timeout = the function's timeout"),
+    );
+    if !role.get::<_, bool>(1) {
+        checks.add(State::Wrong, format!("{user:?} may not log in"), format!("alter role {user} login"));
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! The function, its event source mapping, the queues and the secrets.
+
+use std::collections::HashMap;
+
+use aws_sdk_lambda::types::{EventSourceMappingConfiguration, FunctionResponseType};
+use aws_sdk_sqs::types::QueueAttributeName;
+use serde_json::Value;
+
+use super::Checks;
+use crate::{
+    output::{Failure, aws, failed},
+    settings::Settings,
+};
+
+/// What the checks of the database want to know of the pipeline.
+pub(super) struct Pipeline {
+    /// The most invocations at once, as far as that is limited.
+    pub(super) concurrency: Option<i32>,
+}
+
+/// Fewer receives than this, and a passing trouble sends good messages to the dead-letter queue. AWS's advice for Lambda.
+const RECEIVES: u32 = 5;
+
+pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pipeline> {
+    checks.area = "function";
+    let function = checks.have(function(settings).await);
+    let timeout = function.as_ref().map(|function| function.timeout);
+    if let Some(function) = &function {
+        checks.right(format!("{} has {} MB and {} s", function.name, function.memory, function.timeout));
+        checks.check(
+            function.level.as_deref().is_none_or(|level| matches!(level, "TRACE" | "DEBUG" | "INFO")),
+            format!("it logs at {}", function.level.as_deref().unwrap_or("INFO")),
+            "set the template's LogLevel to INFO: above that, its counts and metrics are lost",
+        );
+    }
+
+    checks.area = "event source mapping";
+    let queue_url = settings.require("QUEUE_URL");
+    let queue = checks.have(async { queue(settings, &queue_url?).await }.await);
+    let mapping = checks.have(mapping(settings, queue.as_ref()).await);
+    let window = mapping.as_ref().and_then(|mapping| mapping.maximum_batching_window_in_seconds).unwrap_or(0);
+    let concurrency = mapping.as_ref().and_then(|mapping| mapping.scaling_config.as_ref()?.maximum_concurrency);
+    if let Some(mapping) = &mapping {
+        mapping_checks(checks, mapping, concurrency, function.as_ref().and_then(|function| function.reserved));
+    }
+
+    checks.area = "queue";
+    let dead = if let Some(queue) = &queue { queue_checks(settings, checks, queue, timeout, window).await } else { None };
+    checks.area = "dead-letter queue";
+    if let (Some(queue), Some(dead)) = (&queue, dead) {
+        let (of_queue, of_dead) = (queue.number("MessageRetentionPeriod"), dead.number("MessageRetentionPeriod"));
+        checks.check(
+            of_dead >= of_queue,
+            format!("it keeps messages for {} days, the queue for {}", of_dead / 86_400, of_queue / 86_400),
+            "raise its MessageRetentionPeriod: a message keeps its age on the way there",
+        );
+        let waiting = dead.number("ApproximateNumberOfMessages");
+        checks.consider(
+            waiting == 0,
+            if waiting == 0 { "it is empty".to_owned() } else { format!("it has {waiting} messages") },
+            "`etlctl dlq explain` says what they died of",
+        );
+    }
+
+    checks.area = "secrets";
+    let keyring = async { Ok::<_, Failure>(settings.secrets().keyring(&settings.require("MASKING_SECRET_ID")?).await?) };
+    match keyring.await {
+        Ok(keyring) => {
+            let ciphers: Vec<_> = keyring.keys().map(|(id, cipher)| format!("{id:?} {cipher}")).collect();
+            checks.right(format!("the keyring parses: {}; active {:?}", ciphers.join(", "), keyring.active()));
+        }
+        Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, "`etlctl keys list` works once it is right"),
+        Err(Failure::BrokenPipe) => {}
+    }
+    let credentials =
+        async { Ok::<_, Failure>(settings.secrets().credentials(&settings.require("DATABASE_SECRET_ID")?).await?) };
+    match credentials.await {
+        Ok(credentials) => checks.right(format!("the function's credentials parse: user {:?}", credentials.username())),
+        Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, "correct the secret; the function reads it again"),
+        Err(Failure::BrokenPipe) => {}
+    }
+    Some(Pipeline { concurrency })
+}
+
+struct Function {
+    name: String,
+    timeout: i64,
+    memory: i32,
+    level: Option<String>,
+    reserved: Option<i32>,
+}
+
+async fn function(settings: &Settings) -> Result<Function, Failure> {
+    let name = settings.require("FUNCTION_NAME")?;
+    let client = aws_sdk_lambda::Client::new(&settings.aws);
+    let configuration = client.get_function_configuration().function_name(&name).send().await;
+    let configuration = configuration.map_err(aws(format_args!("read the function {name:?}")))?;
+    let concurrency = client.get_function_concurrency().function_name(&name).send().await;
+    let concurrency = concurrency.map_err(aws(format_args!("read the concurrency of {name:?}")))?;
+    let level = configuration.logging_config().and_then(|logging| logging.application_log_level());
+    Ok(Function {
+        timeout: i64::from(configuration.timeout().unwrap_or(3)),
+        memory: configuration.memory_size().unwrap_or(128),
+        level: level.map(|level| level.as_str().to_owned()),
+        reserved: concurrency.reserved_concurrent_executions,
+        name,
+    })
+}
+
+/// A queue's attributes by name.
+struct Queue(HashMap<QueueAttributeName, String>);
+
+impl Queue {
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(&QueueAttributeName::from(name)).map(String::as_str)
+    }
+
+    fn number(&self, name: &str) -> i64 {
+        self.text(name).and_then(|number| number.parse().ok()).unwrap_or(0)
+    }
+}
+
+async fn queue(settings: &Settings, url: &str) -> Result<Queue, Failure> {
+    let client = aws_sdk_sqs::Client::new(&settings.aws);
+    let attributes = client.get_queue_attributes().queue_url(url).attribute_names(QueueAttributeName::All).send().await;
+    let attributes = attributes.map_err(aws(format_args!("look at the queue {url}")))?;
+    Ok(Queue(attributes.attributes.unwrap_or_default()))
+}
+
+async fn mapping(settings: &Settings, queue: Option<&Queue>) -> Result<EventSourceMappingConfiguration, Failure> {
+    let name = settings.require("FUNCTION_NAME")?;
+    let client = aws_sdk_lambda::Client::new(&settings.aws);
+    let mappings = client.list_event_source_mappings().function_name(&name).send().await;
+    let mappings = mappings.map_err(aws("read the event source mappings"))?.event_source_mappings.unwrap_or_default();
+    let arn = queue.and_then(|queue| queue.text("QueueArn"));
+    let of_queue = mappings.into_iter().find(|mapping| arn.is_none() || mapping.event_source_arn() == arn);
+    of_queue.ok_or_else(|| failed(format!("no event source mapping leads from the queue to {name:?}: deploy the stack again")))
+}
+
+fn mapping_checks(
+    checks: &mut Checks,
+    mapping: &EventSourceMappingConfiguration,
+    concurrency: Option<i32>,
+    reserved: Option<i32>,
+) {
+    let state = mapping.state().unwrap_or("unknown");
+    checks.check(state == "Enabled", format!("it is {state}"), "enable it: messages wait, and expire in the end");
+    let reports = mapping.function_response_types().contains(&FunctionResponseType::ReportBatchItemFailures);
+    checks.check(
+        reports,
+        if reports { "it has ReportBatchItemFailures" } else { "it lacks ReportBatchItemFailures" },
+        "set FunctionResponseTypes to [ReportBatchItemFailures]: without it, failed messages are deleted as if they were loaded",
+    );
+    let filters: Vec<_> = mapping.filter_criteria().map(|criteria| criteria.filters()).unwrap_or_default().to_vec();
+    let filters: Vec<_> = filters.iter().filter_map(|filter| filter.pattern()).filter(|pattern| !is_empty(pattern)).collect();
+    checks.check(
+        filters.is_empty(),
+        if filters.is_empty() { "no filter deletes messages".to_owned() } else { format!("it filters: {}", filters.join(", ")) },
+        "take the filter away: what it does not match is deleted unseen",
+    );
+    match (concurrency, reserved) {
+        (Some(most), Some(reserved)) => checks.check(
+            most <= reserved,
+            format!("MaximumConcurrency is {most}, the function's reserved concurrency {reserved}"),
+            "lower MaximumConcurrency to the reserved concurrency: throttled batches count as receives",
+        ),
+        (Some(most), None) => checks.right(format!("MaximumConcurrency is {most}")),
+        (None, _) => checks.consider(
+            mapping.provisioned_poller_config().is_some(),
+            "it has no MaximumConcurrency",
+            "set one: it is what keeps connections to the database within bounds",
+        ),
+    }
+}
+
+fn is_empty(pattern: &str) -> bool {
+    serde_json::from_str::<Value>(pattern).is_ok_and(|pattern| pattern.as_object().is_some_and(serde_json::Map::is_empty))
+}
+
+/// Returns the dead-letter queue.
+async fn queue_checks(
+    settings: &Settings,
+    checks: &mut Checks,
+    queue: &Queue,
+    timeout: Option<i64>,
+    window: i32,
+) -> Option<Queue> {
+    if let Some(timeout) = timeout {
+        let visibility = queue.number("VisibilityTimeout");
+        let wanted = 6 * timeout + i64::from(window);
+        checks.check(
+            visibility >= wanted,
+            format!("its visibility timeout is {visibility} s, for a function timeout of {timeout} s and a window of {window} s"),
+            format!("raise VisibilityTimeout to {wanted} s (6 × timeout + window): messages come back while they are handled"),
+        );
+    }
+    let policy = queue.text("RedrivePolicy").and_then(|policy| serde_json::from_str::<Value>(policy).ok());
+    let Some(policy) = policy else {
+        let advice = "give it a RedrivePolicy: a bad message comes back until it expires, and is lost then";
+        checks.check(false, "it has no dead-letter queue", advice);
+        return None;
+    };
+    // A number, or one in quotes.
+    let receives = policy["maxReceiveCount"].to_string().trim_matches('"').parse::<u32>().unwrap_or(0);
+    checks.check(
+        receives >= RECEIVES,
+        format!("a message is received up to {receives} times"),
+        format!("raise MaxReceiveCount to {RECEIVES} or more: throttling and passing trouble count as receives, too"),
+    );
+    let arn = policy["deadLetterTargetArn"].as_str().unwrap_or_default();
+    let configured = checks.have(async { self::queue(settings, &settings.require("DLQ_URL")?).await }.await)?;
+    checks.check(
+        configured.text("QueueArn") == Some(arn),
+        format!("its dead letters go to {arn}"),
+        format!("that is not the queue that DLQ_URL names ({})", configured.text("QueueArn").unwrap_or("none")),
+    );
+    Some(configured)
+}

@@ -1,0 +1,108 @@
+//! From a value to its masks, and to the rows that have one of them.
+
+use std::io;
+
+use login_etl::{
+    login::{Field, MASKED},
+    mask::Keyring,
+};
+use serde_json::{Value, json};
+use tokio_postgres::types::{ToSql, Type};
+use zeroize::Zeroizing;
+
+use crate::{
+    cli,
+    output::{FAINT, Failure, Reply, count, failed, sql, table},
+    settings::Settings,
+};
+
+pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Failure> {
+    let value = value(&options.value)?;
+    let keyring = settings.keyring().await?;
+    let field = options.field.field();
+    let masks = masks(&keyring, field, &value)?;
+    let cipher = |id: &str| keyring.keys().find(|(key, _)| *key == id).map_or("", |(_, cipher)| cipher);
+    let is_active = |id: &str| id == keyring.active();
+    let rows = masks.iter().map(|(id, masked)| {
+        let active = if is_active(id) { "active" } else { "" };
+        vec![key_name(id), cipher(id), active, masked.as_str()]
+    });
+    let text = table(&["key", "cipher", "", "mask"], rows);
+    let json = masks.iter().map(|(id, masked)| json!({"key": id, "cipher": cipher(id), "active": is_active(id), "mask": masked}));
+    Ok(Reply { text, json: json.collect(), no: false })
+}
+
+pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Failure> {
+    let (field, given) = match (&options.ip, &options.device_id) {
+        (Some(ip), _) => (Field::Ip, ip),
+        (None, Some(device)) => (Field::DeviceId, device),
+        (None, None) => return Err(Failure::Usage("give --ip or --device-id".to_owned())),
+    };
+    let value = value(given)?;
+    let masks = masks(&settings.keyring().await?, field, &value)?;
+    let masks: Vec<&str> = masks.iter().map(|(_, masked)| masked.as_str()).collect();
+    let column = MASKED.into_iter().find(|(masked, _)| *masked == field).map_or("", |(_, column)| column);
+    let since = options.since.map_or("-infinity".to_owned(), |day| day.to_string());
+    let matching = format!("from user_logins where {column} = any($1) and create_date >= $2::text::date");
+
+    let connection = settings.database().await?;
+    let query = format!("select to_jsonb(row)::text from (select * {matching} order by create_date desc limit $3) row");
+    let limit = i64::from(options.limit);
+    let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+        [(&masks, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
+    let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
+    let rows: Vec<Value> = rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
+    let counted = format!("select count(*), count(distinct user_id), min(create_date)::text, max(create_date)::text {matching}");
+    let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
+    let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
+    let (logins, users): (i64, i64) = (total.get(0), total.get(1));
+    let days: (Option<String>, Option<String>) = (total.get(2), total.get(3));
+
+    let mut text = if rows.is_empty() { "No row has this value.\n".to_owned() } else { row_table(&rows) };
+    if let (Some(first), Some(last)) = &days {
+        text += &format!("\n{} of {}, {first} to {last}\n", count(logins, "login"), count(users, "user"));
+    }
+    if logins > limit {
+        text += &format!("{FAINT}The latest {limit} are shown; --limit shows more.{FAINT:#}\n");
+    }
+    let json = json!({"logins": logins, "users": users, "first_day": days.0, "last_day": days.1, "masks": masks, "rows": rows});
+    Ok(Reply { text, json, no: false })
+}
+
+/// Rows of one shape, as a table.
+fn row_table(rows: &[Value]) -> String {
+    let names = ["create_date", "user_id", "device_type", "app_version", "locale", "masked_ip", "masked_device_id"];
+    table(&names, rows.iter().map(|row| names.map(|name| cell(&row[name])).to_vec()))
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// The masks of a value, each under a key of the ring.
+fn masks(keyring: &Keyring, field: Field, value: &str) -> Result<Vec<(String, String)>, Failure> {
+    let masks = keyring.mask_under_all(field.name(), &field.canonical(value));
+    if masks.is_empty() {
+        return Err(failed("the value is too long to be masked, so no row has it"));
+    }
+    Ok(masks.into_iter().map(|(id, masked)| (id.to_owned(), masked.as_str().to_owned())).collect())
+}
+
+/// The value given, or the first line of standard input.
+fn value(given: &str) -> Result<Zeroizing<String>, Failure> {
+    if given != "-" {
+        return Ok(Zeroizing::new(given.to_owned()));
+    }
+    let mut line = Zeroizing::new(String::new());
+    io::stdin().read_line(&mut line)?;
+    Ok(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
+}
+
+/// How a key is called where its id would not show.
+pub fn key_name(id: &str) -> &str {
+    if id.is_empty() { "(unnamed)" } else { id }
+}

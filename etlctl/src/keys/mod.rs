@@ -1,0 +1,168 @@
+//! The keyring's keys, and the way from one to the next.
+
+mod remask;
+mod ring;
+
+use std::{collections::BTreeMap, time::Duration};
+
+use jiff::Zoned;
+use login_etl::login::MASKED;
+use serde_json::json;
+use tokio_postgres::GenericClient;
+
+use self::ring::RingSecret;
+pub use self::ring::age;
+use crate::{
+    cli::Keys,
+    find::key_name,
+    output::{Failure, GOOD, Reply, WARNING, confirm, count, duration, failed, spinner, sql, table},
+    settings::Settings,
+};
+
+/// An invocation may use the keyring that it began with: 15 minutes at most, and a minute more if the ring could not be
+/// read again in time.
+const LONGEST_INVOCATION: Duration = Duration::from_secs(16 * 60);
+
+pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> {
+    match command {
+        Keys::List { no_rows } => list(settings, *no_rows).await,
+        Keys::Add { id, cipher } => add(settings, id.as_deref(), cipher).await,
+        Keys::Activate { id } => activate(settings, id).await,
+        Keys::Remask { rate, batch } => remask::run(settings, *rate, *batch).await,
+        Keys::Retire { id, yes } => retire(settings, id, *yes).await,
+    }
+}
+
+async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
+    let secret = RingSecret::read(settings).await?;
+    let keyring = settings.keyring().await?;
+    let ciphers: BTreeMap<_, _> = keyring.keys().collect();
+    let rows = if no_rows { None } else { Some(rows_by_key(&settings.database().await?.client).await?) };
+    let counted = |id: &str| rows.as_ref().map(|rows| rows.get(id).copied().unwrap_or(0));
+
+    let mut shown = Vec::new();
+    let mut listed = Vec::new();
+    for (id, key) in &secret.ring.keys {
+        let active = *id == secret.ring.active;
+        let created = key.created.map(|at| at.strftime("%Y-%m-%d").to_string());
+        let age = key.created.map_or("unknown".to_owned(), |at| duration(age(at)));
+        let rows = counted(id).map(|rows| rows.to_string());
+        shown.push(vec![
+            key_name(id).to_owned(),
+            ciphers.get(id.as_str()).copied().unwrap_or_default().to_owned(),
+            if active { "active".to_owned() } else { String::new() },
+            created.clone().unwrap_or_default(),
+            age,
+            rows.clone().unwrap_or_default(),
+        ]);
+        listed.push(json!({
+            "id": id, "cipher": ciphers.get(id.as_str()), "active": active, "created": key.created.map(|at| at.to_string()),
+            "replaced": key.replaced.map(|at| at.to_string()), "rows": counted(id),
+        }));
+    }
+    let strangers: Vec<_> = rows.iter().flatten().filter(|(id, _)| !secret.ring.keys.contains_key(*id)).collect();
+    let mut text = table(&["key", "cipher", "", "made", "age", "rows"], shown);
+    for (id, rows) in &strangers {
+        text += &format!(
+            "\n{WARNING}{} masked under {:?}, which is not in the ring: without that key they cannot be recovered.{WARNING:#}\n",
+            count(**rows, "row"),
+            key_name(id)
+        );
+    }
+    let others: i64 = rows.iter().flatten().filter(|(id, _)| **id != secret.ring.active).map(|(_, rows)| rows).sum();
+    if others > 0 {
+        text += &format!("\n{} not under the active key; `etlctl keys remask` brings them there.\n", count(others, "row"));
+    }
+    let no = !strangers.is_empty();
+    let strangers: BTreeMap<_, _> = strangers.into_iter().collect();
+    Ok(Reply { text, json: json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers}), no })
+}
+
+async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Reply, Failure> {
+    let mut secret = RingSecret::read(settings).await?;
+    let this_month = Zoned::now().strftime("%Y-%m").to_string();
+    let id = id.unwrap_or(&this_month);
+    secret.ring.add(id, cipher)?;
+    secret.write().await?;
+    let text = format!(
+        "{GOOD}The key {id:?} is in the ring.{GOOD:#} It masks nothing yet: `etlctl keys activate {id}` has new rows masked \
+         under it.\nIf the keyring is lost, so is every masked value: see that its backup has the new key.\n"
+    );
+    Ok(Reply { text, json: json!({"added": id, "cipher": cipher}), no: false })
+}
+
+async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
+    let mut secret = RingSecret::read(settings).await?;
+    let before = secret.ring.active.clone();
+    if before == id {
+        let text = format!("{} is active already.\n", key_name(id));
+        return Ok(Reply { text, json: json!({"active": id, "before": id}), no: false });
+    }
+    secret.ring.activate(id)?;
+    secret.write().await?;
+    let ttl = settings.secrets_ttl()?;
+    let text = format!(
+        "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once.\n\
+         Until `etlctl keys remask` has been, equal values of old and new rows have different masks.\n",
+        key_name(id),
+        duration(ttl)
+    );
+    Ok(Reply { text, json: json!({"active": id, "before": before, "in_use_within_seconds": ttl.as_secs()}), no: false })
+}
+
+async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failure> {
+    let mut secret = RingSecret::read(settings).await?;
+    let key = secret.ring.key(id)?;
+    if secret.ring.active == id {
+        return Err(failed(format!("{} is active: activate another key first", key_name(id))));
+    }
+    // A key that is not active ceased to be so when the ring was last written, at the latest.
+    let unused_for = age(key.replaced.unwrap_or(secret.written));
+    let wait = settings.secrets_ttl()? + LONGEST_INVOCATION;
+    if unused_for < wait {
+        return Err(failed(format!(
+            "running functions may still mask under {}: it was replaced {} ago, and they keep a keyring for up to {}. Try again in {}",
+            key_name(id),
+            duration(unused_for),
+            duration(wait),
+            duration(wait - unused_for + Duration::from_secs(1)),
+        )));
+    }
+    let rows = rows_by_key(&settings.database().await?.client).await?.get(id).copied().unwrap_or(0);
+    if rows > 0 {
+        return Err(failed(format!(
+            "{} masked under {}: `etlctl keys remask` brings them under the active key",
+            count(rows, "row"),
+            key_name(id)
+        )));
+    }
+    let question = format!(
+        "Take {} out of the ring? No row has it any more, but masks in backups and copies are lost without it.",
+        key_name(id)
+    );
+    confirm(&question, yes)?;
+    secret.ring.keys.remove(id);
+    secret.write().await?;
+    let text = format!(
+        "{GOOD}{} is out of the ring.{GOOD:#} The secret's version AWSPREVIOUS has it until the ring is changed again.\n",
+        key_name(id)
+    );
+    Ok(Reply { text, json: json!({"retired": id}), no: false })
+}
+
+/// How many rows have a mask of each key, by the key's id. Reads the whole table.
+pub async fn rows_by_key(client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
+    let _spinner = spinner("Counting rows by key");
+    // Only a part before a colon is a key's id; Base64 has none.
+    let id = |column: &str| format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end");
+    let ids = MASKED.map(|(_, column)| id(column)).join(", ");
+    // A row with two keys counts for both, one with the same key twice counts once.
+    let query = format!(
+        "select key, sum(rows)::bigint
+         from (select array[{ids}] as ids, count(*) as rows from user_logins group by 1) as alike,
+              lateral (select distinct key from unnest(ids) as key where key is not null) as keys
+         group by key"
+    );
+    let rows = client.query(&query, &[]).await.map_err(sql("count rows"))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}

@@ -1,0 +1,141 @@
+//! The keyring's secret, changed: read, edited, and put in the place of the very version that was read.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
+use jiff::Timestamp;
+use login_etl::mask::Keyring;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::{
+    output::{Failure, aws, failed},
+    settings::Settings,
+};
+
+/// The staging label of a version that is not current yet.
+const PENDING: &str = "ETLCTLPENDING";
+
+/// The text of the secret, in the form of several keys. It is never shown; [`Keyring`] is what checks it.
+#[derive(Deserialize, Serialize)]
+pub struct Ring {
+    /// The id of the key that new values are masked under.
+    pub active: String,
+    /// The keys by id.
+    pub keys: BTreeMap<String, Key>,
+}
+
+#[derive(Deserialize, Serialize)]
+pub struct Key {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cipher: Option<String>,
+    key: Zeroizing<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iv: Option<Zeroizing<String>>,
+    /// When it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<Timestamp>,
+    /// When another became active in its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced: Option<Timestamp>,
+}
+
+/// The secret, and which version of it was read.
+pub struct RingSecret {
+    client: Client,
+    id: String,
+    version: String,
+    /// When this version was written.
+    pub written: Timestamp,
+    /// What it says.
+    pub ring: Ring,
+}
+
+impl RingSecret {
+    /// Reads the current version.
+    pub async fn read(settings: &Settings) -> Result<Self, Failure> {
+        let id = settings.require("MASKING_SECRET_ID")?;
+        // Checks it, and says clearly what is wrong with it.
+        settings.secrets().keyring(&id).await?;
+        let client = Client::new(&settings.aws);
+        let secret = client.get_secret_value().secret_id(&id).send().await.map_err(aws("read the keyring"))?;
+        let text = Zeroizing::new(secret.secret_string.unwrap_or_default());
+        let version = secret.version_id.ok_or_else(|| failed("the keyring's secret has no version"))?;
+        let written = secret.created_date.and_then(|at| Timestamp::from_second(at.secs()).ok()).unwrap_or_else(Timestamp::now);
+        // One key, or several.
+        let ring = serde_json::from_str::<Ring>(&text)
+            .or_else(|_| {
+                let key = serde_json::from_str::<Key>(&text)?;
+                let key = Key { created: Some(written), ..key };
+                Ok(Ring { active: String::new(), keys: BTreeMap::from([(String::new(), key)]) })
+            })
+            // The error itself may quote a key.
+            .map_err(|_: serde_json::Error| failed("the keyring's secret is of a form that this etlctl does not know"))?;
+        Ok(Self { client, id, version, written, ring })
+    }
+
+    /// Puts the edited ring in the place of the version that was read; refuses if another has taken that place meanwhile.
+    pub async fn write(&self) -> Result<(), Failure> {
+        let text = serde_json::to_string(&self.ring).map(Zeroizing::new).map_err(|_| failed("the keyring cannot be written"))?;
+        Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
+        let put = self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(PENDING);
+        let put = put.send().await.map_err(aws("write the keyring"))?;
+        let version = put.version_id.unwrap_or_default();
+        let promote = self.client.update_secret_version_stage().secret_id(&self.id).version_stage("AWSCURRENT");
+        let promoted = promote.move_to_version_id(&version).remove_from_version_id(&self.version).send().await;
+        // On success it is only untidy, and else it is what takes the rejected version away.
+        let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(PENDING);
+        drop(tidy.remove_from_version_id(&version).send().await);
+        promoted.map(drop).map_err(|error| match error.code() {
+            Some("InvalidParameterException" | "InvalidRequestException") => {
+                failed("the keyring was changed by somebody else just now: see `etlctl keys list`, and try again")
+            }
+            _ => aws("make the new keyring the current one")(error),
+        })
+    }
+}
+
+impl Ring {
+    /// Adds a new random key.
+    pub fn add(&mut self, id: &str, cipher: &str) -> Result<(), Failure> {
+        if self.keys.contains_key(id) {
+            return Err(Failure::Usage(format!("there is a key {id:?} already: give the new one another id")));
+        }
+        if id.is_empty() {
+            return Err(Failure::Usage("a new key needs an id".to_owned()));
+        }
+        // AES-256 as CBC; as SIV, whose key is two, AES-128 in each: SIV's security is that of 128 bits whatever the key.
+        let mut key = Zeroizing::new([0; 32]);
+        getrandom::fill(key.as_mut()).map_err(|error| failed(format!("no random numbers: {error}")))?;
+        let key = Zeroizing::new(hex::encode(key.as_ref()));
+        let cipher = Some(cipher.to_owned());
+        self.keys.insert(id.to_owned(), Key { cipher, key, iv: None, created: Some(now()), replaced: None });
+        Ok(())
+    }
+
+    /// Makes a key the one that new values are masked under.
+    pub fn activate(&mut self, id: &str) -> Result<(), Failure> {
+        self.key(id)?;
+        if let Some(key) = self.keys.get_mut(&self.active) {
+            key.replaced = Some(now());
+        }
+        self.active = id.to_owned();
+        Ok(())
+    }
+
+    /// The key with this id, which there must be.
+    pub fn key(&self, id: &str) -> Result<&Key, Failure> {
+        let known = || self.keys.keys().map(|id| format!("{id:?}")).collect::<Vec<_>>().join(", ");
+        self.keys.get(id).ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the ring; it has {}", known())))
+    }
+}
+
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+/// How long ago something was.
+pub fn age(at: Timestamp) -> Duration {
+    Timestamp::now().duration_since(at).unsigned_abs()
+}

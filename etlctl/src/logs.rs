@@ -1,0 +1,103 @@
+//! What the function's log says of the last while.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde_json::Value;
+
+use crate::{
+    output::{Failure, aws},
+    settings::Settings,
+};
+
+/// Most requests for one kind of line: each searches a part of the log and may find nothing in it.
+const REQUESTS: usize = 50;
+
+/// The function's lines with `phrase` in them, of the time since then. `whole` is false if there was more to search than
+/// this tool does.
+#[derive(Debug)]
+struct Lines {
+    lines: Vec<Value>,
+    whole: bool,
+}
+
+/// What the batches of some time came to.
+#[derive(Debug, Default)]
+pub struct Batches {
+    pub loaded: u64,
+    pub messages: u64,
+    pub inserted: u64,
+    pub deduplicated: u64,
+    pub failed: u64,
+    /// How many messages failed for which reason.
+    pub reasons: BTreeMap<String, u64>,
+    /// How many batches failed as a whole, by error type.
+    pub batches_failed: BTreeMap<String, u64>,
+    /// Whether all of the log was searched.
+    pub whole: bool,
+}
+
+/// Counts the batches since then.
+pub async fn batches(settings: &Settings, since: Duration) -> Result<Batches, Failure> {
+    let loaded = lines(settings, "batch loaded", since).await?;
+    let broken = lines(settings, "batch failed", since).await?;
+    let messages = lines(settings, "message failed", since).await?;
+    let number = |line: &Value, name: &str| line[name].as_u64().unwrap_or(0);
+    let sum = |name: &str| loaded.lines.iter().map(|line| number(line, name)).sum::<u64>();
+    let by = |lines: &[Value], name: &str| {
+        lines.iter().filter_map(|line| line[name].as_str()).fold(BTreeMap::new(), |mut counts, text| {
+            *counts.entry(text.to_owned()).or_insert(0) += 1;
+            counts
+        })
+    };
+    Ok(Batches {
+        loaded: loaded.lines.len() as u64,
+        messages: sum("messages"),
+        inserted: sum("inserted"),
+        deduplicated: sum("deduplicated"),
+        failed: sum("failed"),
+        reasons: by(&messages.lines, "reason"),
+        batches_failed: by(&broken.lines, "error_type"),
+        whole: loaded.whole && broken.whole && messages.whole,
+    })
+}
+
+/// Why messages last failed, by message id.
+pub async fn reasons(settings: &Settings, since: Duration) -> Result<HashMap<String, String>, Failure> {
+    let lines = lines(settings, "message failed", since).await?.lines;
+    let text = |line: &Value, name: &str| line[name].as_str().map(ToOwned::to_owned);
+    Ok(lines.iter().filter_map(|line| Some((text(line, "message_id")?, text(line, "reason")?))).collect())
+}
+
+async fn lines(settings: &Settings, phrase: &str, since: Duration) -> Result<Lines, Failure> {
+    let group = group(settings).await?;
+    let start = Timestamp::now().as_millisecond().saturating_sub_unsigned(since.as_millis() as u64);
+    let client = aws_sdk_cloudwatchlogs::Client::new(&settings.aws);
+    let mut found = Lines { lines: Vec::new(), whole: false };
+    let mut token = None;
+    for _ in 0..REQUESTS {
+        let request = client.filter_log_events().log_group_name(&group).filter_pattern(format!("\"{phrase}\""));
+        let page = request.start_time(start).set_next_token(token).send().await;
+        let page = page.map_err(aws(format_args!("search the log {group}")))?;
+        let lines = page.events().iter().filter_map(|event| serde_json::from_str::<Value>(event.message()?).ok());
+        found.lines.extend(lines.filter(|line| line["message"] == phrase));
+        token = page.next_token;
+        if token.is_none() {
+            found.whole = true;
+            break;
+        }
+    }
+    Ok(found)
+}
+
+async fn group(settings: &Settings) -> Result<String, Failure> {
+    let function = settings.require("FUNCTION_NAME")?;
+    let client = aws_sdk_lambda::Client::new(&settings.aws);
+    let configuration = client.get_function_configuration().function_name(&function).send().await;
+    let configuration = configuration.map_err(aws(format_args!("read the function {function:?}")))?;
+    let group = configuration.logging_config.and_then(|logging| logging.log_group);
+    Ok(group.unwrap_or_else(|| format!("/aws/lambda/{}", configuration.function_name.unwrap_or(function))))
+}

@@ -1,0 +1,70 @@
+//! `etlctl`: what the owners of a login-etl pipeline do to it by hand.
+//!
+//! ```text
+//! cli       what can be asked for, and its help
+//! settings  flags, stack, environment → clients and connections
+//! output    a command's reply, as text or JSON; tables, questions, progress
+//!
+//! migrate   schema/ into the database          find     values to masks, and the rows that have them
+//! doctor    is all of it set up right?         recover  masks to values, behind the audit
+//! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
+//!                                              dlq      the dead letters
+//! ```
+//!
+//! A command returns its [`Reply`](output::Reply) and prints nothing itself, so whatever it has to write down first,
+//! an audit above all, is written before anybody sees anything.
+
+mod audit;
+mod cli;
+mod dlq;
+mod doctor;
+mod find;
+mod keys;
+mod logs;
+mod migrate;
+mod output;
+mod recover;
+mod settings;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use output::{Failure, Reply};
+use settings::Settings;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::Completions { shell } = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "etlctl", &mut std::io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    let json = cli.global.json;
+    // Before there are threads, as it sets environment variables.
+    let result = settings::load_env_file(cli.global.env_file.as_deref()).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(run(cli))
+    });
+    match result.and_then(|reply| reply.print(json)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(failure) => failure.report(),
+    }
+}
+
+async fn run(cli: Cli) -> Result<Reply, Failure> {
+    let json = cli.global.json;
+    let settings = Settings::new(cli.global).await?;
+    match cli.command {
+        Command::Migrate(options) => migrate::run(&settings, &options).await,
+        Command::Doctor => doctor::run(&settings).await,
+        Command::Mask(options) => find::mask(&settings, &options).await,
+        Command::Find(options) => find::find(&settings, &options).await,
+        Command::Recover(options) => recover::run(&settings, &options, json).await,
+        Command::Keys { command } => keys::run(&settings, &command).await,
+        Command::Dlq { command } => dlq::run(&settings, &command).await,
+        Command::Status(options) => status::run(&settings, &options, json).await,
+        Command::Completions { .. } => Ok(Reply::default()),
+    }
+}

@@ -1,0 +1,234 @@
+//! From masks back to values: audited first, shown then.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, IsTerminal, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use futures_util::TryStreamExt;
+use login_etl::login::{Field, MASKED};
+use serde_json::{Value, json};
+use tokio_postgres::Client;
+use zeroize::Zeroizing;
+
+use crate::{
+    audit,
+    cli::Recover,
+    output::{Failure, Reply, WARNING, confirm, count, failed, printable, spinner, sql, sql_reason},
+    settings::Settings,
+};
+
+/// What is to be recovered.
+enum Source {
+    /// Masks of one field, one an output line.
+    Masks(Field, Vec<String>),
+    /// Rows under headings; some columns hold masks.
+    Table { headings: csv::StringRecord, rows: Vec<csv::StringRecord>, masked: Vec<(usize, Field)> },
+}
+
+pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Result<Reply, Failure> {
+    audit::check_reason(&options.reason)?;
+    let mut connection = settings.database().await?;
+    let (source, origin) = read(options, &connection.client).await?;
+    let masks = source.masks();
+    if masks.is_empty() {
+        return Err(failed(format!("{origin} holds nothing to recover")));
+    }
+    let one_by_hand = masks.len() == 1 && !options.masks.is_empty();
+    if !one_by_hand {
+        confirm(&format!("Recover {} of {origin}?", count(masks.len() as i128, "value")), options.yes)?;
+    }
+    // Whatever could go wrong with it should do so before somebody's reason is on record.
+    let mut output = options.output.as_deref().map(create).transpose()?;
+
+    let keyring = settings.keyring().await?;
+    let values: Vec<Option<Zeroizing<String>>> =
+        masks.iter().map(|(field, masked)| keyring.recover(field.name(), masked).ok()).collect();
+    let recovered: Vec<&str> =
+        masks.iter().zip(&values).filter(|(_, value)| value.is_some()).map(|((_, masked), _)| *masked).collect();
+    let lost = masks.len() - recovered.len();
+    let record = audit::Record {
+        action: "recover",
+        reason: &options.reason,
+        source: &origin,
+        requested: masks.len(),
+        recovered: recovered.len(),
+        masks: &recovered,
+    };
+    let written = audit::write(&mut connection.client, &settings.aws, &record).await;
+    if let (Err(_), Some(path)) = (&written, &options.output) {
+        // Empty, and ours.
+        drop(std::fs::remove_file(path));
+    }
+    written?;
+
+    let shown = if as_json { source.json(&values) } else { Value::Null };
+    let mut reply = Reply { no: lost > 0, ..Reply::default() };
+    let text = if as_json { Zeroizing::new(format!("{shown:#}\n")) } else { source.text(&values)? };
+    match &mut output {
+        Some(file) => {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            let path = options.output.as_deref().unwrap_or(Path::new("")).display().to_string();
+            reply.text = format!("{} recovered into {}\n", count(recovered.len() as i128, "value"), printable(&path));
+            reply.json = json!({"recovered": recovered.len(), "lost": lost, "output": path});
+        }
+        None => {
+            // The values are whatever the senders of the messages chose.
+            let to_terminal = io::stdout().is_terminal();
+            reply.text = if to_terminal { text.lines().map(|line| printable(line) + "\n").collect() } else { text.to_string() };
+            reply.json = shown;
+        }
+    }
+    if lost > 0 {
+        let told = format!("{} cannot be recovered with this keyring", count(lost as i128, "value"));
+        writeln!(anstream::stderr(), "{WARNING}{told}{WARNING:#}")?;
+    }
+    Ok(reply)
+}
+
+/// The source, and what to call it in the audit.
+async fn read(options: &Recover, client: &Client) -> Result<(Source, String), Failure> {
+    let field = options.field.map(crate::cli::MaskedField::field);
+    if let Some(query) = &options.query {
+        let text = run_query(client, query).await?;
+        return Ok((Source::table(&text, options.column.as_deref(), field)?, format!("the query {query}")));
+    }
+    if let Some(path) = &options.csv {
+        let source = Source::table(&read_file(path)?, options.column.as_deref(), field)?;
+        return Ok((source, format!("the file {}", path.display())));
+    }
+    let field = field.ok_or_else(|| Failure::Usage("give --field".to_owned()))?;
+    let Some(path) = &options.file else {
+        return Ok((Source::Masks(field, options.masks.clone()), "the arguments".to_owned()));
+    };
+    let text = String::from_utf8(read_file(path)?).map_err(|_| failed(format!("{} is not text", path.display())))?;
+    let masks = text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect();
+    Ok((Source::Masks(field, masks), format!("the file {}", path.display())))
+}
+
+fn read_file(path: &PathBuf) -> Result<Vec<u8>, Failure> {
+    let mut text = Vec::new();
+    let read = if path.as_os_str() == "-" {
+        io::stdin().read_to_end(&mut text)
+    } else {
+        File::open(path).and_then(|mut file| file.read_to_end(&mut text))
+    };
+    read.map_err(|error| failed(format!("cannot read {}: {error}", path.display())))?;
+    Ok(text)
+}
+
+/// The rows of one statement, as CSV. It is one part of a statement of ours and runs in a read-only transaction, so it
+/// cannot change anything.
+async fn run_query(client: &Client, query: &str) -> Result<Vec<u8>, Failure> {
+    let _spinner = spinner("Running the query");
+    client.batch_execute("begin read only").await.map_err(sql("start a transaction"))?;
+    let query = query.trim().trim_end_matches(';');
+    let rows = async {
+        let rows = client.copy_out(&format!("copy (\n{query}\n) to stdout with (format csv, header)")).await?;
+        rows.map_ok(|part| part.to_vec()).try_concat().await
+    };
+    let rows = rows.await.map_err(|error| failed(format!("the query failed: {}", sql_reason(&error))))?;
+    client.batch_execute("rollback").await.map_err(sql("end the transaction"))?;
+    Ok(rows)
+}
+
+impl Source {
+    fn table(text: &[u8], column: Option<&str>, field: Option<Field>) -> Result<Self, Failure> {
+        let not_csv = |error: csv::Error| match error.position() {
+            // The error itself may quote the line.
+            Some(position) => failed(format!("line {} is not CSV like those before it", position.line())),
+            None => failed("this is not CSV"),
+        };
+        let mut reader = csv::Reader::from_reader(text);
+        let headings = reader.headers().map_err(not_csv)?.clone();
+        let place = |name: &str| headings.iter().position(|heading| heading == name);
+        let masked = match (column, field) {
+            (Some(column), Some(field)) => {
+                vec![(place(column).ok_or_else(|| failed(format!("there is no column {column:?}")))?, field)]
+            }
+            _ => MASKED
+                .into_iter()
+                .filter(|(masked, _)| field.is_none_or(|field| field == *masked))
+                .filter_map(|(field, column)| Some((place(column)?, field)))
+                .collect(),
+        };
+        if masked.is_empty() {
+            let names = MASKED.map(|(_, column)| column).join(" or ");
+            return Err(failed(format!("there is no column {names}: name it with --column and --field")));
+        }
+        let rows = reader.records().collect::<Result<_, _>>().map_err(not_csv)?;
+        Ok(Self::Table { headings, rows, masked })
+    }
+
+    /// All masks, in order. An empty cell is a null, and stays one.
+    fn masks(&self) -> Vec<(Field, &str)> {
+        match self {
+            Self::Masks(field, masks) => masks.iter().map(|masked| (*field, masked.as_str())).collect(),
+            Self::Table { rows, masked, .. } => {
+                let cells = rows.iter().flat_map(|row| masked.iter().map(|(place, field)| (*field, &row[*place])));
+                cells.filter(|(_, cell)| !cell.is_empty()).collect()
+            }
+        }
+    }
+
+    /// The headings and rows with each recovered value behind its mask's row.
+    fn extended<'a>(
+        headings: &'a csv::StringRecord,
+        rows: &'a [csv::StringRecord],
+        masked: &'a [(usize, Field)],
+        values: &'a [Option<Zeroizing<String>>],
+    ) -> (Vec<&'a str>, impl Iterator<Item = Vec<&'a str>>) {
+        let headings = headings.iter().chain(masked.iter().map(|(_, field)| field.name())).collect();
+        let mut values = values.iter();
+        let rows = rows.iter().map(move |row| {
+            let recovered = masked.iter().map(|(place, _)| match &row[*place] {
+                "" => "",
+                _ => values.next().and_then(Option::as_ref).map_or("", |value| value.as_str()),
+            });
+            row.iter().chain(recovered.collect::<Vec<_>>()).collect()
+        });
+        (headings, rows)
+    }
+
+    /// A value a line, or CSV with the values in columns of their own, called as the fields are.
+    fn text(&self, values: &[Option<Zeroizing<String>>]) -> Result<Zeroizing<String>, Failure> {
+        let Self::Table { headings, rows, masked } = self else {
+            let lines = values.iter().map(|value| value.as_ref().map_or("", |value| value.as_str()));
+            return Ok(Zeroizing::new(lines.flat_map(|line| [line, "\n"]).collect()));
+        };
+        let (headings, rows) = Self::extended(headings, rows, masked, values);
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        let mut write = |row: Vec<&str>| writer.write_record(row).map_err(|_| failed("a row cannot be written as CSV"));
+        write(headings)?;
+        for row in rows {
+            write(row)?;
+        }
+        let text = writer.into_inner().map_err(|_| failed("the rows cannot be written as CSV"))?;
+        String::from_utf8(text).map(Zeroizing::new).map_err(|_| failed("the rows are not text"))
+    }
+
+    fn json(&self, values: &[Option<Zeroizing<String>>]) -> Value {
+        match self {
+            Self::Masks(_, masks) => {
+                let pairs = masks.iter().zip(values);
+                pairs.map(|(masked, value)| json!({"mask": masked, "value": value.as_ref().map(|value| value.as_str())})).collect()
+            }
+            Self::Table { headings, rows, masked } => {
+                let (headings, rows) = Self::extended(headings, rows, masked, values);
+                let object = |row: Vec<&str>| -> serde_json::Map<String, Value> {
+                    headings.iter().zip(row).map(|(name, cell)| ((*name).to_owned(), json!(cell))).collect()
+                };
+                rows.map(object).collect()
+            }
+        }
+    }
+}
+
+/// A file that was not there, for its owner alone.
+fn create(path: &Path) -> Result<File, Failure> {
+    let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    created.map_err(|error| failed(format!("cannot create {}: {error}", path.display())))
+}

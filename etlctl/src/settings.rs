@@ -1,0 +1,182 @@
+//! Where the pipeline is: from flags, a stack, the environment and `.env`; and the clients and connections that lead there.
+
+use std::{collections::HashMap, path::Path, time::Duration};
+
+use aws_config::SdkConfig;
+use login_etl::{
+    config::{self, Config},
+    secrets::{Credentials, Secrets},
+    store::{Connection, Connector},
+};
+
+use crate::{
+    cli::Global,
+    output::{Failure, aws, failed},
+};
+
+/// Reads settings as commands need them.
+#[derive(Debug)]
+pub struct Settings {
+    global: Global,
+    /// By variable name: the stack's outputs and its function's variables.
+    stack: HashMap<String, String>,
+    /// The AWS SDK's.
+    pub aws: SdkConfig,
+}
+
+/// Sets the variables of the file, or of `.env` here if there is one, that are not set yet.
+pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
+    let result = match file {
+        Some(file) => dotenvy::from_path(file),
+        None => dotenvy::from_path(".env"),
+    };
+    match result {
+        Ok(()) => Ok(()),
+        Err(error) if file.is_none() && error.not_found() => Ok(()),
+        // The error itself may quote a line, and a line may hold a password.
+        Err(dotenvy::Error::Io(error)) => Err(failed(format!("cannot read {}: {error}", shown(file)))),
+        Err(_) => Err(failed(format!("{} has a line that is not NAME=value", shown(file)))),
+    }
+}
+
+fn shown(file: Option<&Path>) -> String {
+    file.unwrap_or(Path::new(".env")).display().to_string()
+}
+
+impl Settings {
+    /// Asks CloudFormation and Lambda, if a stack is named.
+    pub async fn new(global: Global) -> Result<Self, Failure> {
+        let aws = config::sdk_config().await;
+        let mut settings = Self { global, stack: HashMap::new(), aws };
+        if let Some(name) = settings.global.stack.clone() {
+            settings.need_region()?;
+            settings.stack = settings.read_stack(&name).await?;
+        }
+        Ok(settings)
+    }
+
+    async fn read_stack(&self, name: &str) -> Result<HashMap<String, String>, Failure> {
+        let client = aws_sdk_cloudformation::Client::new(&self.aws);
+        let described = client.describe_stacks().stack_name(name).send().await;
+        let described = described.map_err(aws(format_args!("read the stack {name:?}")))?;
+        let outputs: HashMap<_, _> = described
+            .stacks()
+            .iter()
+            .flat_map(|stack| stack.outputs())
+            .filter_map(|output| Some((output.output_key()?, output.output_value()?)))
+            .collect();
+        let mut values = HashMap::new();
+        for (output, variable) in [
+            ("QueueUrl", "QUEUE_URL"),
+            ("DeadLetterQueueUrl", "DLQ_URL"),
+            ("FunctionName", "FUNCTION_NAME"),
+            ("MaskingSecretArn", "MASKING_SECRET_ID"),
+        ] {
+            let value = outputs.get(output).ok_or_else(|| {
+                failed(format!("the stack {name:?} has no output {output}: is it one of login-etl's template?"))
+            })?;
+            values.insert(variable.to_owned(), (*value).to_owned());
+        }
+        let client = aws_sdk_lambda::Client::new(&self.aws);
+        let function = &values["FUNCTION_NAME"];
+        let configuration = client.get_function_configuration().function_name(function).send().await;
+        let configuration = configuration.map_err(aws(format_args!("read the function {function:?}")))?;
+        let variables = configuration.environment().and_then(|environment| environment.variables());
+        for (variable, value) in variables.into_iter().flatten().filter(|(_, value)| !value.is_empty()) {
+            values.entry(variable.clone()).or_insert_with(|| value.clone());
+        }
+        Ok(values)
+    }
+
+    /// A setting by its variable's name: its flag, else the stack's, else the environment's.
+    pub fn get(&self, variable: &str) -> Option<String> {
+        let flag = match variable {
+            "DATABASE_HOST" => &self.global.database_host,
+            "DATABASE_PORT" => &self.global.database_port,
+            "DATABASE_NAME" => &self.global.database_name,
+            "DATABASE_TLS" => &self.global.database_tls,
+            "DATABASE_CA_FILE" => &self.global.database_ca_file,
+            "DATABASE_USER" => &self.global.database_user,
+            "ETLCTL_DATABASE_SECRET_ID" => &self.global.database_secret,
+            "MASKING_SECRET_ID" => &self.global.masking_secret,
+            "QUEUE_URL" => &self.global.queue_url,
+            "DLQ_URL" => &self.global.dlq_url,
+            "FUNCTION_NAME" => &self.global.function,
+            _ => &None,
+        };
+        let environment = || std::env::var(variable).ok();
+        flag.clone().or_else(|| self.stack.get(variable).cloned()).or_else(environment).filter(|value| !value.is_empty())
+    }
+
+    /// A setting that there must be.
+    pub fn require(&self, variable: &str) -> Result<String, Failure> {
+        self.need_region()?;
+        self.get(variable).ok_or_else(|| failed(format!("{variable} is not known: name the stack with --stack, or set it")))
+    }
+
+    fn need_region(&self) -> Result<(), Failure> {
+        match self.aws.region() {
+            Some(_) => Ok(()),
+            None => Err(failed("no AWS region: set AWS_REGION, or AWS_PROFILE to a profile that has one")),
+        }
+    }
+
+    /// The function's settings, as it reads them itself.
+    pub fn function(&self) -> Result<Config, Failure> {
+        Config::from_variables(|name| {
+            // Not every command needs them; those that do require them by name.
+            let optional_here = matches!(name, "MASKING_SECRET_ID" | "DATABASE_SECRET_ID");
+            self.get(name).or_else(|| optional_here.then(|| "unknown".to_owned()))
+        })
+        .map_err(|error| failed(error.to_string()))
+    }
+
+    /// Reads secrets.
+    pub fn secrets(&self) -> Secrets {
+        Secrets::new(&self.aws)
+    }
+
+    /// The keyring, as the function has it.
+    pub async fn keyring(&self) -> Result<login_etl::mask::Keyring, Failure> {
+        Ok(self.secrets().keyring(&self.require("MASKING_SECRET_ID")?).await?)
+    }
+
+    /// How long a running function may use a keyring that has been replaced.
+    pub fn secrets_ttl(&self) -> Result<Duration, Failure> {
+        Ok(self.function()?.secrets_ttl)
+    }
+
+    /// The way to the database.
+    pub fn connector(&self) -> Result<Connector, Failure> {
+        Ok(Connector::new(self.function()?.database, "etlctl")?)
+    }
+
+    /// Who uses this tool: a user of the database's of their own, and where that is.
+    pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
+        let mut credentials = if let Some(user) = self.get("DATABASE_USER") {
+            let password = self.get("DATABASE_PASSWORD").ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
+            Credentials::new(user, password)
+        } else if let Some(id) = self.get("ETLCTL_DATABASE_SECRET_ID") {
+            self.need_region()?;
+            self.secrets().credentials(&id).await?
+        } else {
+            return Err(failed(
+                "no user for the database: set ETLCTL_DATABASE_SECRET_ID (--database-secret) to a secret with your own \
+                 \"username\" and \"password\", or DATABASE_USER and DATABASE_PASSWORD. The function's user may only insert",
+            ));
+        };
+        if connector.host(&credentials).is_err()
+            && let Some(id) = self.get("DATABASE_SECRET_ID")
+        {
+            credentials = credentials.at(&self.secrets().credentials(&id).await?);
+        }
+        Ok(credentials)
+    }
+
+    /// A connection as that user.
+    pub async fn database(&self) -> Result<Connection, Failure> {
+        let connector = self.connector()?;
+        let credentials = self.credentials(&connector).await?;
+        Ok(connector.connect(&credentials).await?)
+    }
+}

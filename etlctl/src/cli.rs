@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::Styles};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, builder::Styles};
 use login_etl::login::Field;
 
 use crate::output::{BOLD, GOOD};
@@ -183,7 +183,7 @@ pub struct Mask {
 }
 
 #[derive(Debug, Args)]
-#[group(id = "wanted", required = true, multiple = false, args = ["ip", "device_id"])]
+#[command(group(ArgGroup::new("wanted").required(true).args(["ip", "device_id"])))]
 pub struct Find {
     /// The address, or `-` to read it from standard input
     #[arg(long, value_name = "VALUE")]
@@ -200,7 +200,7 @@ pub struct Find {
 }
 
 #[derive(Debug, Args)]
-#[group(id = "source", required = true, multiple = false, args = ["masks", "file", "csv", "query"])]
+#[command(group(ArgGroup::new("source").required(true).args(["masks", "file", "csv", "query"])))]
 pub struct Recover {
     /// Why: a ticket, an order, a request. It is recorded
     #[arg(long)]

@@ -268,7 +268,7 @@ impl<'a> Queue<'a> {
             json["body_shape"] = shape.iter().map(|(name, is)| json!({"field": name, "is": is})).collect();
             rows.extend(shape.into_iter().map(|(name, is)| vec![format!("  {name}"), is]));
         }
-        Ok(Reply { text: table(&["", ""], rows).trim_start().to_owned() + &text, json, no: false })
+        Ok(Reply { text: table(&["", ""], rows) + &text, json, no: false })
     }
 
     async fn move_all(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {

@@ -1,7 +1,7 @@
 //! What a command says: its reply as text or JSON, tables, questions, progress; and why it could not.
 
 use std::{
-    fmt::{self, Display, Write as _},
+    fmt::Display,
     io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Duration,
@@ -155,7 +155,7 @@ fn printable_lines(text: &str) -> String {
     text.lines().map(printable).collect::<Vec<_>>().join("\n")
 }
 
-/// Rows under headings; whatever a sender put into a cell is made harmless.
+/// Rows under headings, which may be empty; whatever a sender put into a cell is made harmless.
 pub fn table<C: AsRef<str>>(headings: &[&str], rows: impl IntoIterator<Item = Vec<C>>) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
@@ -169,7 +169,7 @@ pub fn table<C: AsRef<str>>(headings: &[&str], rows: impl IntoIterator<Item = Ve
     let text = table.to_string();
     let mut lines = text.lines().map(str::trim_end);
     let mut shown = String::new();
-    if let Some(heading) = lines.next() {
+    if let Some(heading) = lines.next().filter(|heading| !heading.is_empty()) {
         shown.push_str(&format!("{BOLD}{heading}{BOLD:#}\n"));
     }
     for line in lines {
@@ -231,8 +231,8 @@ pub fn duration(duration: Duration) -> String {
     let mut rest = seconds;
     for (length, unit) in units.into_iter().skip_while(|(length, _)| seconds < *length).take(2) {
         if rest >= length {
-            // Writing to a string cannot fail.
-            drop(write!(shown, "{}{} {unit}", if shown.is_empty() { "" } else { " " }, rest / length));
+            let space = if shown.is_empty() { "" } else { " " };
+            shown += &format!("{space}{} {unit}", rest / length);
             rest %= length;
         }
     }
@@ -252,7 +252,7 @@ pub fn bytes(count: i64) -> String {
 }
 
 /// `1 message`, `2 messages`.
-pub fn count(number: impl Into<i128>, one: &str) -> impl fmt::Display {
+pub fn count(number: impl Into<i128>, one: &str) -> String {
     let number = number.into();
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {one}{plural}")

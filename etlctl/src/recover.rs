@@ -43,9 +43,10 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     // Whatever could go wrong with it should do so before somebody's reason is on record.
     let mut output = options.output.as_deref().map(create).transpose()?;
 
-    let keyring = settings.keyring().await?;
-    let values: Vec<Option<Zeroizing<String>>> =
-        masks.iter().map(|(field, masked)| keyring.recover(field.name(), masked).ok()).collect();
+    let keyring = settings.keyring().await;
+    // An attempt without a keyring is an attempt, and goes on record as one that recovered nothing.
+    let recover = |(field, masked): &(Field, &str)| keyring.as_ref().ok()?.recover(field.name(), masked).ok();
+    let values: Vec<Option<Zeroizing<String>>> = masks.iter().map(recover).collect();
     let recovered: Vec<&str> =
         masks.iter().zip(&values).filter(|(_, value)| value.is_some()).map(|((_, masked), _)| *masked).collect();
     let lost = masks.len() - recovered.len();
@@ -58,11 +59,12 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
         masks: &recovered,
     };
     let written = audit::write(&mut connection.client, &settings.aws, &record).await;
-    if let (Err(_), Some(path)) = (&written, &options.output) {
+    let ready = written.and(keyring.map(drop));
+    if let (Err(_), Some(path)) = (&ready, &options.output) {
         // Empty, and ours.
         drop(std::fs::remove_file(path));
     }
-    written?;
+    ready?;
 
     let shown = if as_json { source.json(&values) } else { Value::Null };
     let mut reply = Reply { no: lost > 0, ..Reply::default() };

@@ -17,6 +17,8 @@ from world.postgres import Postgres
 DATABASE_SECRET = "login-etl/database"
 # The function's own user, which the schema makes.
 DATABASE_USER = "login_etl"
+# The owner of the tables, who migrates and operates.
+OPERATOR_SECRET = "login-etl/operator"
 
 
 @contextmanager
@@ -73,6 +75,8 @@ class Servers:
             connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(DATABASE_USER), secret["password"]))
         answer = self.localstack.client("secretsmanager").create_secret(Name=DATABASE_SECRET, SecretString=json.dumps(secret))
         self.database_secret_arn = answer["ARN"]
+        secret = {"username": "postgres", "password": self.postgres.admin_password}
+        self.localstack.client("secretsmanager").create_secret(Name=OPERATOR_SECRET, SecretString=json.dumps(secret))
 
     def stop(self) -> None:
         """Stops both and deletes PostgreSQL's data; the logs stay."""
@@ -100,5 +104,6 @@ class Servers:
             **CREDENTIALS,
             "DATABASE_SECRET_ID": DATABASE_SECRET,
             "DATABASE_ADMIN_PASSWORD": self.postgres.admin_password,
+            "ETLCTL_DATABASE_SECRET_ID": OPERATOR_SECRET,
             **self.database_settings(),
         }

@@ -202,7 +202,7 @@ async fn queue_checks(
     };
     // A number, or one in quotes.
     let receives = policy["maxReceiveCount"].to_string().trim_matches('"').parse::<u32>().unwrap_or(0);
-    checks.check(
+    checks.consider(
         receives >= RECEIVES,
         format!("a message is received up to {receives} times"),
         format!("raise MaxReceiveCount to {RECEIVES} or more: throttling and passing trouble count as receives, too"),

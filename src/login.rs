@@ -83,7 +83,8 @@ pub enum Field {
 
 impl Field {
     /// All of them, in the order in which they are checked.
-    pub const ALL: [Self; 6] = [Self::UserId, Self::AppVersion, Self::DeviceType, Self::Ip, Self::Locale, Self::DeviceId];
+    pub const ALL: [Self; 6] =
+        [Self::UserId, Self::AppVersion, Self::DeviceType, Self::Ip, Self::Locale, Self::DeviceId];
 
     /// The field's name on the wire; for masked fields also what binds an `aes-siv` mask to its column.
     pub const fn name(self) -> &'static str {

@@ -66,6 +66,7 @@ async fn operator(aws: &SdkConfig) -> String {
     let arn = identity.ok().and_then(|identity| identity.arn).unwrap_or_else(|| "unknown to AWS".to_owned());
     let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
     let host = std::fs::read_to_string("/etc/hostname").ok().or_else(|| std::env::var("HOSTNAME").ok());
-    let or_unknown = |value: Option<String>| value.map_or_else(|| "unknown".to_owned(), |value| value.trim().to_owned());
+    let or_unknown =
+        |value: Option<String>| value.map_or_else(|| "unknown".to_owned(), |value| value.trim().to_owned());
     format!("{arn} ({}@{})", or_unknown(user), or_unknown(host))
 }

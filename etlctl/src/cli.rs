@@ -10,25 +10,37 @@ use crate::output::{BOLD, GOOD};
 const STYLES: Styles = Styles::styled().header(BOLD).usage(BOLD).literal(GOOD);
 
 const AFTER: &str = "\
-Where the pipeline is
-  --stack NAME reads it from the deployed stack: queues, function, secrets, database. Without it, the function's own
-  environment variables say it (DATABASE_HOST, MASKING_SECRET_ID …, or flags), and QUEUE_URL, DLQ_URL, FUNCTION_NAME.
-  Flags come before the stack, the stack before the environment, that before `.env`.
-  AWS is found as every AWS tool finds it: AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL …
+Where the pipeline is:
+`--stack NAME` reads it from the deployed stack: queues, function, secrets, database. Without it, the function's own \
+environment variables say it, and QUEUE_URL, DLQ_URL and FUNCTION_NAME. Flags come before the stack, the stack before \
+the environment, that before a file `.env`. AWS is found as every AWS tool finds it (AWS_PROFILE, AWS_REGION …).
 
-Who you are to the database
-  The function's user may only insert. Yours is in a secret that --database-secret names (JSON with username and
-  password), or in DATABASE_USER and DATABASE_PASSWORD. Grant it the role login_etl_operator.
+Who you are to the database:
+The function's user may only insert. Yours, with the role login_etl_operator, is in a secret that --database-secret \
+names (JSON with username and password), or in DATABASE_USER and DATABASE_PASSWORD.
 
-Exit status
-  0  done, and the answer is yes     2  asked in a wrong way, or not confirmed
-  1  done, and the answer is no:     3  not done: a setting, AWS or the database
-     a check failed, something is
-     left, a value not recovered";
+Settings, each a flag and a variable, with every command:
+  --database-secret ID     ETLCTL_DATABASE_SECRET_ID  secret with your own database user
+  --database-user NAME     DATABASE_USER              or the user itself, and its DATABASE_PASSWORD
+  --database-host HOST     DATABASE_HOST
+  --database-port PORT     DATABASE_PORT
+  --database-name NAME     DATABASE_NAME
+  --database-tls MODE      DATABASE_TLS               verify-full or disable
+  --database-ca-file FILE  DATABASE_CA_FILE           roots to trust instead of the system's
+  --masking-secret ID      MASKING_SECRET_ID          secret with the keyring
+  --queue-url URL          QUEUE_URL
+  --dlq-url URL            DLQ_URL
+  --function NAME          FUNCTION_NAME
+
+Exit status:
+  0  done, and the answer is yes
+  1  done, and the answer is no: a check failed, something is left, a value was not recovered
+  2  asked in a wrong way, or not confirmed; nothing was done
+  3  not done: a setting, AWS or the database is in the way";
 
 /// Operates a login-etl pipeline: its schema, its health, its dead letters, its masks and its keys.
 #[derive(Debug, Parser)]
-#[command(name = "etlctl", version, styles = STYLES, max_term_width = 120, after_help = AFTER, disable_help_subcommand = true)]
+#[command(name = "etlctl", version, styles = STYLES, max_term_width = 120, next_line_help = false, after_long_help = AFTER, disable_help_subcommand = true)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -36,54 +48,43 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// What every command takes.
+const COMMON: &str = "With every command";
+
+/// What every command takes. The hidden flags are settings, which the help lists once.
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Take all settings from this CloudFormation stack
-    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(long, global = true, value_name = "NAME", help_heading = COMMON)]
     pub stack: Option<String>,
     /// Answer in JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = COMMON)]
     pub json: bool,
     /// Read variables from this file instead of `.env`
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = COMMON)]
     pub env_file: Option<PathBuf>,
-    /// Secret with your own database user [ETLCTL_DATABASE_SECRET_ID]
-    #[arg(long, global = true, value_name = "ID", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "ID", hide = true)]
     pub database_secret: Option<String>,
-    /// Your own database user; the password is in DATABASE_PASSWORD [DATABASE_USER]
-    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "NAME", hide = true)]
     pub database_user: Option<String>,
-    /// Host of the database [DATABASE_HOST]
-    #[arg(long, global = true, value_name = "HOST", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "HOST", hide = true)]
     pub database_host: Option<String>,
-    /// Port of the database [DATABASE_PORT]
-    #[arg(long, global = true, value_name = "PORT", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "PORT", hide = true)]
     pub database_port: Option<String>,
-    /// Name of the database [DATABASE_NAME]
-    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "NAME", hide = true)]
     pub database_name: Option<String>,
-    /// verify-full or disable [DATABASE_TLS]
-    #[arg(long, global = true, value_name = "MODE", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "MODE", hide = true)]
     pub database_tls: Option<String>,
-    /// PEM file of the roots to trust instead of the system's [DATABASE_CA_FILE]
-    #[arg(long, global = true, value_name = "FILE", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "FILE", hide = true)]
     pub database_ca_file: Option<String>,
-    /// Secret with the keyring [MASKING_SECRET_ID]
-    #[arg(long, global = true, value_name = "ID", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "ID", hide = true)]
     pub masking_secret: Option<String>,
-    /// The queue [QUEUE_URL]
-    #[arg(long, global = true, value_name = "URL", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "URL", hide = true)]
     pub queue_url: Option<String>,
-    /// The dead-letter queue [DLQ_URL]
-    #[arg(long, global = true, value_name = "URL", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "URL", hide = true)]
     pub dlq_url: Option<String>,
-    /// The function [FUNCTION_NAME]
-    #[arg(long, global = true, value_name = "NAME", help_heading = SETTINGS, hide_short_help = true)]
+    #[arg(long, global = true, value_name = "NAME", hide = true)]
     pub function: Option<String>,
 }
-
-const SETTINGS: &str = "Settings [and their variables]";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -104,9 +105,9 @@ pub enum Command {
     ///
     /// Masks the value under every key of the ring, and looks for rows that have one of the masks. Nothing is decrypted.
     #[command(after_help = "\
-Examples
+Examples:
   etlctl find --ip 199.172.111.135 --stack login-etl
-  etlctl find --device-id - --since 2026-11-01 < device.txt   # keeps it out of the shell's history")]
+  etlctl find --device-id - --since 2026-11-01 < device.txt    # stays out of the shell's history")]
     Find(Find),
     /// Recover masked values, for a reason that is recorded
     ///
@@ -114,10 +115,10 @@ Examples
     /// anything is shown. Values go to standard output or to a new file that only you can read, and nowhere else. What
     /// cannot be recovered reads alike, whatever is wrong with it.
     #[command(after_help = "\
-Examples
+Examples:
   etlctl recover --field ip --reason 'Order 12/345 of the district court' '2026-11:kzXo…=='
   etlctl recover --field ip --reason '…' --file masks.txt --output addresses.txt
-  etlctl recover --reason '…' --csv logins.csv --output recovered.csv          # columns masked_ip, masked_device_id
+  etlctl recover --reason '…' --csv logins.csv --output recovered.csv
   etlctl recover --reason '…' --query \"select * from user_logins where user_id = '…'\"")]
     Recover(Recover),
     /// The keyring: its keys, and rows from one key to the next
@@ -139,7 +140,7 @@ Examples
     Status(Status),
     /// Print a completion script for your shell
     #[command(after_help = "\
-Examples
+Examples:
   etlctl completions bash > ~/.local/share/bash-completion/completions/etlctl
   etlctl completions zsh  > \"${fpath[1]}/_etlctl\"
   etlctl completions fish > ~/.config/fish/completions/etlctl.fish")]

@@ -110,7 +110,8 @@ impl<'a> Queue<'a> {
         let client = Client::new(&settings.aws);
         let url = settings.require("DLQ_URL")?;
         let names = [QueueAttributeName::ApproximateNumberOfMessages, QueueAttributeName::QueueArn];
-        let attributes = client.get_queue_attributes().queue_url(&url).set_attribute_names(Some(names.to_vec())).send().await;
+        let attributes =
+            client.get_queue_attributes().queue_url(&url).set_attribute_names(Some(names.to_vec())).send().await;
         let attributes = attributes.map_err(aws("look at the dead-letter queue"))?.attributes.unwrap_or_default();
         let attribute = |name| attributes.get(&name).cloned().unwrap_or_default();
         let depth = attribute(QueueAttributeName::ApproximateNumberOfMessages).parse().unwrap_or(0);
@@ -151,7 +152,8 @@ impl<'a> Queue<'a> {
         let dead: Vec<_> = dead.into_iter().collect();
         for part in dead.chunks(ENTRIES) {
             let entries = part.iter().enumerate().filter_map(|(number, dead)| {
-                let entry = ChangeMessageVisibilityBatchRequestEntry::builder().id(number.to_string()).visibility_timeout(0);
+                let entry =
+                    ChangeMessageVisibilityBatchRequestEntry::builder().id(number.to_string()).visibility_timeout(0);
                 entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
             });
             let request = self.client.change_message_visibility_batch().queue_url(&self.url);
@@ -170,7 +172,8 @@ impl<'a> Queue<'a> {
         let mut dead = self.look(limit).await?;
         dead.sort_by_key(Dead::sent);
         let sent = |dead: &Dead| dead.sent().map(|at| at.strftime("%Y-%m-%d %H:%M:%S").to_string());
-        let receives = |dead: &Dead| dead.attribute(&MessageSystemAttributeName::ApproximateReceiveCount).map(str::to_owned);
+        let receives =
+            |dead: &Dead| dead.attribute(&MessageSystemAttributeName::ApproximateReceiveCount).map(str::to_owned);
         let rows = dead.iter().map(|dead| {
             let reason = dead.reason.clone().unwrap_or_else(|| "valid now".to_owned());
             vec![dead.id().to_owned(), sent(dead).unwrap_or_default(), dead.body().len().to_string(), reason]
@@ -223,13 +226,21 @@ impl<'a> Queue<'a> {
         let rows = groups.iter().map(|((valid, why), dead)| {
             let now = if *valid { "valid" } else { "invalid" };
             let example = dead.first().map_or("", |dead| dead.id());
-            vec![dead.len().to_string(), now.to_owned(), why.clone(), day(first(dead)), day(last(dead)), example.to_owned()]
+            vec![
+                dead.len().to_string(),
+                now.to_owned(),
+                why.clone(),
+                day(first(dead)),
+                day(last(dead)),
+                example.to_owned(),
+            ]
         });
         let mut text = table(&["messages", "now", "why", "first sent", "last sent", "for example"], rows);
         text += &self.total(dead.len());
         let valid = dead.iter().filter(|dead| dead.reason.is_none()).count();
         if valid > 0 {
-            text += &format!("{} valid now: `etlctl dlq redrive --fixed` loads them.\n", count(valid as i128, "message"));
+            text +=
+                &format!("{} valid now: `etlctl dlq redrive --fixed` loads them.\n", count(valid as i128, "message"));
         }
         let json = groups.iter().map(|((valid, why), dead)| {
             json!({
@@ -259,7 +270,8 @@ impl<'a> Queue<'a> {
             let reason = reason.unwrap_or_default();
             audit::check_reason(reason)?;
             let source = format!("the dead message {id}");
-            let record = audit::Record { action: "reveal", reason, source: &source, requested: 1, recovered: 1, masks: &[] };
+            let record =
+                audit::Record { action: "reveal", reason, source: &source, requested: 1, recovered: 1, masks: &[] };
             audit::write(&mut self.settings.database().await?.client, &self.settings.aws, &record).await?;
             json["body"] = json!(dead.body());
             text = format!("\n{}\n", dead.body().lines().map(printable).collect::<Vec<_>>().join("\n"));
@@ -277,13 +289,16 @@ impl<'a> Queue<'a> {
         }
         let about = count(i128::from(self.depth), "dead message");
         confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
-        let task = self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
+        let task =
+            self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
         task.send().await.map_err(aws("start the redrive"))?;
         let bar = progress(self.depth, "Redriving {bar:30} {pos} of about {len}  {eta} to go; it goes on without you");
         loop {
             let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
             let tasks = tasks.map_err(aws("follow the redrive"))?.results.unwrap_or_default();
-            let Some(task) = tasks.first() else { return Err(failed("the redrive cannot be followed: SQS does not list it")) };
+            let Some(task) = tasks.first() else {
+                return Err(failed("the redrive cannot be followed: SQS does not list it"));
+            };
             let moved = task.approximate_number_of_messages_moved();
             bar.set_position(moved.unsigned_abs());
             match task.status() {
@@ -315,10 +330,12 @@ impl<'a> Queue<'a> {
         };
         let refused: Vec<_> = fixed.iter().filter(|dead| !loaded.contains(dead.id())).collect();
         self.release(refused.iter().copied()).await;
-        let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded.len() as i128, "message"));
+        let mut text =
+            format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded.len() as i128, "message"));
         if !refused.is_empty() {
             let refused = count(refused.len() as i128, "valid message");
-            text += &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
+            text +=
+                &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
         }
         if !rest.is_empty() {
             text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(rest.len() as i128, "message"));
@@ -378,11 +395,14 @@ impl<'a> Queue<'a> {
         if answer.function_error.is_some() {
             let (kind, message) = (said["errorType"].as_str(), said["errorMessage"].as_str());
             let (kind, message) = (kind.unwrap_or("Unhandled"), message.unwrap_or("no message"));
-            return Err(failed(format!("the function failed: {kind}: {message}. What it had not taken is still in the queue")));
+            return Err(failed(format!(
+                "the function failed: {kind}: {message}. What it had not taken is still in the queue"
+            )));
         }
         let failures = said["batchItemFailures"].as_array();
         let failures = failures.ok_or_else(|| failed(format!("{function:?} does not answer as login-etl does")))?;
-        let failures: HashSet<&str> = failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str()).collect();
+        let failures: HashSet<&str> =
+            failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str()).collect();
         let taken: Vec<_> = batch.iter().filter(|dead| !failures.contains(dead.id())).collect();
         for part in taken.chunks(ENTRIES) {
             let entries = part.iter().enumerate().filter_map(|(number, dead)| {
@@ -390,7 +410,8 @@ impl<'a> Queue<'a> {
                 entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
             });
             let delete = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries.collect()));
-            let deleted = delete.send().await.map_err(aws("delete what is loaded; it may be loaded again without harm"))?;
+            let deleted =
+                delete.send().await.map_err(aws("delete what is loaded; it may be loaded again without harm"))?;
             if !deleted.failed.is_empty() {
                 return Err(failed("SQS did not delete some of what is loaded; it may be loaded again without harm"));
             }

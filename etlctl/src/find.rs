@@ -28,7 +28,9 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
         vec![key_name(id), cipher(id), active, masked.as_str()]
     });
     let text = table(&["key", "cipher", "", "mask"], rows);
-    let json = masks.iter().map(|(id, masked)| json!({"key": id, "cipher": cipher(id), "active": is_active(id), "mask": masked}));
+    let json = masks
+        .iter()
+        .map(|(id, masked)| json!({"key": id, "cipher": cipher(id), "active": is_active(id), "mask": masked}));
     Ok(Reply { text, json: json.collect(), no: false })
 }
 
@@ -52,7 +54,8 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
         [(&masks, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
     let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
     let rows: Vec<Value> = rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
-    let counted = format!("select count(*), count(distinct user_id), min(create_date)::text, max(create_date)::text {matching}");
+    let counted =
+        format!("select count(*), count(distinct user_id), min(create_date)::text, max(create_date)::text {matching}");
     let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
     let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
     let (logins, users): (i64, i64) = (total.get(0), total.get(1));

@@ -11,7 +11,7 @@
 //!                                              dlq      the dead letters
 //! ```
 //!
-//! A command returns its [`Reply`](output::Reply) and prints nothing itself, so whatever it has to write down first,
+//! A command returns its [`Reply`] and prints nothing itself, so whatever it has to write down first,
 //! an audit above all, is written before anybody sees anything.
 
 mod audit;

@@ -48,7 +48,10 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
     let waiting = spinner("Waiting for another migration to end");
     client.query("select pg_advisory_lock($1)", &[&LOCK]).await.map_err(sql("lock the schema"))?;
     drop(waiting);
-    client.batch_execute(&format!("set client_min_messages = warning; {RECORDS}")).await.map_err(sql("record migrations"))?;
+    client
+        .batch_execute(&format!("set client_min_messages = warning; {RECORDS}"))
+        .await
+        .map_err(sql("record migrations"))?;
     let mut applied = Vec::new();
     for (name, text, state) in states(client).await? {
         match state {
@@ -71,7 +74,10 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
         transaction.commit().await.map_err(sql(what()))?;
         applied.push(name);
     }
-    client.batch_execute("grant select on login_etl_migrations to login_etl_operator").await.map_err(sql("grant rights"))?;
+    client
+        .batch_execute("grant select on login_etl_migrations to login_etl_operator")
+        .await
+        .map_err(sql("grant rights"))?;
     let text = match applied.len() {
         0 => format!("{GOOD}The schema is up to date.{GOOD:#}\n"),
         _ => format!("{GOOD}Applied:{GOOD:#} {}\n", applied.join(", ")),
@@ -112,7 +118,10 @@ pub async fn outstanding(client: &impl GenericClient) -> Result<Vec<&'static str
 async fn states(client: &impl GenericClient) -> Result<Vec<(&'static str, &'static str, State)>, Failure> {
     let there = client.query_one("select to_regclass('login_etl_migrations') is not null", &[]).await;
     let records = match there.map_err(sql("read the schema"))?.get(0) {
-        true => client.query("select name, checksum from login_etl_migrations", &[]).await.map_err(sql("read the migrations"))?,
+        true => client
+            .query("select name, checksum from login_etl_migrations", &[])
+            .await
+            .map_err(sql("read the migrations"))?,
         false => Vec::new(),
     };
     let states = MIGRATIONS.into_iter().map(|(name, text)| {

@@ -80,7 +80,8 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
         None => {
             // The values are whatever the senders of the messages chose.
             let to_terminal = io::stdout().is_terminal();
-            reply.text = if to_terminal { text.lines().map(|line| printable(line) + "\n").collect() } else { text.to_string() };
+            reply.text =
+                if to_terminal { text.lines().map(|line| printable(line) + "\n").collect() } else { text.to_string() };
             reply.json = shown;
         }
     }
@@ -216,7 +217,9 @@ impl Source {
         match self {
             Self::Masks(_, masks) => {
                 let pairs = masks.iter().zip(values);
-                pairs.map(|(masked, value)| json!({"mask": masked, "value": value.as_ref().map(|value| value.as_str())})).collect()
+                pairs
+                    .map(|(masked, value)| json!({"mask": masked, "value": value.as_ref().map(|value| value.as_str())}))
+                    .collect()
             }
             Self::Table { headings, rows, masked } => {
                 let (headings, rows) = Self::extended(headings, rows, masked, values);

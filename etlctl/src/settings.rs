@@ -77,15 +77,18 @@ impl Settings {
             })?;
             values.insert(variable.to_owned(), (*value).to_owned());
         }
-        let client = aws_sdk_lambda::Client::new(&self.aws);
-        let function = &values["FUNCTION_NAME"];
-        let configuration = client.get_function_configuration().function_name(function).send().await;
-        let configuration = configuration.map_err(aws(format_args!("read the function {function:?}")))?;
-        let variables = configuration.environment().and_then(|environment| environment.variables());
-        for (variable, value) in variables.into_iter().flatten().filter(|(_, value)| !value.is_empty()) {
-            values.entry(variable.clone()).or_insert_with(|| value.clone());
+        let variables = self.function_variables(&values["FUNCTION_NAME"]).await?;
+        for (variable, value) in variables.into_iter().filter(|(_, value)| !value.is_empty()) {
+            values.entry(variable).or_insert(value);
         }
         Ok(values)
+    }
+
+    async fn function_variables(&self, name: &str) -> Result<HashMap<String, String>, Failure> {
+        let client = aws_sdk_lambda::Client::new(&self.aws);
+        let configuration = client.get_function_configuration().function_name(name).send().await;
+        let configuration = configuration.map_err(aws(format_args!("read the function {name:?}")))?;
+        Ok(configuration.environment.and_then(|environment| environment.variables).unwrap_or_default())
     }
 
     /// A setting by its variable's name: its flag, else the stack's, else the environment's.
@@ -105,13 +108,17 @@ impl Settings {
             _ => &None,
         };
         let environment = || std::env::var(variable).ok();
-        flag.clone().or_else(|| self.stack.get(variable).cloned()).or_else(environment).filter(|value| !value.is_empty())
+        flag.clone()
+            .or_else(|| self.stack.get(variable).cloned())
+            .or_else(environment)
+            .filter(|value| !value.is_empty())
     }
 
     /// A setting that there must be.
     pub fn require(&self, variable: &str) -> Result<String, Failure> {
         self.need_region()?;
-        self.get(variable).ok_or_else(|| failed(format!("{variable} is not known: name the stack with --stack, or set it")))
+        self.get(variable)
+            .ok_or_else(|| failed(format!("{variable} is not known: name the stack with --stack, or set it")))
     }
 
     fn need_region(&self) -> Result<(), Failure> {
@@ -141,9 +148,17 @@ impl Settings {
         Ok(self.secrets().keyring(&self.require("MASKING_SECRET_ID")?).await?)
     }
 
-    /// How long a running function may use a keyring that has been replaced.
-    pub fn secrets_ttl(&self) -> Result<Duration, Failure> {
-        Ok(self.function()?.secrets_ttl)
+    /// How long a running function may use a keyring that has been replaced, as the function itself is set.
+    pub async fn secrets_ttl(&self) -> Result<Duration, Failure> {
+        let ttl = match self.get("FUNCTION_NAME") {
+            Some(name) => self.function_variables(&name).await?.remove("SECRETS_TTL"),
+            None => self.get("SECRETS_TTL"),
+        };
+        let config = Config::from_variables(|name| match name {
+            "SECRETS_TTL" => ttl.clone(),
+            _ => Some("unknown".to_owned()).filter(|_| name.ends_with("_SECRET_ID")),
+        });
+        Ok(config.map_err(|error| failed(error.to_string()))?.secrets_ttl)
     }
 
     /// The way to the database.
@@ -154,7 +169,8 @@ impl Settings {
     /// Who uses this tool: a user of the database's of their own, and where that is.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
         let mut credentials = if let Some(user) = self.get("DATABASE_USER") {
-            let password = self.get("DATABASE_PASSWORD").ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
+            let password =
+                self.get("DATABASE_PASSWORD").ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
             Credentials::new(user, password)
         } else if let Some(id) = self.get("ETLCTL_DATABASE_SECRET_ID") {
             self.need_region()?;

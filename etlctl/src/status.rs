@@ -124,7 +124,8 @@ impl Depth {
 async fn queue(settings: &Settings, variable: &str) -> Result<Depth, Failure> {
     let url = settings.require(variable)?;
     let client = aws_sdk_sqs::Client::new(&settings.aws);
-    let attributes = client.get_queue_attributes().queue_url(&url).attribute_names(QueueAttributeName::All).send().await;
+    let attributes =
+        client.get_queue_attributes().queue_url(&url).attribute_names(QueueAttributeName::All).send().await;
     let attributes: HashMap<_, _> = attributes.map_err(aws("look at the queue"))?.attributes.unwrap_or_default();
     let number = |name| attributes.get(&name).and_then(|number| number.parse().ok()).unwrap_or(0);
     let name = url.rsplit('/').next().unwrap_or_default();
@@ -228,7 +229,8 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
     };
     let (all, table_bytes) = size("user_logins").await?;
     let (ledger, ledger_bytes) = size("user_logins_ledger").await?;
-    let oldest = "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from user_logins_ledger where sent_at > 'epoch'";
+    let oldest =
+        "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from user_logins_ledger where sent_at > 'epoch'";
     let oldest_key = client.query_one(oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
     // There need be no index for it.
     client.batch_execute("set statement_timeout = '5s'").await.map_err(sql("set a limit"))?;

@@ -115,14 +115,15 @@ def check_template() -> None:
 
 
 def check_function() -> None:
-    """The library's tests and the deployed stack's, on servers of their own."""
+    """The library's tests, the deployed stack's and etlctl's, on servers of their own."""
     with Servers(WORLD) as servers:
         command("cargo", "test", "--workspace", "--locked", "--no-run")
+        command("cargo", "build", "--package", "etlctl", "--locked")
         command("cargo", "test", "--workspace", "--locked", show=True, PYTHON=sys.executable, **servers.environment())
         stack.build()
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
-        stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, VisibilityTimeout=19)
-        pytest("tests/end_to_end", LOGIN_ETL_WORLD=str(WORLD))
+        stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, VisibilityTimeout=19, SecretsTtl=2)
+        pytest("tests", LOGIN_ETL_WORLD=str(WORLD))
 
 
 def check_fuzz() -> None:

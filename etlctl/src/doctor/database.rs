@@ -45,7 +45,8 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     let connection = async { Ok::<_, Failure>(connector.connect(&credentials).await?) }.await;
     let Some(connection) = checks.have(connection) else { return };
     let client = &connection.client;
-    for part in [clock(client, checks).await, schema(client, checks).await, connections(client, checks, pipeline).await] {
+    for part in [clock(client, checks).await, schema(client, checks).await, connections(client, checks, pipeline).await]
+    {
         checks.have(part);
     }
     let role = rights(settings, client, checks).await;
@@ -80,7 +81,10 @@ async fn certificate(connector: &Connector, credentials: &Credentials) -> Result
 
 async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     let asked = SystemTime::now();
-    let row = client.query_one("select extract(epoch from clock_timestamp())::float8", &[]).await.map_err(sql("read the clock"))?;
+    let row = client
+        .query_one("select extract(epoch from clock_timestamp())::float8", &[])
+        .await
+        .map_err(sql("read the clock"))?;
     let answered = SystemTime::now();
     let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let apart = (row.get::<_, f64>(0) - (since(asked) + since(answered)) / 2.0).abs();
@@ -99,7 +103,11 @@ async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
         }
     }
     let misfits = migrate::misfits(client).await?;
-    let found = if misfits.is_empty() { "the columns of user_logins fit".to_owned() } else { "user_logins does not fit".to_owned() };
+    let found = if misfits.is_empty() {
+        "the columns of user_logins fit".to_owned()
+    } else {
+        "user_logins does not fit".to_owned()
+    };
     checks.check(misfits.is_empty(), found, misfits.join("; "));
     let key = "select exists (select from pg_index where indrelid = 'user_logins_ledger'::regclass and indisunique and indisvalid)";
     let key: bool = client.query_one(key, &[]).await.map_err(sql("look at the ledger"))?.get(0);
@@ -120,7 +128,8 @@ async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
 }
 
 async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pipeline>) -> Result<(), Failure> {
-    let query = "select current_setting('max_connections')::int4 - current_setting('superuser_reserved_connections')::int4,
+    let query =
+        "select current_setting('max_connections')::int4 - current_setting('superuser_reserved_connections')::int4,
                         (select count(*)::int4 from pg_stat_activity where backend_type = 'client backend'),
                         (select count(*)::int4 from pg_stat_activity where application_name = 'login-etl')";
     let row = client.query_one(query, &[]).await.map_err(sql("count connections"))?;
@@ -144,7 +153,11 @@ async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
                        coalesce(array_to_string(rolconfig, ','), '') from pg_roles where rolname = $1";
     let role = client.query_opt(role, &[&user]).await.map_err(sql("look at the user"))?;
     let Some(role) = role else {
-        checks.check(false, format!("there is no user {user:?}"), "`etlctl migrate` makes login_etl; name it in the secret");
+        checks.check(
+            false,
+            format!("there is no user {user:?}"),
+            "`etlctl migrate` makes login_etl; name it in the secret",
+        );
         return Ok(());
     };
     let query = "select
@@ -161,7 +174,11 @@ async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
     let (powers, reads): (bool, bool) = (role.get(0), can.get(2));
     checks.check(
         !powers,
-        if powers { format!("{user:?} is a superuser, or close to one") } else { format!("{user:?} has no powers over the server") },
+        if powers {
+            format!("{user:?} is a superuser, or close to one")
+        } else {
+            format!("{user:?} has no powers over the server")
+        },
         "give the function a user of its own: login_etl",
     );
     checks.consider(

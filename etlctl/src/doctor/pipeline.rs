@@ -45,7 +45,8 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
     }
 
     checks.area = "queue";
-    let dead = if let Some(queue) = &queue { queue_checks(settings, checks, queue, timeout, window).await } else { None };
+    let dead =
+        if let Some(queue) = &queue { queue_checks(settings, checks, queue, timeout, window).await } else { None };
     checks.area = "dead-letter queue";
     if let (Some(queue), Some(dead)) = (&queue, dead) {
         let (of_queue, of_dead) = (queue.number("MessageRetentionPeriod"), dead.number("MessageRetentionPeriod"));
@@ -63,20 +64,25 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
     }
 
     checks.area = "secrets";
-    let keyring = async { Ok::<_, Failure>(settings.secrets().keyring(&settings.require("MASKING_SECRET_ID")?).await?) };
+    let keyring =
+        async { Ok::<_, Failure>(settings.secrets().keyring(&settings.require("MASKING_SECRET_ID")?).await?) };
     match keyring.await {
         Ok(keyring) => {
             let ciphers: Vec<_> = keyring.keys().map(|(id, cipher)| format!("{id:?} {cipher}")).collect();
             checks.right(format!("the keyring parses: {}; active {:?}", ciphers.join(", "), keyring.active()));
         }
-        Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, "`etlctl keys list` works once it is right"),
+        Err(Failure::Failed(why) | Failure::Usage(why)) => {
+            checks.check(false, why, "`etlctl keys list` works once it is right")
+        }
         Err(Failure::BrokenPipe) => {}
     }
     let credentials =
         async { Ok::<_, Failure>(settings.secrets().credentials(&settings.require("DATABASE_SECRET_ID")?).await?) };
     match credentials.await {
         Ok(credentials) => checks.right(format!("the function's credentials parse: user {:?}", credentials.username())),
-        Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, "correct the secret; the function reads it again"),
+        Err(Failure::Failed(why) | Failure::Usage(why)) => {
+            checks.check(false, why, "correct the secret; the function reads it again")
+        }
         Err(Failure::BrokenPipe) => {}
     }
     Some(Pipeline { concurrency })
@@ -134,7 +140,9 @@ async fn mapping(settings: &Settings, queue: Option<&Queue>) -> Result<EventSour
     let mappings = mappings.map_err(aws("read the event source mappings"))?.event_source_mappings.unwrap_or_default();
     let arn = queue.and_then(|queue| queue.text("QueueArn"));
     let of_queue = mappings.into_iter().find(|mapping| arn.is_none() || mapping.event_source_arn() == arn);
-    of_queue.ok_or_else(|| failed(format!("no event source mapping leads from the queue to {name:?}: deploy the stack again")))
+    of_queue.ok_or_else(|| {
+        failed(format!("no event source mapping leads from the queue to {name:?}: deploy the stack again"))
+    })
 }
 
 fn mapping_checks(
@@ -152,10 +160,15 @@ fn mapping_checks(
         "set FunctionResponseTypes to [ReportBatchItemFailures]: without it, failed messages are deleted as if they were loaded",
     );
     let filters: Vec<_> = mapping.filter_criteria().map(|criteria| criteria.filters()).unwrap_or_default().to_vec();
-    let filters: Vec<_> = filters.iter().filter_map(|filter| filter.pattern()).filter(|pattern| !is_empty(pattern)).collect();
+    let filters: Vec<_> =
+        filters.iter().filter_map(|filter| filter.pattern()).filter(|pattern| !is_empty(pattern)).collect();
     checks.check(
         filters.is_empty(),
-        if filters.is_empty() { "no filter deletes messages".to_owned() } else { format!("it filters: {}", filters.join(", ")) },
+        if filters.is_empty() {
+            "no filter deletes messages".to_owned()
+        } else {
+            format!("it filters: {}", filters.join(", "))
+        },
         "take the filter away: what it does not match is deleted unseen",
     );
     match (concurrency, reserved) {
@@ -174,7 +187,8 @@ fn mapping_checks(
 }
 
 fn is_empty(pattern: &str) -> bool {
-    serde_json::from_str::<Value>(pattern).is_ok_and(|pattern| pattern.as_object().is_some_and(serde_json::Map::is_empty))
+    serde_json::from_str::<Value>(pattern)
+        .is_ok_and(|pattern| pattern.as_object().is_some_and(serde_json::Map::is_empty))
 }
 
 /// Returns the dead-letter queue.

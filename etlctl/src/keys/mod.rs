@@ -71,11 +71,16 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     }
     let others: i64 = rows.iter().flatten().filter(|(id, _)| **id != secret.ring.active).map(|(_, rows)| rows).sum();
     if others > 0 {
-        text += &format!("\n{} not under the active key; `etlctl keys remask` brings them there.\n", count(others, "row"));
+        text +=
+            &format!("\n{} not under the active key; `etlctl keys remask` brings them there.\n", count(others, "row"));
     }
     let no = !strangers.is_empty();
     let strangers: BTreeMap<_, _> = strangers.into_iter().collect();
-    Ok(Reply { text, json: json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers}), no })
+    Ok(Reply {
+        text,
+        json: json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers}),
+        no,
+    })
 }
 
 async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Reply, Failure> {
@@ -100,10 +105,10 @@ async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
     }
     secret.ring.activate(id)?;
     secret.write().await?;
-    let ttl = settings.secrets_ttl()?;
+    let ttl = settings.secrets_ttl().await?;
     let text = format!(
-        "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once.\n\
-         Until `etlctl keys remask` has been, equal values of old and new rows have different masks.\n",
+        "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once. Then\n\
+         `etlctl keys remask` brings the old rows over; until it has, equal values of old and new rows have different masks.\n",
         key_name(id),
         duration(ttl)
     );
@@ -118,7 +123,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     }
     // A key that is not active ceased to be so when the ring was last written, at the latest.
     let unused_for = age(key.replaced.unwrap_or(secret.written));
-    let wait = settings.secrets_ttl()? + LONGEST_INVOCATION;
+    let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
     if unused_for < wait {
         return Err(failed(format!(
             "running functions may still mask under {}: it was replaced {} ago, and they keep a keyring for up to {}. Try again in {}",
@@ -154,7 +159,9 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
 pub async fn rows_by_key(client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
     let _spinner = spinner("Counting rows by key");
     // Only a part before a colon is a key's id; Base64 has none.
-    let id = |column: &str| format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end");
+    let id = |column: &str| {
+        format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end")
+    };
     let ids = MASKED.map(|(_, column)| id(column)).join(", ");
     // A row with two keys counts for both, one with the same key twice counts once.
     let query = format!(

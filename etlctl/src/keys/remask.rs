@@ -93,14 +93,16 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
         }
         if last.too_long > 0 {
             let rows = count(last.too_long, "row");
-            text += &format!("{WARNING}{rows} with a value that is too long under this key: left as they are.{WARNING:#}\n");
+            text += &format!(
+                "{WARNING}{rows} with a value that is too long under this key: left as they are.{WARNING:#}\n"
+            );
         }
         let late = others.saturating_sub_unsigned(last.unrecoverable + last.too_long);
         if late > 0 || last.changed > 0 {
             text += &format!(
                 "{WARNING}Rows still come in under another key; running functions notice a new one within {}. Run this again \
                  then.{WARNING:#}\n",
-                duration(settings.secrets_ttl()?)
+                duration(settings.secrets_ttl().await?)
             );
         }
     }
@@ -200,15 +202,23 @@ impl Statements {
     }
 
     /// Brings the rows of the blocks from `first` to before `end` under the active key.
-    async fn remask(&self, client: &Client, keyring: &Keyring, first: i64, end: i64, tally: &mut Tally) -> Result<(), Failure> {
+    async fn remask(
+        &self,
+        client: &Client,
+        keyring: &Keyring,
+        first: i64,
+        end: i64,
+        tally: &mut Tally,
+    ) -> Result<(), Failure> {
         let rows = client.query_typed(&self.read, &[(&first, Type::INT8), (&end, Type::INT8)]).await;
         let rows = rows.map_err(sql("read rows"))?;
         tally.read += rows.len() as u64;
         let mut places: Vec<&str> = Vec::new();
-        let mut columns: [(Vec<Option<&str>>, Vec<Option<String>>); MASKED.len()] = Default::default();
+        let mut columns: [Column<'_>; MASKED.len()] = Default::default();
         for row in &rows {
             let old: [Option<&str>; MASKED.len()] = std::array::from_fn(|number| row.get(number + 1));
-            let new: [_; MASKED.len()] = std::array::from_fn(|number| old[number].map(|old| remasked(keyring, MASKED[number].0, old)));
+            let new: [_; MASKED.len()] =
+                std::array::from_fn(|number| old[number].map(|old| remasked(keyring, MASKED[number].0, old)));
             let says = |answer| new.iter().flatten().any(|new| *new == answer);
             tally.unrecoverable += u64::from(says(Remasked::Unrecoverable));
             tally.too_long += u64::from(says(Remasked::TooLong));
@@ -216,11 +226,11 @@ impl Statements {
                 continue;
             }
             places.push(row.get(0));
-            for ((olds, news), (old, new)) in columns.iter_mut().zip(old.into_iter().zip(new)) {
-                olds.push(old);
-                news.push(match new {
+            for (column, (old, new)) in columns.iter_mut().zip(old.into_iter().zip(new)) {
+                column.old.push(old);
+                column.new.push(match new {
                     Some(Remasked::Changed(masked)) => Some(masked),
-                    // A column that cannot be changed keeps no other from it.
+                    // One that cannot be changed keeps no other from it.
                     _ => old.map(ToOwned::to_owned),
                 });
             }
@@ -229,12 +239,20 @@ impl Statements {
             return Ok(());
         }
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&places, Type::TEXT_ARRAY)];
-        for (olds, news) in &columns {
-            parameters.extend([(olds as &(dyn ToSql + Sync), Type::TEXT_ARRAY), (news, Type::TEXT_ARRAY)]);
+        for column in &columns {
+            parameters.push((&column.old, Type::TEXT_ARRAY));
+            parameters.push((&column.new, Type::TEXT_ARRAY));
         }
         tally.changed += client.execute_typed(&self.write, &parameters).await.map_err(sql("write rows"))?;
         Ok(())
     }
+}
+
+/// A column's masks in the rows of a batch that change, before and after.
+#[derive(Default)]
+struct Column<'a> {
+    old: Vec<Option<&'a str>>,
+    new: Vec<Option<String>>,
 }
 
 #[derive(PartialEq, Eq)]

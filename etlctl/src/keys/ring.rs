@@ -61,7 +61,8 @@ impl RingSecret {
         let secret = client.get_secret_value().secret_id(&id).send().await.map_err(aws("read the keyring"))?;
         let text = Zeroizing::new(secret.secret_string.unwrap_or_default());
         let version = secret.version_id.ok_or_else(|| failed("the keyring's secret has no version"))?;
-        let written = secret.created_date.and_then(|at| Timestamp::from_second(at.secs()).ok()).unwrap_or_else(Timestamp::now);
+        let written =
+            secret.created_date.and_then(|at| Timestamp::from_second(at.secs()).ok()).unwrap_or_else(Timestamp::now);
         // One key, or several.
         let ring = serde_json::from_str::<Ring>(&text)
             .or_else(|_| {
@@ -70,15 +71,20 @@ impl RingSecret {
                 Ok(Ring { active: String::new(), keys: BTreeMap::from([(String::new(), key)]) })
             })
             // The error itself may quote a key.
-            .map_err(|_: serde_json::Error| failed("the keyring's secret is of a form that this etlctl does not know"))?;
+            .map_err(|_: serde_json::Error| {
+                failed("the keyring's secret is of a form that this etlctl does not know")
+            })?;
         Ok(Self { client, id, version, written, ring })
     }
 
     /// Puts the edited ring in the place of the version that was read; refuses if another has taken that place meanwhile.
     pub async fn write(&self) -> Result<(), Failure> {
-        let text = serde_json::to_string(&self.ring).map(Zeroizing::new).map_err(|_| failed("the keyring cannot be written"))?;
+        let text = serde_json::to_string(&self.ring)
+            .map(Zeroizing::new)
+            .map_err(|_| failed("the keyring cannot be written"))?;
         Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
-        let put = self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(PENDING);
+        let put =
+            self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(PENDING);
         let put = put.send().await.map_err(aws("write the keyring"))?;
         let version = put.version_id.unwrap_or_default();
         let promote = self.client.update_secret_version_stage().secret_id(&self.id).version_stage("AWSCURRENT");
@@ -126,7 +132,9 @@ impl Ring {
     /// The key with this id, which there must be.
     pub fn key(&self, id: &str) -> Result<&Key, Failure> {
         let known = || self.keys.keys().map(|id| format!("{id:?}")).collect::<Vec<_>>().join(", ");
-        self.keys.get(id).ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the ring; it has {}", known())))
+        self.keys
+            .get(id)
+            .ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the ring; it has {}", known())))
     }
 }
 

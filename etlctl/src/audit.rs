@@ -56,7 +56,12 @@ pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) ->
         (&keys, Type::TEXT_ARRAY),
         (&masks, Type::TEXT_ARRAY),
     ];
-    transaction.execute_typed(insert, &parameters).await.map_err(what())?;
+    let written = transaction.execute_typed(insert, &parameters).await.map_err(what())?;
+    if written != 1 {
+        return Err(failed(
+            "user_logins_audit swallows what is written to it, by a rule or a trigger, so nothing is shown",
+        ));
+    }
     transaction.commit().await.map_err(what())
 }
 

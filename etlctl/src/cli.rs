@@ -20,21 +20,21 @@ The function's user may only insert. Yours, with the role login_etl_operator, is
 names (JSON with username and password), or in DATABASE_USER and DATABASE_PASSWORD.
 
 Settings, each a flag and a variable, with every command:
-  --database-secret ID     ETLCTL_DATABASE_SECRET_ID  secret with your own database user
-  --database-user NAME     DATABASE_USER              or the user itself, and its DATABASE_PASSWORD
+  --database-secret ID     ETLCTL_DATABASE_SECRET_ID  your own user
+  --database-user NAME     DATABASE_USER              with DATABASE_PASSWORD
   --database-host HOST     DATABASE_HOST
   --database-port PORT     DATABASE_PORT
   --database-name NAME     DATABASE_NAME
   --database-tls MODE      DATABASE_TLS               verify-full or disable
-  --database-ca-file FILE  DATABASE_CA_FILE           roots to trust instead of the system's
-  --masking-secret ID      MASKING_SECRET_ID          secret with the keyring
+  --database-ca-file FILE  DATABASE_CA_FILE           roots to trust
+  --masking-secret ID      MASKING_SECRET_ID          the keyring
   --queue-url URL          QUEUE_URL
   --dlq-url URL            DLQ_URL
   --function NAME          FUNCTION_NAME
 
 Exit status:
   0  done, and the answer is yes
-  1  done, and the answer is no: a check failed, something is left, a value was not recovered
+  1  done, and the answer is no: a check failed, or something is left
   2  asked in a wrong way, or not confirmed; nothing was done
   3  not done: a setting, AWS or the database is in the way";
 
@@ -48,7 +48,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-const COMMON: &str = "With every command";
+const COMMON: &str = "With every command (more in `etlctl --help`)";
 
 /// What every command takes. The hidden flags are settings, which the help lists once.
 #[derive(Clone, Debug, Args)]
@@ -104,10 +104,11 @@ pub enum Command {
     /// Find the logins from an address or a device
     ///
     /// Masks the value under every key of the ring, and looks for rows that have one of the masks. Nothing is decrypted.
+    /// Read from standard input, a value stays out of the shell's history and the list of processes.
     #[command(after_help = "\
 Examples:
   etlctl find --ip 199.172.111.135 --stack login-etl
-  etlctl find --device-id - --since 2026-11-01 < device.txt    # stays out of the shell's history")]
+  etlctl find --device-id - --since 2026-11-01 < device.txt")]
     Find(Find),
     /// Recover masked values, for a reason that is recorded
     ///
@@ -116,10 +117,10 @@ Examples:
     /// cannot be recovered reads alike, whatever is wrong with it.
     #[command(after_help = "\
 Examples:
-  etlctl recover --field ip --reason 'Order 12/345 of the district court' '2026-11:kzXo…=='
+  etlctl recover --field ip --reason 'Order 12/345' '2026-11:kzXo…=='
   etlctl recover --field ip --reason '…' --file masks.txt --output addresses.txt
   etlctl recover --reason '…' --csv logins.csv --output recovered.csv
-  etlctl recover --reason '…' --query \"select * from user_logins where user_id = '…'\"")]
+  etlctl recover --reason '…' --query 'select * from user_logins limit 9'")]
     Recover(Recover),
     /// The keyring: its keys, and rows from one key to the next
     ///
@@ -196,7 +197,7 @@ pub struct Find {
     #[arg(long, value_name = "YYYY-MM-DD")]
     pub since: Option<jiff::civil::Date>,
     /// Most rows to show, the latest first
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     pub limit: u32,
 }
 

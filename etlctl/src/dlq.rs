@@ -187,7 +187,7 @@ impl<'a> Queue<'a> {
                 "group": dead.attribute(&MessageSystemAttributeName::MessageGroupId).is_some(),
             })
         });
-        Ok(Reply { text, json: json.collect(), no: false })
+        Ok(Reply::new(text, json.collect()))
     }
 
     fn total(&self, read: usize) -> String {
@@ -249,7 +249,7 @@ impl<'a> Queue<'a> {
                 "message_ids": dead.iter().map(|dead| dead.id()).collect::<Vec<_>>(),
             })
         });
-        Ok(Reply { text, json: json.collect(), no: false })
+        Ok(Reply::new(text, json.collect()))
     }
 
     async fn show(&self, id: &str, reveal: bool, reason: Option<&str>) -> Result<Reply, Failure> {
@@ -280,12 +280,12 @@ impl<'a> Queue<'a> {
             json["body_shape"] = shape.iter().map(|(name, is)| json!({"field": name, "is": is})).collect();
             rows.extend(shape.into_iter().map(|(name, is)| vec![format!("  {name}"), is]));
         }
-        Ok(Reply { text: table(&["", ""], rows) + &text, json, no: false })
+        Ok(Reply::new(table(&["", ""], rows) + &text, json))
     }
 
     async fn move_all(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
         if self.depth == 0 {
-            return Ok(Reply { text: self.total(0), json: json!({"moved": 0}), no: false });
+            return Ok(Reply::new(self.total(0), json!({"moved": 0})));
         }
         let about = count(i128::from(self.depth), "dead message");
         confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
@@ -306,7 +306,7 @@ impl<'a> Queue<'a> {
                 Some("COMPLETED") => {
                     bar.finish_and_clear();
                     let text = format!("{GOOD}{} back in the queue.{GOOD:#}\n", count(moved, "message"));
-                    return Ok(Reply { text, json: json!({"moved": moved}), no: false });
+                    return Ok(Reply::new(text, json!({"moved": moved})));
                 }
                 Some(status) => {
                     let reason = task.failure_reason().unwrap_or("no reason given");
@@ -341,7 +341,7 @@ impl<'a> Queue<'a> {
             text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(rest.len() as i128, "message"));
         }
         let json = json!({"loaded": loaded.len(), "refused": refused.len(), "invalid": rest.len()});
-        Ok(Reply { text, json, no: !refused.is_empty() })
+        Ok(Reply { no: !refused.is_empty(), ..Reply::new(text, json) })
     }
 
     /// Has the function handle the messages, and deletes what it took. Returns the ids of those, also if it fails on the way.
@@ -424,7 +424,7 @@ impl<'a> Queue<'a> {
         confirm(&format!("Delete about {about} for ever? They are nowhere else."), yes)?;
         self.client.purge_queue().queue_url(&self.url).send().await.map_err(aws("purge the dead-letter queue"))?;
         let text = format!("{WARNING}About {about} deleted.{WARNING:#} SQS takes up to a minute for it.\n");
-        Ok(Reply { text, json: json!({"deleted": self.depth}), no: false })
+        Ok(Reply::new(text, json!({"deleted": self.depth})))
     }
 }
 

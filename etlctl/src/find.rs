@@ -31,7 +31,7 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
     let json = masks
         .iter()
         .map(|(id, masked)| json!({"key": id, "cipher": cipher(id), "active": is_active(id), "mask": masked}));
-    Ok(Reply { text, json: json.collect(), no: false })
+    Ok(Reply::new(text, json.collect()))
 }
 
 pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Failure> {
@@ -44,11 +44,14 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     let masks = masks(&settings.keyring().await?, field, &value)?;
     let masks: Vec<&str> = masks.iter().map(|(_, masked)| masked.as_str()).collect();
     let column = MASKED.into_iter().find(|(masked, _)| *masked == field).map_or("", |(_, column)| column);
-    let since = options.since.map_or("-infinity".to_owned(), |day| day.to_string());
-    let matching = format!("from user_logins where {column} = any($1) and create_date >= $2::text::date");
+    let since = options.since.map(|day| day.to_string());
+    let matching =
+        format!("from user_logins where {column} = any($1) and ($2::text is null or create_date >= $2::text::date)");
 
     let connection = settings.database().await?;
-    let query = format!("select to_jsonb(row)::text from (select * {matching} order by create_date desc limit $3) row");
+    let query = format!(
+        "select to_jsonb(row)::text from (select * {matching} order by create_date desc nulls last limit $3) row"
+    );
     let limit = i64::from(options.limit);
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
         [(&masks, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
@@ -62,14 +65,18 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     let days: (Option<String>, Option<String>) = (total.get(2), total.get(3));
 
     let mut text = if rows.is_empty() { "No row has this value.\n".to_owned() } else { row_table(&rows) };
-    if let (Some(first), Some(last)) = &days {
-        text += &format!("\n{} of {}, {first} to {last}\n", count(logins, "login"), count(users, "user"));
+    if logins > 0 {
+        let days = match &days {
+            (Some(first), Some(last)) => format!(", {first} to {last}"),
+            _ => String::new(),
+        };
+        text += &format!("\n{} of {}{days}\n", count(logins, "login"), count(users, "user"));
     }
     if logins > limit {
         text += &format!("{FAINT}The latest {limit} are shown; --limit shows more.{FAINT:#}\n");
     }
     let json = json!({"logins": logins, "users": users, "first_day": days.0, "last_day": days.1, "masks": masks, "rows": rows});
-    Ok(Reply { text, json, no: false })
+    Ok(Reply::new(text, json))
 }
 
 /// Rows of one shape, as a table.

@@ -27,7 +27,7 @@ mod recover;
 mod settings;
 mod status;
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
@@ -37,8 +37,10 @@ use settings::Settings;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Completions { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "etlctl", &mut std::io::stdout());
-        return ExitCode::SUCCESS;
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "etlctl", &mut script);
+        let printed = std::io::stdout().write_all(&script).map_err(Failure::from);
+        return printed.map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
     }
     let json = cli.global.json;
     // Before there are threads, as it sets environment variables.

@@ -1,9 +1,8 @@
 //! The schema: what of it the database has, and the rest of it applied.
 
-use login_etl::store::Connection;
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio_postgres::GenericClient;
+use tokio_postgres::{Client, GenericClient};
 
 use crate::{
     cli,
@@ -42,7 +41,7 @@ enum State {
 pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, Failure> {
     let mut connection = settings.database().await?;
     if options.check {
-        return check(&connection).await;
+        return check(&connection.client).await;
     }
     let client = &mut connection.client;
     let waiting = spinner("Waiting for another migration to end");
@@ -56,37 +55,45 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
     for (name, text, state) in states(client).await? {
         match state {
             State::Applied => continue,
-            State::Changed => return Err(changed(name)),
+            State::Changed => return Err(failed(changed_text(name))),
             State::Pending => {}
         }
         let _spinner = spinner(format!("Applying {name}"));
-        let what = || format!("apply {name}");
-        let transaction = client.transaction().await.map_err(sql(what()))?;
-        transaction.batch_execute(text).await.map_err(sql(what()))?;
-        if name == MIGRATIONS[0].0 {
-            let misfits = misfits(&transaction).await?;
-            if !misfits.is_empty() {
-                return Err(failed(format!("the table user_logins does not fit: {}", misfits.join("; "))));
-            }
-        }
-        let record = "insert into login_etl_migrations (name, checksum) values ($1, $2)";
-        transaction.execute(record, &[&name, &checksum(text)]).await.map_err(sql(what()))?;
-        transaction.commit().await.map_err(sql(what()))?;
+        apply(client, name, text).await?;
         applied.push(name);
     }
     client
         .batch_execute("grant select on login_etl_migrations to login_etl_operator")
         .await
         .map_err(sql("grant rights"))?;
-    let text = match applied.len() {
+    let mut text = match applied.len() {
         0 => format!("{GOOD}The schema is up to date.{GOOD:#}\n"),
         _ => format!("{GOOD}Applied:{GOOD:#} {}\n", applied.join(", ")),
     };
-    Ok(Reply { text, json: json!({ "applied": applied }), no: false })
+    if applied.contains(&"004_role") {
+        text += "If they are new: login_etl, the function's user, has no password yet (`\\password login_etl` in psql); and give\n\
+                 those who operate the pipeline their rights (`grant login_etl_operator to NAME`).\n";
+    }
+    Ok(Reply::new(text, json!({ "applied": applied })))
 }
 
-async fn check(connection: &Connection) -> Result<Reply, Failure> {
-    let states = states(&connection.client).await?;
+async fn apply(client: &mut Client, name: &str, text: &str) -> Result<(), Failure> {
+    let what = || format!("apply {name}");
+    let transaction = client.transaction().await.map_err(sql(what()))?;
+    transaction.batch_execute(text).await.map_err(sql(what()))?;
+    if name == MIGRATIONS[0].0 {
+        let misfits = misfits(&transaction).await?;
+        if !misfits.is_empty() {
+            return Err(failed(format!("the table user_logins does not fit: {}", misfits.join("; "))));
+        }
+    }
+    let record = "insert into login_etl_migrations (name, checksum) values ($1, $2)";
+    transaction.execute(record, &[&name, &checksum(text)]).await.map_err(sql(what()))?;
+    transaction.commit().await.map_err(sql(what()))
+}
+
+async fn check(client: &Client) -> Result<Reply, Failure> {
+    let states = states(client).await?;
     let no = states.iter().any(|(_, _, state)| !matches!(state, State::Applied));
     let rows = states.iter().map(|(name, _, state)| match state {
         State::Applied => vec![*name, "applied"],
@@ -95,18 +102,23 @@ async fn check(connection: &Connection) -> Result<Reply, Failure> {
     });
     let rows: Vec<_> = rows.collect();
     let json = rows.iter().map(|row| json!({"name": row[0], "state": row[1]})).collect();
+    let changed = states.iter().find(|(_, _, state)| matches!(state, State::Changed));
     let last = match no {
+        true if changed.is_some() => {
+            let name = changed.map_or("", |(name, ..)| name);
+            format!("\n{WARNING}{}{WARNING:#}\n", changed_text(name))
+        }
         true => format!("\n{WARNING}The schema is not up to date: run `etlctl migrate`.{WARNING:#}\n"),
         false => format!("\n{GOOD}The schema is up to date.{GOOD:#}\n"),
     };
-    Ok(Reply { text: table(&["migration", "state"], rows) + &last, json, no })
+    Ok(Reply { no, ..Reply::new(table(&["migration", "state"], rows) + &last, json) })
 }
 
-fn changed(name: &str) -> Failure {
-    failed(format!(
+fn changed_text(name: &str) -> String {
+    format!(
         "{name} was applied with another content than this etlctl has: use the etlctl of the version that is deployed, or \
          put the difference into a new file"
-    ))
+    )
 }
 
 /// How many migrations are not in the database as this tool has them.
@@ -124,6 +136,14 @@ async fn states(client: &impl GenericClient) -> Result<Vec<(&'static str, &'stat
             .map_err(sql("read the migrations"))?,
         false => Vec::new(),
     };
+    let unknown = records.iter().map(|record| record.get::<_, String>("name"));
+    let unknown: Vec<_> = unknown.filter(|name| !MIGRATIONS.iter().any(|(known, _)| known == name)).collect();
+    if !unknown.is_empty() {
+        let names = unknown.join(", ");
+        return Err(failed(format!(
+            "the database is ahead of this etlctl, which does not know {names}: use a newer one"
+        )));
+    }
     let states = MIGRATIONS.into_iter().map(|(name, text)| {
         let record = records.iter().find(|record| record.get::<_, &str>("name") == name);
         let state = match record.map(|record| record.get::<_, &str>("checksum") == checksum(text)) {
@@ -142,7 +162,7 @@ fn checksum(text: &str) -> String {
 
 /// Where the table's columns would not take what the function writes, each with what to do.
 pub async fn misfits(client: &impl GenericClient) -> Result<Vec<String>, Failure> {
-    let query = "select attname::text, format_type(atttypid, atttypmod), attnotnull and not atthasdef \
+    let query = "select attname::text, format_type(atttypid, atttypmod), attnotnull, attnotnull and not atthasdef and attidentity = '' \
                  from pg_attribute where attrelid = to_regclass('user_logins') and attnum > 0 and not attisdropped";
     let columns = client.query(query, &[]).await.map_err(sql("read the table's columns"))?;
     let found = |wanted: &str| columns.iter().find(|column| column.get::<_, &str>(0) == wanted);
@@ -154,11 +174,12 @@ pub async fn misfits(client: &impl GenericClient) -> Result<Vec<String>, Failure
             Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}")),
         }
     }
-    for column in columns.iter().filter(|column| column.get::<_, bool>(2)) {
-        let name: &str = column.get(0);
-        // Null is a locale too, and columns of others are not written.
-        if name == "locale" || !expected().any(|(expected, _)| expected == name) {
-            misfits.push(format!("its column {name} takes no null: drop that, or give it a default"));
+    for column in &columns {
+        let (name, not_null, needs_value): (&str, bool, bool) = (column.get(0), column.get(2), column.get(3));
+        if name == "locale" && not_null {
+            misfits.push("its column locale takes no null, which the function writes: drop that".to_owned());
+        } else if needs_value && !expected().any(|(expected, _)| expected == name) {
+            misfits.push(format!("its column {name} takes no null, and is not written: give it a default"));
         }
     }
     Ok(misfits)

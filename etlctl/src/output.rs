@@ -12,6 +12,7 @@ use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use indicatif::{ProgressBar, ProgressStyle};
 use login_etl::{secrets::SecretError, store::StoreError};
 use serde_json::Value;
+use zeroize::Zeroizing;
 
 /// What stands out: headings of tables and screens.
 pub const BOLD: Style = Style::new().bold();
@@ -29,6 +30,8 @@ pub const FAINT: Style = Style::new().dimmed();
 pub struct Reply {
     /// For people.
     pub text: String,
+    /// Data, instead of the text: printed as it is.
+    pub data: Option<Zeroizing<String>>,
     /// For programs.
     pub json: Value,
     /// Whether the answer is no: something is wrong, or left to do. The exit status is then 1.
@@ -36,14 +39,40 @@ pub struct Reply {
 }
 
 impl Reply {
+    /// A reply that says yes.
+    pub fn new(text: String, json: Value) -> Self {
+        Self { text, json, ..Self::default() }
+    }
+
     /// Prints it; returns whether the answer is yes.
     pub fn print(self, json: bool) -> Result<bool, Failure> {
-        let text = if json { format!("{:#}\n", self.json) } else { self.text };
-        let mut stdout = anstream::stdout().lock();
-        stdout.write_all(text.as_bytes())?;
-        stdout.flush()?;
+        match (json, &self.data) {
+            (true, _) => print(io::stdout().lock(), &json_text(&self.json))?,
+            (false, Some(data)) => print(io::stdout().lock(), data)?,
+            (false, None) => print(anstream::stdout().lock(), &self.text)?,
+        }
         Ok(!self.no)
     }
+}
+
+fn print(mut to: impl Write, text: &str) -> Result<(), Failure> {
+    to.write_all(text.as_bytes())?;
+    Ok(to.flush()?)
+}
+
+/// A document as text, in which a terminal finds nothing to obey: JSON's own rules let some such characters through.
+pub fn json_text(json: &Value) -> Zeroizing<String> {
+    let text = Zeroizing::new(format!("{json:#}\n"));
+    let mut shown = Zeroizing::new(String::with_capacity(text.len()));
+    for character in text.chars() {
+        if character != '\n' && is_harmful(character) {
+            // All of them are below U+10000, and only within strings.
+            shown.push_str(&format!("\\u{:04x}", u32::from(character)));
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
 }
 
 /// Why a command did not do what it was asked to.
@@ -89,6 +118,7 @@ impl From<StoreError> for Failure {
             StoreError::CaFile { .. } => {
                 "; the function's path is its own: name your copy of the file with --database-ca-file"
             }
+            StoreError::NoHost => "; or name it with --database-host",
             _ => "",
         };
         Self::Failed(format!("{error}{hint}"))
@@ -141,14 +171,20 @@ pub fn sql_reason(error: &tokio_postgres::Error) -> String {
 /// Characters that would move the cursor, change colours or reorder text are shown as escapes.
 pub fn printable(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, character| {
-        let directs = matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if character.is_control() || directs {
+        if is_harmful(character) {
             shown.extend(character.escape_unicode());
         } else {
             shown.push(character);
         }
         shown
     })
+}
+
+/// Control characters, and those that set the direction of text.
+fn is_harmful(character: char) -> bool {
+    let directs =
+        matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    character.is_control() || directs
 }
 
 fn printable_lines(text: &str) -> String {

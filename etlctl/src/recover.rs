@@ -4,7 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, IsTerminal, Read, Write},
     os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use futures_util::TryStreamExt;
@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 use crate::{
     audit,
     cli::Recover,
-    output::{Failure, Reply, WARNING, confirm, count, failed, printable, spinner, sql, sql_reason},
+    output::{Failure, Reply, WARNING, confirm, count, failed, json_text, printable, spinner, sql, sql_reason},
     settings::Settings,
 };
 
@@ -34,11 +34,11 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     let (source, origin) = read(options, &connection.client).await?;
     let masks = source.masks();
     if masks.is_empty() {
-        return Err(failed(format!("{origin} holds nothing to recover")));
+        return Err(Failure::Usage(format!("{origin}: nothing to recover")));
     }
     let one_by_hand = masks.len() == 1 && !options.masks.is_empty();
     if !one_by_hand {
-        confirm(&format!("Recover {} of {origin}?", count(masks.len() as i128, "value")), options.yes)?;
+        confirm(&format!("Recover {} ({origin})?", count(masks.len() as i128, "value")), options.yes)?;
     }
     // Whatever could go wrong with it should do so before somebody's reason is on record.
     let mut output = options.output.as_deref().map(create).transpose()?;
@@ -68,7 +68,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
 
     let shown = if as_json { source.json(&values) } else { Value::Null };
     let mut reply = Reply { no: lost > 0, ..Reply::default() };
-    let text = if as_json { Zeroizing::new(format!("{shown:#}\n")) } else { source.text(&values)? };
+    let text = if as_json { json_text(&shown) } else { source.text(&values)? };
     match &mut output {
         Some(file) => {
             file.write_all(text.as_bytes())?;
@@ -80,8 +80,8 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
         None => {
             // The values are whatever the senders of the messages chose.
             let to_terminal = io::stdout().is_terminal();
-            reply.text =
-                if to_terminal { text.lines().map(|line| printable(line) + "\n").collect() } else { text.to_string() };
+            let made_harmless = || Zeroizing::new(text.lines().map(|line| printable(line) + "\n").collect());
+            reply.data = Some(if to_terminal { made_harmless() } else { text });
             reply.json = shown;
         }
     }
@@ -97,22 +97,26 @@ async fn read(options: &Recover, client: &Client) -> Result<(Source, String), Fa
     let field = options.field.map(crate::cli::MaskedField::field);
     if let Some(query) = &options.query {
         let text = run_query(client, query).await?;
-        return Ok((Source::table(&text, options.column.as_deref(), field)?, format!("the query {query}")));
+        return Ok((Source::table(&text, options.column.as_deref(), field)?, format!("query {query}")));
     }
     if let Some(path) = &options.csv {
         let source = Source::table(&read_file(path)?, options.column.as_deref(), field)?;
-        return Ok((source, format!("the file {}", path.display())));
+        return Ok((source, named(path)));
     }
     let field = field.ok_or_else(|| Failure::Usage("give --field".to_owned()))?;
     let Some(path) = &options.file else {
-        return Ok((Source::Masks(field, options.masks.clone()), "the arguments".to_owned()));
+        return Ok((Source::Masks(field, options.masks.clone()), "arguments".to_owned()));
     };
     let text = String::from_utf8(read_file(path)?).map_err(|_| failed(format!("{} is not text", path.display())))?;
     let masks = text.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect();
-    Ok((Source::Masks(field, masks), format!("the file {}", path.display())))
+    Ok((Source::Masks(field, masks), named(path)))
 }
 
-fn read_file(path: &PathBuf) -> Result<Vec<u8>, Failure> {
+fn named(path: &Path) -> String {
+    if path.as_os_str() == "-" { "standard input".to_owned() } else { format!("file {}", path.display()) }
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut text = Vec::new();
     let read = if path.as_os_str() == "-" {
         io::stdin().read_to_end(&mut text)
@@ -183,8 +187,13 @@ impl Source {
         rows: &'a [csv::StringRecord],
         masked: &'a [(usize, Field)],
         values: &'a [Option<Zeroizing<String>>],
-    ) -> (Vec<&'a str>, impl Iterator<Item = Vec<&'a str>>) {
-        let headings = headings.iter().chain(masked.iter().map(|(_, field)| field.name())).collect();
+    ) -> (Vec<String>, impl Iterator<Item = Vec<&'a str>>) {
+        // One of that name may be there already.
+        let name = |field: Field| match headings.iter().any(|heading| heading == field.name()) {
+            false => field.name().to_owned(),
+            true => format!("recovered_{}", field.name()),
+        };
+        let headings = headings.iter().map(str::to_owned).chain(masked.iter().map(|(_, field)| name(*field))).collect();
         let mut values = values.iter();
         let rows = rows.iter().map(move |row| {
             let recovered = masked.iter().map(|(place, _)| match &row[*place] {
@@ -196,16 +205,16 @@ impl Source {
         (headings, rows)
     }
 
-    /// A value a line, or CSV with the values in columns of their own, called as the fields are.
+    /// A value a line, line breaks in it as escapes; or CSV with the values in columns of their own, called as the fields are.
     fn text(&self, values: &[Option<Zeroizing<String>>]) -> Result<Zeroizing<String>, Failure> {
         let Self::Table { headings, rows, masked } = self else {
-            let lines = values.iter().map(|value| value.as_ref().map_or("", |value| value.as_str()));
-            return Ok(Zeroizing::new(lines.flat_map(|line| [line, "\n"]).collect()));
+            let values = values.iter().map(|value| value.as_ref().map_or("", |value| value.as_str()));
+            return Ok(Zeroizing::new(values.map(|value| one_line(value) + "\n").collect()));
         };
         let (headings, rows) = Self::extended(headings, rows, masked, values);
         let mut writer = csv::Writer::from_writer(Vec::new());
         let mut write = |row: Vec<&str>| writer.write_record(row).map_err(|_| failed("a row cannot be written as CSV"));
-        write(headings)?;
+        write(headings.iter().map(String::as_str).collect())?;
         for row in rows {
             write(row)?;
         }
@@ -224,12 +233,16 @@ impl Source {
             Self::Table { headings, rows, masked } => {
                 let (headings, rows) = Self::extended(headings, rows, masked, values);
                 let object = |row: Vec<&str>| -> serde_json::Map<String, Value> {
-                    headings.iter().zip(row).map(|(name, cell)| ((*name).to_owned(), json!(cell))).collect()
+                    headings.iter().zip(row).map(|(name, cell)| (name.clone(), json!(cell))).collect()
                 };
                 rows.map(object).collect()
             }
         }
     }
+}
+
+fn one_line(value: &str) -> String {
+    value.replace('\n', r"\u{a}").replace('\r', r"\u{d}")
 }
 
 /// A file that was not there, for its owner alone.

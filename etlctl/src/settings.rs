@@ -117,8 +117,16 @@ impl Settings {
     /// A setting that there must be.
     pub fn require(&self, variable: &str) -> Result<String, Failure> {
         self.need_region()?;
-        self.get(variable)
-            .ok_or_else(|| failed(format!("{variable} is not known: name the stack with --stack, or set it")))
+        self.get(variable).ok_or_else(|| {
+            let flag = match variable {
+                "MASKING_SECRET_ID" => " (--masking-secret)",
+                "QUEUE_URL" => " (--queue-url)",
+                "DLQ_URL" => " (--dlq-url)",
+                "FUNCTION_NAME" => " (--function)",
+                _ => "",
+            };
+            failed(format!("{variable} is not known: name the stack with --stack, or set it{flag}"))
+        })
     }
 
     fn need_region(&self) -> Result<(), Failure> {

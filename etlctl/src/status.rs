@@ -81,7 +81,7 @@ async fn look(settings: &Settings) -> Reply {
         (lines.collect(), json.collect())
     });
     screen.json.insert("at".to_owned(), json!(now.to_string()));
-    Reply { text: screen.text, json: Value::Object(screen.json), no: false }
+    Reply::new(screen.text, Value::Object(screen.json))
 }
 
 #[derive(Default)]

@@ -141,5 +141,5 @@ fn reply(checks: &Checks) -> Reply {
         let advice = (!check.advice.is_empty()).then_some(&check.advice);
         json!({"area": check.area, "state": state, "found": check.found, "advice": advice})
     });
-    Reply { text, json: list.collect(), no: wrong + unknown > 0 }
+    Reply { no: wrong + unknown > 0, ..Reply::new(text, list.collect()) }
 }

@@ -76,11 +76,8 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     }
     let no = !strangers.is_empty();
     let strangers: BTreeMap<_, _> = strangers.into_iter().collect();
-    Ok(Reply {
-        text,
-        json: json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers}),
-        no,
-    })
+    let json = json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers});
+    Ok(Reply { no, ..Reply::new(text, json) })
 }
 
 async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Reply, Failure> {
@@ -93,7 +90,7 @@ async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Repl
         "{GOOD}The key {id:?} is in the ring.{GOOD:#} It masks nothing yet: `etlctl keys activate {id}` has new rows masked \
          under it.\nIf the keyring is lost, so is every masked value: see that its backup has the new key.\n"
     );
-    Ok(Reply { text, json: json!({"added": id, "cipher": cipher}), no: false })
+    Ok(Reply::new(text, json!({"added": id, "cipher": cipher})))
 }
 
 async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
@@ -101,7 +98,7 @@ async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
     let before = secret.ring.active.clone();
     if before == id {
         let text = format!("{} is active already.\n", key_name(id));
-        return Ok(Reply { text, json: json!({"active": id, "before": id}), no: false });
+        return Ok(Reply::new(text, json!({"active": id, "before": id})));
     }
     secret.ring.activate(id)?;
     secret.write().await?;
@@ -112,7 +109,7 @@ async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
         key_name(id),
         duration(ttl)
     );
-    Ok(Reply { text, json: json!({"active": id, "before": before, "in_use_within_seconds": ttl.as_secs()}), no: false })
+    Ok(Reply::new(text, json!({"active": id, "before": before, "in_use_within_seconds": ttl.as_secs()})))
 }
 
 async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failure> {
@@ -136,7 +133,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     let rows = rows_by_key(&settings.database().await?.client).await?.get(id).copied().unwrap_or(0);
     if rows > 0 {
         return Err(failed(format!(
-            "{} masked under {}: `etlctl keys remask` brings them under the active key",
+            "{} masked under {}: `etlctl keys remask` brings them under the active key, and says which it cannot recover",
             count(rows, "row"),
             key_name(id)
         )));
@@ -152,7 +149,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         "{GOOD}{} is out of the ring.{GOOD:#} The secret's version AWSPREVIOUS has it until the ring is changed again.\n",
         key_name(id)
     );
-    Ok(Reply { text, json: json!({"retired": id}), no: false })
+    Ok(Reply::new(text, json!({"retired": id})))
 }
 
 /// How many rows have a mask of each key, by the key's id. Reads the whole table.

@@ -110,7 +110,7 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
         "active": active, "changed": changed, "read": last.read, "passes": passes, "unrecoverable": last.unrecoverable,
         "too_long": last.too_long, "rows_under_other_keys": others, "equal_values_are_equal": equal, "seconds": seconds,
     });
-    Ok(Reply { text, json, no: !equal })
+    Ok(Reply { no: !equal, ..Reply::new(text, json) })
 }
 
 /// Looks at every row that is there when it begins.

@@ -1,0 +1,177 @@
+"""The schema: applied once, in order, whatever is there already, and never by halves."""
+
+import hashlib
+import json
+
+import psycopg
+import pytest
+from world import paths
+
+FILES = sorted((paths.ROOT / "schema").glob("*.sql"))
+NAMES = [file.stem for file in FILES]
+TABLE = FILES[0].read_text()
+# The widest rows that the function writes; a locale may also be null.
+WIDEST = """
+insert into user_logins (user_id, device_type, masked_ip, masked_device_id, locale, app_version, create_date)
+select repeat('u', 128), repeat('t', 32), repeat('i', 256), repeat('d', 256), locale, 2147483647, '9999-12-31'::date
+from (values (repeat('l', 32)), (null)) as wide (locale)
+"""
+
+
+def relations(database):
+    """What the schema is made of, but for the table of the records."""
+    query = "select relname, relkind from pg_class where relnamespace = 'public'::regnamespace and relname not like 'login_etl_migrations%'"
+    return set(database.execute(query))
+
+
+def recorded(database):
+    """The names that are recorded, in the order of their application."""
+    if database.execute("select to_regclass('login_etl_migrations')").fetchone() == (None,):
+        return []
+    return [name for (name,) in database.execute("select name from login_etl_migrations order by applied_at")]
+
+
+def missing(world, status=1):
+    return [migration["name"] for migration in world.json("migrate", "--check", status=status) if migration["state"] == "missing"]
+
+
+def test_every_file_is_applied_in_order_and_recorded_with_its_checksum(empty_world):
+    assert empty_world.json("migrate") == {"applied": NAMES}
+    with empty_world.connect() as database:
+        assert recorded(database) == NAMES
+        records = database.execute("select name, checksum, applied_by from login_etl_migrations").fetchall()
+        database.execute("select from user_logins, user_logins_ledger, duplicate_ips, duplicate_devices, user_logins_audit")
+    assert set(records) == {(file.stem, hashlib.sha256(file.read_bytes()).hexdigest(), "postgres") for file in FILES}
+
+
+def test_check_says_what_is_missing_and_changes_nothing(empty_world):
+    assert missing(empty_world) == NAMES
+    with empty_world.connect() as database:
+        assert (relations(database), recorded(database)) == (set(), [])
+    empty_world.run("migrate")
+    assert missing(empty_world, status=0) == []
+
+
+def test_what_is_applied_is_not_applied_again(world):
+    with world.connect() as database:
+        # The file would make it again.
+        database.execute("drop view duplicate_ips")
+        before = relations(database)
+        assert world.json("migrate") == {"applied": []}
+        assert relations(database) == before
+
+
+def test_of_several_at_once_each_succeeds_and_each_file_is_applied_by_one(empty_world):
+    processes = [empty_world.start("--json", "migrate") for _ in range(4)]
+    answers = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, answers
+    assert sorted(name for stdout, _ in answers for name in json.loads(stdout)["applied"]) == NAMES
+    with empty_world.connect() as database:
+        assert recorded(database) == NAMES
+
+
+def test_a_schema_that_was_applied_by_hand_is_taken_with_all_that_is_in_it(empty_world):
+    empty_world.servers.apply_schema(empty_world.name)
+    with empty_world.connect() as database:
+        database.execute(WIDEST)
+        before = relations(database), database.execute("select * from user_logins").fetchall()
+        assert missing(empty_world) == NAMES
+        assert empty_world.json("migrate") == {"applied": NAMES}
+        assert (relations(database), database.execute("select * from user_logins").fetchall()) == before
+    assert missing(empty_world, status=0) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "alter masked_ip type varchar(300), alter masked_device_id type text, alter user_id type varchar, alter app_version type bigint",
+        "alter user_id set not null, alter locale set default 'EN'",
+        "add note text, add loaded_at timestamptz not null default now(), add version text not null generated always as (app_version::text) stored",
+        "add id bigint generated always as identity primary key",
+    ],
+)
+def test_a_table_that_takes_what_the_function_writes_is_adopted_with_its_rows(empty_world, change):
+    with empty_world.connect() as database:
+        database.execute(TABLE)
+        database.execute("insert into user_logins values ('u', 'ios', 'ip', 'device', 'RU', 230, '2026-11-01')")
+        database.execute(f"alter table user_logins {change}")
+        database.execute(WIDEST)
+        rows = database.execute("select * from user_logins").fetchall()
+        assert empty_world.json("migrate") == {"applied": NAMES}
+        assert database.execute("select * from user_logins").fetchall() == rows
+        assert database.execute("select count(*) from duplicate_ips").fetchone() == (1,)
+
+
+@pytest.mark.parametrize(
+    "change, column",
+    [
+        ("alter masked_ip type varchar(255)", "masked_ip"),
+        ("alter user_id type char(64)", "user_id"),
+        ("alter app_version type smallint", "app_version"),
+        ("alter masked_device_id type bytea using null", "masked_device_id"),
+        ("alter create_date type integer using 0", "create_date"),
+        ("drop device_type", "device_type"),
+        ("alter locale set not null", "locale"),
+        # The function writes the null itself.
+        ("alter locale set default 'EN', alter locale set not null", "locale"),
+        ("add region text not null", "region"),
+    ],
+)
+def test_a_table_that_does_not_is_refused_by_the_name_of_its_column_and_nothing_is_recorded(empty_world, change, column):
+    with empty_world.connect() as database:
+        database.execute(TABLE)
+        database.execute(f"alter table user_logins {change}")
+        before = relations(database)
+        with pytest.raises(psycopg.Error):
+            database.execute(WIDEST)
+        result = empty_world.run("migrate")
+        assert (result.returncode, result.stdout) == (3, "")
+        assert f"column {column} " in result.stderr
+        assert (relations(database), recorded(database)) == (before, [])
+
+
+def test_a_file_that_has_changed_since_it_was_applied_is_refused_and_no_migration_is_advised(world):
+    with world.connect() as database:
+        database.execute("update login_etl_migrations set checksum = 'another' where name = '002_ledger'")
+    result = world.run("migrate")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "002_ledger was applied with another content" in result.stderr
+    check = world.run("migrate", "--check")
+    assert check.returncode == 1
+    assert [line.split()[0] for line in check.stdout.splitlines() if "changed" in line] == ["002_ledger"]
+    assert "run `etlctl migrate`" not in check.stdout
+
+
+def test_who_lacks_the_rights_is_told_the_sqlstate_and_who_has_them(empty_world):
+    with empty_world.connect() as database:
+        # As it is from PostgreSQL 15 on.
+        database.execute("revoke create on schema public from public")
+        result = empty_world.run("migrate", environment=empty_world.user())
+        assert (result.returncode, result.stdout) == (3, "")
+        assert "SQLSTATE 42501" in result.stderr
+        assert "the tables' owner" in result.stderr
+        assert relations(database) == set()
+
+
+def test_an_operator_may_check(world):
+    assert world.run("migrate", "--check", environment=world.user("login_etl_operator")).returncode == 0
+
+
+@pytest.mark.parametrize("table, mode", [("user_logins", "row exclusive"), ("login_etl_migrations", "share")])
+def test_a_migration_that_is_killed_leaves_nothing_half_applied_and_the_next_finishes(world, table, mode):
+    with world.connect() as database:
+        complete = relations(database)
+        database.execute("drop view duplicate_ips, duplicate_devices; drop index user_logins_masked_ip_idx, user_logins_masked_device_id_idx")
+        database.execute("delete from login_etl_migrations where name = '003_duplicates'")
+        before = relations(database)
+        # In the way of the file's first statement, or of the record when all of the file is done.
+        with world.locked(table, mode):
+            process = world.start("migrate")
+            world.until(lambda: "relation" in world.sessions())
+            process.kill()
+            process.communicate()
+        world.until(lambda: not world.sessions())
+        assert relations(database) == before
+        assert missing(world) == ["003_duplicates"]
+        assert world.json("migrate") == {"applied": ["003_duplicates"]}
+        assert relations(database) == complete

@@ -32,8 +32,23 @@ begin
     end if;
 end
 $$;
-grant select on user_logins, user_logins_ledger, duplicate_ips, duplicate_devices to login_etl_operator;
--- To bring rows under a new key.
-grant update (masked_ip, masked_device_id) on user_logins to login_etl_operator;
+grant select on user_logins_ledger, duplicate_ips, duplicate_devices to login_etl_operator;
+-- To read rows and to bring them under a new key, in each partition too: that is where it is done.
+do $$
+declare
+    part regclass;
+begin
+    for part in
+        with recursive tree (oid) as (
+            select 'user_logins'::regclass::oid
+            union all
+            select inhrelid from pg_inherits join tree on inhparent = tree.oid
+        )
+        select oid from tree
+    loop
+        execute format('grant select, update (masked_ip, masked_device_id) on %s to login_etl_operator', part);
+    end loop;
+end
+$$;
 -- Not who and when, which the server says.
 grant insert (operator, action, reason, source, requested, recovered, key_ids, masks) on user_logins_audit to login_etl_operator;

@@ -22,7 +22,7 @@ use zeroize::Zeroizing;
 /// Most characters of a masked value, the width of its column.
 const MASKED_MAX: usize = 256;
 /// Most characters of a key id.
-const KEY_ID_MAX: usize = 32;
+pub const KEY_ID_MAX: usize = 32;
 /// Encrypted under the key alone, this block is the IV of an `aes-cbc` key that comes without one.
 const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
 
@@ -175,8 +175,8 @@ fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong
     if text.len() > MASKED_MAX { Err(TooLong) } else { Ok(Masked(text)) }
 }
 
-fn is_key_id(id: &str) -> bool {
-    // The empty id is the unnamed key's.
+/// Whether an id follows the rule for ids; the empty one is the unnamed key's.
+pub fn is_key_id(id: &str) -> bool {
     id.len() <= KEY_ID_MAX && id.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 }
 

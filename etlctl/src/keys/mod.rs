@@ -6,7 +6,10 @@ mod ring;
 use std::{collections::BTreeMap, time::Duration};
 
 use jiff::Zoned;
-use login_etl::login::MASKED;
+use login_etl::{
+    login::MASKED,
+    mask::{KEY_ID_MAX, is_key_id},
+};
 use serde_json::json;
 use tokio_postgres::GenericClient;
 
@@ -22,6 +25,9 @@ use crate::{
 /// An invocation may use the keyring that it began with: 15 minutes at most, and a minute more if the ring could not be
 /// read again in time.
 const LONGEST_INVOCATION: Duration = Duration::from_secs(16 * 60);
+
+/// Shared by those who remask; retiring takes it alone. The number is this tool's, made up.
+const REMASKING: i64 = 0x6c6f_6769_6e72_6d6b;
 
 pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> {
     match command {
@@ -64,7 +70,7 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     let mut text = table(&["key", "cipher", "", "made", "age", "rows"], shown);
     for (id, rows) in &strangers {
         text += &format!(
-            "\n{WARNING}{} masked under {:?}, which is not in the ring: without that key they cannot be recovered.{WARNING:#}\n",
+            "\n{WARNING}{} masked under {}, which is not in the ring: without that key they cannot be recovered.{WARNING:#}\n",
             count(**rows, "row"),
             key_name(id)
         );
@@ -81,9 +87,12 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
 }
 
 async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Reply, Failure> {
-    let mut secret = RingSecret::read(settings).await?;
     let this_month = Zoned::now().strftime("%Y-%m").to_string();
     let id = id.unwrap_or(&this_month);
+    if id.is_empty() || !is_key_id(id) {
+        return Err(Failure::Usage(format!("{id:?} cannot be a key's id: give it 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")));
+    }
+    let mut secret = RingSecret::read(settings).await?;
     secret.ring.add(id, cipher)?;
     secret.write().await?;
     let text = format!(
@@ -119,18 +128,24 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         return Err(failed(format!("{} is active: activate another key first", key_name(id))));
     }
     // A key that is not active ceased to be so when the ring was last written, at the latest.
-    let unused_for = age(key.replaced.unwrap_or(secret.written));
+    let (since, event) = key.replaced.map_or((secret.written, "the ring was changed"), |at| (at, "it was replaced"));
+    let unused_for = age(since);
     let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
     if unused_for < wait {
         return Err(failed(format!(
-            "running functions may still mask under {}: it was replaced {} ago, and they keep a keyring for up to {}. Try again in {}",
+            "running functions may still mask under {}: {event} {} ago, and they keep a keyring for up to {}. Try again in {}",
             key_name(id),
             duration(unused_for),
             duration(wait),
             duration(wait - unused_for + Duration::from_secs(1)),
         )));
     }
-    let rows = rows_by_key(&settings.database().await?.client).await?.get(id).copied().unwrap_or(0);
+    let connection = settings.database().await?;
+    let alone = connection.client.query_one("select pg_try_advisory_lock($1)", &[&REMASKING]).await;
+    if !alone.map_err(sql("see whether rows are being remasked"))?.get::<_, bool>(0) {
+        return Err(failed("a remask is under way, and might be one to this very key: wait for its end, or stop it"));
+    }
+    let rows = rows_by_key(&connection.client).await?.get(id).copied().unwrap_or(0);
     if rows > 0 {
         return Err(failed(format!(
             "{} masked under {}: `etlctl keys remask` brings them under the active key, and says which it cannot recover",

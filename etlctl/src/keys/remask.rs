@@ -6,8 +6,9 @@
 //! data alone: a pass looks at every row there is, and the run ends with a pass that found nothing to do.
 
 use std::{
+    cell::Cell,
     num::NonZeroU32,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use indicatif::ProgressBar;
@@ -18,19 +19,55 @@ use login_etl::{
 use serde_json::json;
 use tokio::time::sleep;
 use tokio_postgres::{
-    Client, Row,
+    Client,
+    error::SqlState,
     types::{ToSql, Type},
 };
 
-use super::rows_by_key;
+use super::{REMASKING, rows_by_key};
 use crate::{
     find::key_name,
-    output::{BAD, Failure, GOOD, Reply, WARNING, count, duration, progress, sql},
+    output::{BAD, Failure, GOOD, Reply, WARNING, count, duration, failed, progress, sql},
     settings::Settings,
 };
 
 /// Passes after which a run gives up: something keeps writing under another key.
 const PASSES: u32 = 5;
+
+/// Most rows of a block of PostgreSQL's usual 8 kB.
+const FULL: u64 = 291;
+/// How often a run looks whether the key that it brings rows under is still the active one.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// The keyring of a run, which ends when another key becomes active.
+struct FreshRing<'a> {
+    settings: &'a Settings,
+    ring: Keyring,
+    /// By the wall clock: the monotonic one stands still while the machine sleeps.
+    checked: Cell<SystemTime>,
+}
+
+impl<'a> FreshRing<'a> {
+    async fn read(settings: &'a Settings) -> Result<Self, Failure> {
+        Ok(Self { settings, ring: settings.keyring().await?, checked: Cell::new(SystemTime::now()) })
+    }
+
+    /// Fails if another key has become active since; asks only if the last answer is older than this.
+    async fn check(&self, age: Duration) -> Result<(), Failure> {
+        if self.checked.get().elapsed().is_ok_and(|elapsed| elapsed < age) {
+            return Ok(());
+        }
+        let now = self.settings.keyring().await?;
+        self.checked.set(SystemTime::now());
+        if now.active() == self.ring.active() {
+            return Ok(());
+        }
+        Err(failed(format!(
+            "{} was made active meanwhile: run this again, to bring all rows under it",
+            key_name(now.active())
+        )))
+    }
+}
 
 /// What became of the rows.
 #[derive(Debug, Default)]
@@ -47,14 +84,17 @@ struct Tally {
 struct Leaf {
     name: String,
     blocks: i64,
-    /// Rows that a block holds, as far as is known.
-    density: f64,
 }
 
 pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU32) -> Result<Reply, Failure> {
-    let keyring = settings.keyring().await?;
     let connection = settings.database().await?;
     let client = &connection.client;
+    // Held until the session ends, however that comes about, so that no key goes that rows are being brought under.
+    let locked = client.query_one("select pg_try_advisory_lock_shared($1)", &[&REMASKING]).await;
+    if !locked.map_err(sql("see whether a key is being retired"))?.get::<_, bool>(0) {
+        return Err(failed("a key is being retired just now: try again"));
+    }
+    let keyring = FreshRing::read(settings).await?;
     let started = Instant::now();
     let mut changed = 0;
     let mut passes = 0;
@@ -62,13 +102,14 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
         passes += 1;
         let what = if passes == 1 { "Remasking" } else { "Checking " };
         let tally = pass(client, &keyring, rate, batch, what).await?;
+        keyring.check(Duration::ZERO).await?;
         changed += tally.changed;
         if tally.changed == 0 || passes == PASSES {
             break tally;
         }
     };
     // In one statement, so that no row slips past it.
-    let active = keyring.active();
+    let active = keyring.ring.active();
     let others: i64 = rows_by_key(client).await?.into_iter().filter(|(id, _)| id != active).map(|(_, rows)| rows).sum();
 
     let seconds = started.elapsed().as_secs_f64();
@@ -116,7 +157,7 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
 /// Looks at every row that is there when it begins.
 async fn pass(
     client: &Client,
-    keyring: &Keyring,
+    keyring: &FreshRing<'_>,
     rate: Option<NonZeroU32>,
     batch: NonZeroU32,
     what: &str,
@@ -126,17 +167,21 @@ async fn pass(
     let bar = progress(blocks, &format!("{what} {{bar:30}} {{percent}} %  {{msg}}  {{elapsed}} gone, {{eta}} to go"));
     let mut tally = Tally::default();
     for leaf in &leaves {
-        let step = ((f64::from(batch.get()) / leaf.density) as i64).max(1);
+        let wanted = u64::from(rate.map_or(batch, |rate| rate.min(batch)).get());
+        // The most rows that a block has been seen to hold. The first look is at as many blocks as would do if they were full.
+        let mut density = None;
         let statements = Statements::new(&leaf.name);
         let mut first = 0;
         while first < leaf.blocks {
-            let last = (first + step).min(leaf.blocks);
+            let last = (first + (wanted / density.unwrap_or(FULL)).max(1) as i64).min(leaf.blocks);
             let began = Instant::now();
-            let before = tally.changed;
-            statements.remask(client, keyring, first, last, &mut tally).await?;
+            let before = (tally.read, tally.changed);
+            keyring.check(CHECK).await?;
+            statements.remask(client, &keyring.ring, first, last, &mut tally).await?;
             advance(&bar, last - first, &tally);
+            density = density.max(Some((tally.read - before.0).div_ceil((last - first) as u64).max(1)));
             if let Some(rate) = rate {
-                let due = Duration::from_secs_f64((tally.changed - before) as f64 / f64::from(rate.get()));
+                let due = Duration::from_secs_f64((tally.changed - before.1) as f64 / f64::from(rate.get()));
                 sleep(due.saturating_sub(began.elapsed())).await;
             }
             first = last;
@@ -159,18 +204,16 @@ async fn leaves(client: &Client) -> Result<Vec<Leaf>, Failure> {
             union all
             select inhrelid from pg_inherits join tree on inhparent = tree.oid
         )
-        select oid::regclass::text,
-               pg_relation_size(oid) / current_setting('block_size')::bigint,
-               case when relpages > 0 and reltuples > 0 then reltuples::float8 / relpages else 50 end
+        select oid::regclass::text, pg_relation_size(oid) / current_setting('block_size')::bigint
         from pg_class join tree using (oid)
         where relkind = 'r'";
     let rows = client.query(query, &[]).await.map_err(sql("look at the table"))?;
-    let leaf = |row: &Row| Leaf { name: row.get(0), blocks: row.get(1), density: row.get::<_, f64>(2).max(1.0) };
-    Ok(rows.iter().map(leaf).collect())
+    Ok(rows.iter().map(|row| Leaf { name: row.get(0), blocks: row.get(1) }).collect())
 }
 
 /// The two statements of a batch.
 struct Statements {
+    leaf: String,
     read: String,
     write: String,
 }
@@ -198,7 +241,19 @@ impl Statements {
             each(|column| format!("old_{column}, new_{column}"), ", "),
             each(|column| format!("login.{column} is not distinct from batch.old_{column}"), " and "),
         );
-        Self { read, write }
+        Self { leaf: leaf.to_owned(), read, write }
+    }
+
+    fn no_right(&self, error: tokio_postgres::Error, what: &str) -> Failure {
+        if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+            return sql(what)(error);
+        }
+        let columns = MASKED.map(|(_, column)| column).join(", ");
+        failed(format!(
+            "your database user may not remask {0}: be in the role login_etl_operator, and let the owner `grant select, update \
+             ({columns}) on {0} to login_etl_operator`",
+            self.leaf
+        ))
     }
 
     /// Brings the rows of the blocks from `first` to before `end` under the active key.
@@ -211,7 +266,7 @@ impl Statements {
         tally: &mut Tally,
     ) -> Result<(), Failure> {
         let rows = client.query_typed(&self.read, &[(&first, Type::INT8), (&end, Type::INT8)]).await;
-        let rows = rows.map_err(sql("read rows"))?;
+        let rows = rows.map_err(|error| self.no_right(error, "read rows"))?;
         tally.read += rows.len() as u64;
         let mut places: Vec<&str> = Vec::new();
         let mut columns: [Column<'_>; MASKED.len()] = Default::default();
@@ -243,7 +298,8 @@ impl Statements {
             parameters.push((&column.old, Type::TEXT_ARRAY));
             parameters.push((&column.new, Type::TEXT_ARRAY));
         }
-        tally.changed += client.execute_typed(&self.write, &parameters).await.map_err(sql("write rows"))?;
+        tally.changed +=
+            client.execute_typed(&self.write, &parameters).await.map_err(|error| self.no_right(error, "write rows"))?;
         Ok(())
     }
 }

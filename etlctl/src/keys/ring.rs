@@ -5,16 +5,13 @@ use std::{collections::BTreeMap, time::Duration};
 use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
 use jiff::Timestamp;
 use login_etl::mask::Keyring;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use zeroize::Zeroizing;
 
 use crate::{
     output::{Failure, aws, failed},
     settings::Settings,
 };
-
-/// The staging label of a version that is not current yet.
-const PENDING: &str = "ETLCTLPENDING";
 
 /// The text of the secret, in the form of several keys. It is never shown; [`Keyring`] is what checks it.
 #[derive(Deserialize, Serialize)]
@@ -33,10 +30,10 @@ pub struct Key {
     #[serde(skip_serializing_if = "Option::is_none")]
     iv: Option<Zeroizing<String>>,
     /// When it was made.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "time", skip_serializing_if = "Option::is_none")]
     pub created: Option<Timestamp>,
     /// When another became active in its place.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "time", skip_serializing_if = "Option::is_none")]
     pub replaced: Option<Timestamp>,
 }
 
@@ -83,14 +80,16 @@ impl RingSecret {
             .map(Zeroizing::new)
             .map_err(|_| failed("the keyring cannot be written"))?;
         Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
+        // Labels keep a version alive until it is the current one. One that others use too, they would take away.
+        let pending = format!("ETLCTL-{}", hex::encode(random::<8>()?.as_ref()));
         let put =
-            self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(PENDING);
+            self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(&pending);
         let put = put.send().await.map_err(aws("write the keyring"))?;
         let version = put.version_id.unwrap_or_default();
         let promote = self.client.update_secret_version_stage().secret_id(&self.id).version_stage("AWSCURRENT");
         let promoted = promote.move_to_version_id(&version).remove_from_version_id(&self.version).send().await;
         // On success it is only untidy, and else it is what takes the rejected version away.
-        let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(PENDING);
+        let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&pending);
         drop(tidy.remove_from_version_id(&version).send().await);
         promoted.map(drop).map_err(|error| match error.code() {
             Some("InvalidParameterException" | "InvalidRequestException") => {
@@ -107,13 +106,8 @@ impl Ring {
         if self.keys.contains_key(id) {
             return Err(Failure::Usage(format!("there is a key {id:?} already: give the new one another id")));
         }
-        if id.is_empty() {
-            return Err(Failure::Usage("a new key needs an id".to_owned()));
-        }
         // AES-256 as CBC; as SIV, whose key is two, AES-128 in each: SIV's security is that of 128 bits whatever the key.
-        let mut key = Zeroizing::new([0; 32]);
-        getrandom::fill(key.as_mut()).map_err(|error| failed(format!("no random numbers: {error}")))?;
-        let key = Zeroizing::new(hex::encode(key.as_ref()));
+        let key = Zeroizing::new(hex::encode(random::<32>()?.as_ref()));
         let cipher = Some(cipher.to_owned());
         self.keys.insert(id.to_owned(), Key { cipher, key, iv: None, created: Some(now()), replaced: None });
         Ok(())
@@ -124,6 +118,9 @@ impl Ring {
         self.key(id)?;
         if let Some(key) = self.keys.get_mut(&self.active) {
             key.replaced = Some(now());
+        }
+        if let Some(key) = self.keys.get_mut(id) {
+            key.replaced = None;
         }
         self.active = id.to_owned();
         Ok(())
@@ -136,6 +133,18 @@ impl Ring {
             .get(id)
             .ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the ring; it has {}", known())))
     }
+}
+
+fn random<const LENGTH: usize>() -> Result<Zeroizing<[u8; LENGTH]>, Failure> {
+    let mut bytes = Zeroizing::new([0; LENGTH]);
+    getrandom::fill(bytes.as_mut()).map_err(|error| failed(format!("no random numbers: {error}")))?;
+    Ok(bytes)
+}
+
+/// A time that people may have written by hand: whatever is none is as good as absent.
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    let value = serde_json::Value::deserialize(deserializer)?;
+    Ok(value.as_str().and_then(|text| text.parse().ok()))
 }
 
 fn now() -> Timestamp {

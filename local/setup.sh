@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by ./demo, ./test, ./soak, ./fuzz and ./down. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS); `set_up`
+# Sourced by the programs beside it. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS); `set_up`
 # then sees to the programs that everything here needs. Bash 3.2 will do, as macOS has it.
 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

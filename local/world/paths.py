@@ -11,6 +11,7 @@ TOOLS = LOCAL / "tools"
 WORLD = LOCAL / "world"
 TEST_WORLD = LOCAL / "test"
 SOAK_WORLD = LOCAL / "soak"
+ROTATION_WORLD = LOCAL / "rotation"
 SAM_BUILD = LOCAL / "sam"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

@@ -333,6 +333,16 @@ class Pipeline(World):
         answer = self.functions.invoke(FunctionName=self.name, Payload=event)
         return {failure["itemIdentifier"] for failure in json.load(answer["Payload"])["batchItemFailures"]}
 
+    @contextmanager
+    def without(self, table: str):
+        """The database lacks a table for a while, so that no batch can be loaded."""
+        with self.connect() as database:
+            database.execute(f"alter table {table} rename to away")
+            try:
+                yield
+            finally:
+                database.execute(f"alter table away rename to {table}")
+
     def logged(self, text: str) -> list[dict]:
         """The lines of the function's log that have a text, as soon as there are any."""
         logs, group = self.localstack.client("logs"), f"/aws/lambda/{self.name}"

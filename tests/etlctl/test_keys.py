@@ -83,8 +83,8 @@ def test_rows_of_a_key_that_is_not_in_the_ring_are_told_with_status_1(world):
     assert world.json("keys", "list", status=1)["rows_of_unknown_keys"] == {"gone": 2, "lost": 1}
     result = world.run("keys", "list")
     assert result.returncode == 1
-    assert '2 rows masked under gone, which is not in the ring' in result.stdout
-    assert '1 row masked under "lost", which is not in the ring' in result.stdout
+    assert "2 rows masked under gone, which is not in the ring" in result.stdout
+    assert "1 row masked under lost, which is not in the ring" in result.stdout
 
 
 def test_without_rows_the_list_needs_no_database(empty_world):

@@ -23,7 +23,7 @@ from world.postgres import PostgresError
 from world.servers import Servers, alone
 from world.soak.checker import mask
 
-WORLD = paths.LOCAL / "remask"
+WORLD = paths.ROTATION_WORLD
 MASKING_SECRET = "login-etl/masking"
 INSERT = (paths.ROOT / "src" / "store" / "insert.sql").read_text()
 # The original's cipher, to AES-SIV, to the next AES-SIV key, and back.
@@ -38,7 +38,7 @@ MASKED = {"masked_ip": "ip", "masked_device_id": "device_id"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./local/bench_remask", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./local/rotation", description=__doc__)
     parser.add_argument("--rows", type=int, default=2_000_000, metavar="N", help="fill the table with N rows (default: 2000000)")
     parser.add_argument("--rate", type=int, default=5000, metavar="N", help="the last remask's rows a second (default: 5000)")
     parser.add_argument("--seconds", type=float, default=30, metavar="S", help="insert for S seconds, alone and beside each remask (default: 30)")
@@ -47,9 +47,9 @@ def main() -> int:
     with alone(WORLD):
         down.stop(WORLD)
         if not options.etlctl:
-            subprocess.run(["cargo", "build", "--profile", "tool", "--package", "etlctl", "--locked", "--quiet"], cwd=paths.ROOT, check=True)
+            subprocess.run(["cargo", "build", "--package", "etlctl", "--locked", "--quiet"], cwd=paths.ROOT, check=True)
         with Servers(WORLD) as servers:
-            etlctl = options.etlctl or paths.ROOT / "target" / "tool" / "etlctl"
+            etlctl = options.etlctl or paths.ROOT / "target" / "debug" / "etlctl"
             return Bench(servers, etlctl.resolve(), options.rows).run(options.seconds, options.rate)
 
 

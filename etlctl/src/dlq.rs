@@ -22,7 +22,7 @@ use login_etl::{
     mask::Keyring,
 };
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::{
     audit,
@@ -31,6 +31,7 @@ use crate::{
     logs,
     output::{
         BAD, FAINT, Failure, GOOD, Reply, WARNING, aws, confirm, count, failed, printable, progress, spinner, table,
+        time,
     },
     settings::Settings,
 };
@@ -45,6 +46,10 @@ const ENTRIES: usize = 10;
 const BATCH: usize = 500;
 /// Bytes of one invocation's bodies, well within its 6 MB.
 const BATCH_BYTES: usize = 2_000_000;
+/// Most messages that are hidden at once to be redriven; SQS allows 120,000, and 20,000 of a FIFO queue.
+const ROUND: usize = 10_000;
+/// Why a valid message died of which the log has nothing.
+const NOT_LOGGED: &str = "nothing in the log: its batches failed, or ran out of time";
 /// As long as a message can live.
 const LIFE: Duration = Duration::from_secs(14 * 86_400);
 
@@ -61,6 +66,7 @@ pub async fn run(settings: &Settings, command: &Dlq) -> Result<Reply, Failure> {
 }
 
 /// A dead message, and why the function refuses it, if it does.
+#[derive(Clone)]
 struct Dead {
     message: Message,
     reason: Option<String>,
@@ -96,12 +102,20 @@ impl Dead {
     }
 }
 
+/// What a redrive has hidden, and the ids of what it has loaded of that.
+#[derive(Default)]
+struct Taken {
+    dead: Vec<Dead>,
+    loaded: HashSet<String>,
+}
+
 struct Queue<'a> {
     settings: &'a Settings,
     client: Client,
     url: String,
-    /// How many messages there are, roughly.
+    /// How many messages can be read, roughly, and how many are hidden by somebody who does that now.
     depth: u64,
+    hidden: u64,
     arn: String,
 }
 
@@ -109,42 +123,54 @@ impl<'a> Queue<'a> {
     async fn new(settings: &'a Settings) -> Result<Self, Failure> {
         let client = Client::new(&settings.aws);
         let url = settings.require("DLQ_URL")?;
-        let names = [QueueAttributeName::ApproximateNumberOfMessages, QueueAttributeName::QueueArn];
+        let names = [
+            QueueAttributeName::ApproximateNumberOfMessages,
+            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+            QueueAttributeName::QueueArn,
+        ];
         let attributes =
             client.get_queue_attributes().queue_url(&url).set_attribute_names(Some(names.to_vec())).send().await;
         let attributes = attributes.map_err(aws("look at the dead-letter queue"))?.attributes.unwrap_or_default();
         let attribute = |name| attributes.get(&name).cloned().unwrap_or_default();
-        let depth = attribute(QueueAttributeName::ApproximateNumberOfMessages).parse().unwrap_or(0);
-        Ok(Self { settings, url, depth, arn: attribute(QueueAttributeName::QueueArn), client })
+        let number = |name| attribute(name).parse().unwrap_or(0);
+        let depth = number(QueueAttributeName::ApproximateNumberOfMessages);
+        let hidden = number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible);
+        Ok(Self { settings, url, depth, hidden, arn: attribute(QueueAttributeName::QueueArn), client })
     }
 
-    /// Reads messages, up to `limit` of them, and hides them for so many seconds.
-    async fn read(&self, limit: usize, hidden: i32) -> Result<Vec<Dead>, Failure> {
+    /// Reads messages, up to `limit` of them, and hides them for so many seconds. What it had read is there also if it fails or
+    /// is cut off.
+    async fn read(&self, dead: &mut Vec<Dead>, limit: usize, hidden: i32) -> Result<(), Failure> {
         let bar = progress(self.depth.min(limit as u64), "Reading dead messages {bar:30} {pos} of about {len}");
         let validation = Validation::new(self.settings).await?;
-        let mut known = HashSet::new();
-        let mut dead = Vec::new();
-        while dead.len() < limit {
-            let receive = self.client.receive_message().queue_url(&self.url).max_number_of_messages(ENTRIES as i32);
+        let asked = Instant::now();
+        let mut known: HashSet<_> = dead.iter().map(|dead| dead.id().to_owned()).collect();
+        let first = dead.len();
+        loop {
+            let before = dead.len();
+            let wanted = ENTRIES.min(first + limit - before) as i32;
+            if wanted == 0 {
+                break;
+            }
+            let receive = self.client.receive_message().queue_url(&self.url).max_number_of_messages(wanted);
             // Waiting asks all of SQS's servers; a short look asks some, and may miss messages.
             let receive = receive.wait_time_seconds(if self.depth == 0 { 0 } else { 1 }).visibility_timeout(hidden);
             let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
             let messages = received.map_err(aws("read the dead-letter queue"))?.messages.unwrap_or_default();
-            let before = dead.len();
             for message in messages {
-                if known.insert(message.message_id.clone()) {
+                if known.insert(message.message_id().unwrap_or_default().to_owned()) {
                     let reason = validation.reason(message.body().unwrap_or_default());
                     dead.push(Dead { message, reason });
                 }
             }
-            // Nothing more, or only what has come back into sight.
-            if dead.len() == before {
+            // Nothing more; or time is up for the first ones, which then come back into sight.
+            if dead.len() == before || asked.elapsed() > Duration::from_secs(hidden.unsigned_abs().into()) * 9 / 10 {
                 break;
             }
-            bar.set_position(dead.len() as u64);
+            bar.set_position((dead.len() - first) as u64);
         }
         bar.finish_and_clear();
-        Ok(dead)
+        Ok(())
     }
 
     /// Lets others see the messages again.
@@ -163,26 +189,27 @@ impl<'a> Queue<'a> {
     }
 
     async fn look(&self, limit: usize) -> Result<Vec<Dead>, Failure> {
-        let dead = self.read(limit, LOOK).await?;
+        let mut dead = Vec::new();
+        let read = self.read(&mut dead, limit, LOOK).await;
         self.release(&dead).await;
-        Ok(dead)
+        read.map(|()| dead)
     }
 
     async fn list(&self, limit: usize) -> Result<Reply, Failure> {
         let mut dead = self.look(limit).await?;
         dead.sort_by_key(Dead::sent);
         let sent = |dead: &Dead| dead.sent().map(|at| at.strftime("%Y-%m-%d %H:%M:%S").to_string());
-        let receives =
-            |dead: &Dead| dead.attribute(&MessageSystemAttributeName::ApproximateReceiveCount).map(str::to_owned);
+        let receives = |dead: &Dead| -> Option<u64> {
+            dead.attribute(&MessageSystemAttributeName::ApproximateReceiveCount)?.parse().ok()
+        };
         let rows = dead.iter().map(|dead| {
             let reason = dead.reason.clone().unwrap_or_else(|| "valid now".to_owned());
             vec![dead.id().to_owned(), sent(dead).unwrap_or_default(), dead.body().len().to_string(), reason]
         });
-        let mut text = table(&["message", "sent (UTC)", "bytes", "reason"], rows);
-        text += &self.total(dead.len());
+        let text = self.with_total(dead.len(), table(&["message", "sent (UTC)", "bytes", "reason"], rows));
         let json = dead.iter().map(|dead| {
             json!({
-                "message_id": dead.id(), "sent_at": dead.sent().map(|at| at.to_string()), "bytes": dead.body().len(),
+                "message_id": dead.id(), "sent_at": dead.sent().map(time), "bytes": dead.body().len(),
                 "receives": receives(dead), "valid": dead.reason.is_none(), "reason": dead.reason,
                 "group": dead.attribute(&MessageSystemAttributeName::MessageGroupId).is_some(),
             })
@@ -190,13 +217,21 @@ impl<'a> Queue<'a> {
         Ok(Reply::new(text, json.collect()))
     }
 
-    fn total(&self, read: usize) -> String {
+    /// The table, if there is anything in it, and how much of the queue that is.
+    fn with_total(&self, read: usize, table: String) -> String {
         match read {
-            0 => format!("{GOOD}No dead messages.{GOOD:#}\n"),
-            _ if (read as u64) < self.depth => {
-                format!("\n{} of about {} read; --limit reads more\n", read, count(i128::from(self.depth), "message"))
+            0 if self.hidden == 0 => format!("{GOOD}No dead messages.{GOOD:#}\n"),
+            0 => format!(
+                "{WARNING}None in sight: {} hidden for a while, as somebody reads them, or did and was cut off.{WARNING:#}\n",
+                count(self.hidden, "message")
+            ),
+            _ if (read as u64) < self.depth && self.arn.ends_with(".fifo") => {
+                format!("{table}\n{read} of about {}; of a message group SQS shows ten at a time\n", self.depth)
             }
-            _ => format!("\n{}\n", count(read as i128, "message")),
+            _ if (read as u64) < self.depth => {
+                format!("{table}\n{read} of about {} read; --limit reads more\n", count(self.depth, "message"))
+            }
+            _ => format!("{table}\n{}\n", count(read as i128, "message")),
         }
     }
 
@@ -206,15 +241,15 @@ impl<'a> Queue<'a> {
         let logged = match oldest {
             Some(oldest) => {
                 let _spinner = spinner("Looking into the function's log");
-                logs::reasons(self.settings, age(oldest).min(LIFE) + Duration::from_secs(60)).await.unwrap_or_default()
+                logs::reasons(self.settings, age(oldest).min(LIFE) + Duration::from_secs(60)).await
             }
-            None => HashMap::new(),
+            None => Ok(HashMap::new()),
         };
         let mut groups: BTreeMap<(bool, String), Vec<&Dead>> = BTreeMap::new();
         for dead in &dead {
-            let why = dead.reason.clone().unwrap_or_else(|| {
-                let logged = logged.get(dead.id()).map(String::as_str);
-                logged.unwrap_or("nothing in the log: its batches failed, or ran out of time").to_owned()
+            let why = dead.reason.clone().unwrap_or_else(|| match &logged {
+                Ok(logged) => logged.get(dead.id()).map(String::as_str).unwrap_or(NOT_LOGGED).to_owned(),
+                Err(_) => "not known, as the function's log cannot be read".to_owned(),
             });
             groups.entry((dead.reason.is_none(), why)).or_default().push(dead);
         }
@@ -235,8 +270,11 @@ impl<'a> Queue<'a> {
                 example.to_owned(),
             ]
         });
-        let mut text = table(&["messages", "now", "why", "first sent", "last sent", "for example"], rows);
-        text += &self.total(dead.len());
+        let headings = ["messages", "now", "why", "first sent", "last sent", "for example"];
+        let mut text = self.with_total(dead.len(), table(&headings, rows));
+        if let Err(Failure::Failed(why)) = &logged {
+            text += &format!("{WARNING}{}{WARNING:#}\n", printable(why));
+        }
         let valid = dead.iter().filter(|dead| dead.reason.is_none()).count();
         if valid > 0 {
             text +=
@@ -244,8 +282,8 @@ impl<'a> Queue<'a> {
         }
         let json = groups.iter().map(|((valid, why), dead)| {
             json!({
-                "messages": dead.len(), "valid": valid, "why": why, "first_sent_at": first(dead).map(|at| at.to_string()),
-                "last_sent_at": last(dead).map(|at| at.to_string()),
+                "messages": dead.len(), "valid": valid, "why": why, "first_sent_at": first(dead).map(time),
+                "last_sent_at": last(dead).map(time),
                 "message_ids": dead.iter().map(|dead| dead.id()).collect::<Vec<_>>(),
             })
         });
@@ -253,11 +291,11 @@ impl<'a> Queue<'a> {
     }
 
     async fn show(&self, id: &str, reveal: bool, reason: Option<&str>) -> Result<Reply, Failure> {
-        let all = self.look(usize::MAX).await?;
+        let all = self.look(ROUND).await?;
         let dead = all.iter().find(|dead| dead.id() == id);
         let dead = dead.ok_or_else(|| failed(format!("the dead-letter queue has no message {id:?} in sight")))?;
         let why = dead.reason.as_deref().unwrap_or("valid now");
-        let sent = dead.sent().map(|at| at.to_string());
+        let sent = dead.sent().map(time);
         let mut rows = vec![
             vec!["message".to_owned(), id.to_owned()],
             vec!["sent".to_owned(), sent.clone().unwrap_or_default()],
@@ -285,9 +323,9 @@ impl<'a> Queue<'a> {
 
     async fn move_all(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
         if self.depth == 0 {
-            return Ok(Reply::new(self.total(0), json!({"moved": 0})));
+            return Ok(Reply::new(self.with_total(0, String::new()), json!({"moved": 0})));
         }
-        let about = count(i128::from(self.depth), "dead message");
+        let about = count(self.depth, "dead message");
         confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
         let task =
             self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
@@ -317,68 +355,68 @@ impl<'a> Queue<'a> {
     }
 
     async fn redrive_fixed(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
-        let all = self.read(usize::MAX, REDRIVE).await?;
-        let (fixed, rest): (Vec<_>, Vec<_>) = all.into_iter().partition(|dead| dead.reason.is_none());
-        self.release(&rest).await;
-        let result = self.load(&fixed, rate, yes).await;
-        let loaded = match result {
-            Ok(loaded) => loaded,
-            Err((loaded, failure)) => {
-                self.release(fixed.iter().filter(|dead| !loaded.contains(dead.id()))).await;
-                return Err(failure);
-            }
+        if !yes {
+            let valid = self.look(ROUND).await?.iter().filter(|dead| dead.reason.is_none()).count();
+            confirm(&format!("Load {} that are valid now?", count(valid as i128, "dead message")), yes)?;
+        }
+        // Cut off, it lets others see again what is left.
+        let mut taken = Taken::default();
+        let result = tokio::select! {
+            result = self.load_all(&mut taken, rate) => result,
+            _ = tokio::signal::ctrl_c() => Err(failed("interrupted; what the function had not taken is still in the queue")),
         };
-        let refused: Vec<_> = fixed.iter().filter(|dead| !loaded.contains(dead.id())).collect();
-        self.release(refused.iter().copied()).await;
-        let mut text =
-            format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded.len() as i128, "message"));
-        if !refused.is_empty() {
-            let refused = count(refused.len() as i128, "valid message");
+        let spinner = spinner("Letting others see what is left");
+        self.release(taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id()))).await;
+        drop(spinner);
+        result?;
+
+        let left = |valid: bool| {
+            let left =
+                taken.dead.iter().filter(|dead| dead.reason.is_none() == valid && !taken.loaded.contains(dead.id()));
+            left.count() as i128
+        };
+        let (loaded, refused, invalid) = (taken.loaded.len() as i128, left(true), left(false));
+        let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded, "message"));
+        if refused > 0 {
+            let refused = count(refused, "valid message");
             text +=
                 &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
         }
-        if !rest.is_empty() {
-            text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(rest.len() as i128, "message"));
+        if invalid > 0 {
+            text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(invalid, "message"));
         }
-        let json = json!({"loaded": loaded.len(), "refused": refused.len(), "invalid": rest.len()});
-        Ok(Reply { no: !refused.is_empty(), ..Reply::new(text, json) })
+        let json = json!({"loaded": loaded, "refused": refused, "invalid": invalid});
+        Ok(Reply { no: refused > 0, ..Reply::new(text, json) })
     }
 
-    /// Has the function handle the messages, and deletes what it took. Returns the ids of those, also if it fails on the way.
-    async fn load(
-        &self,
-        fixed: &[Dead],
-        rate: Option<i32>,
-        yes: bool,
-    ) -> Result<HashSet<String>, (HashSet<String>, Failure)> {
-        let mut loaded = HashSet::new();
-        if fixed.is_empty() {
-            return Ok(loaded);
-        }
-        let question = format!("Load {} that are valid now?", count(fixed.len() as i128, "dead message"));
-        let begin = confirm(&question, yes).and_then(|()| self.settings.require("FUNCTION_NAME"));
-        let function = begin.map_err(|failure| (HashSet::new(), failure))?;
+    /// Reads and loads, round by round, until there is nothing new: of a FIFO queue's group, SQS shows ten, and the next ten
+    /// when those are gone.
+    async fn load_all(&self, taken: &mut Taken, rate: Option<i32>) -> Result<(), Failure> {
+        let function = self.settings.require("FUNCTION_NAME")?;
         // An invocation may take 15 minutes, and one that is given up goes on.
         let config = aws_sdk_lambda::config::Builder::from(&self.settings.aws)
             .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(5)).build())
             .retry_config(RetryConfig::disabled());
         let client = aws_sdk_lambda::Client::from_conf(config.build());
-        let bar = progress(fixed.len() as u64, "Loading {bar:30} {pos} of {len}  {eta} to go");
-        for batch in batches(fixed, rate) {
-            match self.load_batch(&client, &function, batch).await {
-                Ok(taken) => loaded.extend(taken),
-                Err(failure) => {
-                    bar.finish_and_clear();
-                    return Err((loaded, failure));
+        loop {
+            let first = taken.dead.len();
+            self.read(&mut taken.dead, ROUND, REDRIVE).await?;
+            let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();
+            if taken.dead.len() == first {
+                return Ok(());
+            }
+            let bar = progress(fixed.len() as u64, "Loading {bar:30} {pos} of {len}  {eta} to go");
+            let mut due = Instant::now();
+            for batch in batches(&fixed, rate) {
+                sleep(due.saturating_duration_since(Instant::now())).await;
+                if let Some(rate) = rate {
+                    due = Instant::now() + Duration::from_secs_f64(batch.len() as f64 / f64::from(rate));
                 }
+                taken.loaded.extend(self.load_batch(&client, &function, batch).await?);
+                bar.inc(batch.len() as u64);
             }
-            bar.inc(batch.len() as u64);
-            if let Some(rate) = rate {
-                sleep(Duration::from_secs_f64(batch.len() as f64 / f64::from(rate))).await;
-            }
+            bar.finish_and_clear();
         }
-        bar.finish_and_clear();
-        Ok(loaded)
     }
 
     async fn load_batch(
@@ -420,11 +458,14 @@ impl<'a> Queue<'a> {
     }
 
     async fn purge(&self, yes: bool) -> Result<Reply, Failure> {
-        let about = count(i128::from(self.depth), "dead message");
+        if self.depth + self.hidden == 0 {
+            return Ok(Reply::new(self.with_total(0, String::new()), json!({"deleted": 0})));
+        }
+        let about = count(self.depth + self.hidden, "dead message");
         confirm(&format!("Delete about {about} for ever? They are nowhere else."), yes)?;
         self.client.purge_queue().queue_url(&self.url).send().await.map_err(aws("purge the dead-letter queue"))?;
         let text = format!("{WARNING}About {about} deleted.{WARNING:#} SQS takes up to a minute for it.\n");
-        Ok(Reply::new(text, json!({"deleted": self.depth})))
+        Ok(Reply::new(text, json!({"deleted": self.depth + self.hidden})))
     }
 }
 

@@ -83,7 +83,8 @@ async fn lines(settings: &Settings, phrase: &str, since: Duration) -> Result<Lin
         let page = request.start_time(start).set_next_token(token).send().await;
         let page = page.map_err(aws(format_args!("search the log {group}")))?;
         let lines = page.events().iter().filter_map(|event| serde_json::from_str::<Value>(event.message()?).ok());
-        found.lines.extend(lines.filter(|line| line["message"] == phrase));
+        let says = |line: &Value| line["message"].as_str().is_some_and(|message| message.starts_with(phrase));
+        found.lines.extend(lines.filter(says));
         token = page.next_token;
         if token.is_none() {
             found.whole = true;

@@ -171,7 +171,7 @@ pub async fn misfits(client: &impl GenericClient) -> Result<Vec<String>, Failure
         match found(name).map(|column| column.get::<_, &str>(1)) {
             None => misfits.push(format!("it has no column {name} {wanted}: add it")),
             Some(found) if fits(found, wanted) => {}
-            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}")),
+            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted} (without the views duplicate_*, which are to be made again after)")),
         }
     }
     for column in &columns {

@@ -10,6 +10,7 @@ use std::{
 use anstyle::{AnsiColor, Style};
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
 use login_etl::{secrets::SecretError, store::StoreError};
 use serde_json::Value;
 use zeroize::Zeroizing;
@@ -127,10 +128,21 @@ impl From<StoreError> for Failure {
 
 impl From<SecretError> for Failure {
     fn from(error: SecretError) -> Self {
-        // Its hints speak of the function's role, which is not who asks here.
-        Self::Failed(error.to_string().replace("the function's role", "yourself"))
+        // Its own hints are for the function's role and network.
+        let SecretError::Read { id, code } = error else { return Self::Failed(error.to_string()) };
+        let hint = match code.as_str() {
+            "AccessDeniedException" => {
+                "you need secretsmanager:GetSecretValue on it, and kms:Decrypt if it has its own KMS key"
+            }
+            "ResourceNotFoundException" => "no secret of that name in this account and region, or it has no value yet",
+            "TimeoutError" | "DispatchFailure" => NO_ANSWER,
+            _ => "see what AWS says of that",
+        };
+        Self::Failed(format!("cannot read the secret {id:?} ({code}): {hint}"))
     }
 }
+
+const NO_ANSWER: &str = "no answer from AWS; check region, credentials and network (AWS_REGION, AWS_PROFILE)";
 
 /// Turns an AWS error into a failure to do `what`.
 pub fn aws<E>(what: impl Display) -> impl FnOnce(SdkError<E>) -> Failure
@@ -142,9 +154,7 @@ where
             (Some(code), Some(message)) => format!("{code}: {message}"),
             (Some(code), None) => code.to_owned(),
             _ => match &error {
-                SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
-                    "no answer from AWS; check region, credentials and network (AWS_REGION, AWS_PROFILE)".to_owned()
-                }
+                SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => NO_ANSWER.to_owned(),
                 _ => "AWS gave an answer that cannot be read".to_owned(),
             },
         };
@@ -275,6 +285,11 @@ pub fn duration(duration: Duration) -> String {
     if shown.is_empty() { "0 s".to_owned() } else { shown }
 }
 
+/// A time for programs: always as long, so that it sorts as text.
+pub fn time(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
+}
+
 /// Bytes in the unit that suits them.
 pub fn bytes(count: i64) -> String {
     let (mut amount, mut unit) = (count as f64, "B");
@@ -287,9 +302,15 @@ pub fn bytes(count: i64) -> String {
     if unit == "B" { format!("{count} B") } else { format!("{amount:.1} {unit}") }
 }
 
-/// `1 message`, `2 messages`.
+/// `1 message`, `2 messages`, `2 batches`, `2 deliveries`.
 pub fn count(number: impl Into<i128>, one: &str) -> String {
     let number = number.into();
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {one}{plural}")
+    if number == 1 {
+        return format!("1 {one}");
+    }
+    match one.strip_suffix("ry") {
+        Some(stem) => format!("{number} {stem}ries"),
+        None if one.ends_with("ch") => format!("{number} {one}es"),
+        None => format!("{number} {one}s"),
+    }
 }

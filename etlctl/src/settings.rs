@@ -201,6 +201,12 @@ impl Settings {
     pub async fn database(&self) -> Result<Connection, Failure> {
         let connector = self.connector()?;
         let credentials = self.credentials(&connector).await?;
-        Ok(connector.connect(&credentials).await?)
+        connect(&connector, &credentials).await
     }
+}
+
+/// Connects as a user, whom an error names.
+pub async fn connect(connector: &Connector, credentials: &Credentials) -> Result<Connection, Failure> {
+    let connected = connector.connect(credentials).await;
+    connected.map_err(|error| failed(format!("as the database user {:?}: {error}", credentials.username())))
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io::{self, IsTerminal, Write},
+    pin::pin,
     time::Duration,
 };
 
@@ -19,7 +20,9 @@ use crate::{
     cli,
     find::key_name,
     logs::{self, Batches},
-    output::{BAD, BOLD, Failure, GOOD, Reply, WARNING, aws, bytes, count, duration, failed, printable, spinner, sql},
+    output::{
+        BAD, BOLD, Failure, GOOD, Reply, WARNING, aws, bytes, count, duration, failed, printable, spinner, sql, time,
+    },
     settings::Settings,
 };
 
@@ -30,8 +33,12 @@ pub async fn run(settings: &Settings, options: &cli::Status, as_json: bool) -> R
         let _spinner = spinner("Looking");
         return Ok(look(settings).await);
     };
+    let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
-        let reply = look(settings).await;
+        let reply = tokio::select! {
+            reply = look(settings) => reply,
+            _ = &mut interrupted => return Ok(Reply::default()),
+        };
         if io::stdout().is_terminal() && !as_json {
             // From the top of an empty screen.
             write!(io::stdout(), "\x1b[2J\x1b[H")?;
@@ -39,7 +46,7 @@ pub async fn run(settings: &Settings, options: &cli::Status, as_json: bool) -> R
         reply.print(as_json)?;
         tokio::select! {
             () = sleep(Duration::from_secs(seconds)) => {}
-            _ = tokio::signal::ctrl_c() => return Ok(Reply::default()),
+            _ = &mut interrupted => return Ok(Reply::default()),
         }
     }
 }
@@ -58,7 +65,7 @@ async fn look(settings: &Settings) -> Reply {
     screen.text += &format!("{BOLD}{}{BOLD:#}  {} UTC\n\n", printable(&name), now.strftime("%Y-%m-%d %H:%M:%S"));
 
     screen.part("queue", queue, |queue| {
-        let age = queue.oldest.map_or(String::new(), |age| format!("; the oldest since {}", duration(age)));
+        let age = queue.oldest.map_or(String::new(), |age| format!("; the oldest for {}", duration(age)));
         let later = if queue.delayed > 0 { format!(", {} delayed", queue.delayed) } else { String::new() };
         (vec![format!("{} waiting, {} in flight{later}{age}", queue.waiting, queue.in_flight)], queue.json())
     });
@@ -80,7 +87,7 @@ async fn look(settings: &Settings) -> Reply {
         let json = keys.iter().map(|(id, cipher, active)| json!({"id": id, "cipher": cipher, "active": active}));
         (lines.collect(), json.collect())
     });
-    screen.json.insert("at".to_owned(), json!(now.to_string()));
+    screen.json.insert("at".to_owned(), json!(time(now)));
     Reply::new(screen.text, Value::Object(screen.json))
 }
 
@@ -129,12 +136,17 @@ async fn queue(settings: &Settings, variable: &str) -> Result<Depth, Failure> {
     let attributes: HashMap<_, _> = attributes.map_err(aws("look at the queue"))?.attributes.unwrap_or_default();
     let number = |name| attributes.get(&name).and_then(|number| number.parse().ok()).unwrap_or(0);
     let name = url.rsplit('/').next().unwrap_or_default();
-    Ok(Depth {
+    let mut depth = Depth {
         waiting: number(QueueAttributeName::ApproximateNumberOfMessages),
         in_flight: number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible),
         delayed: number(QueueAttributeName::ApproximateNumberOfMessagesDelayed),
-        oldest: oldest(settings, name).await,
-    })
+        oldest: None,
+    };
+    // The metric stays where it was for a while when the last message is gone.
+    if depth.waiting + depth.in_flight > 0 {
+        depth.oldest = oldest(settings, name).await;
+    }
+    Ok(depth)
 }
 
 /// How long the oldest message waits. Only CloudWatch knows, a minute or two late; LocalStack's does not.
@@ -159,8 +171,8 @@ fn batch_lines(batches: &Batches) -> Vec<String> {
     let at_least = if batches.whole { "" } else { "at least " };
     let mut lines = vec![format!(
         "{at_least}{} in {}: {} inserted, {} deduplicated, {} failed",
-        count(batches.messages, "message"),
-        if batches.loaded == 1 { "1 batch".to_owned() } else { format!("{} batches", batches.loaded) },
+        count(batches.messages, "delivery"),
+        count(batches.loaded, "batch"),
         batches.inserted,
         batches.deduplicated,
         batches.failed,

@@ -125,7 +125,7 @@ RUSSIA = '{"body": {"locale": ["RU"]}}'
         pytest.param(mapping(ScalingConfig={}), MAPPING, "warning", "no MaximumConcurrency", "set one", id="no maximum concurrency"),
         pytest.param(reserved_concurrency, MAPPING, "failed", "reserved concurrency 1", "lower MaximumConcurrency", id="reserved concurrency"),
         pytest.param(quiet_log, "function", "failed", "it logs at WARN", "LogLevel", id="quiet log"),
-        pytest.param(bad_keyring, "secrets", "failed", "hex digits", "key", id="keyring that does not parse"),
+        pytest.param(bad_keyring, "secrets", "failed", "hex digits", "AWSPREVIOUS", id="keyring that does not parse"),
     ],
 )
 def test_what_is_wrong_in_the_pipeline_is_found_alone_and_with_advice(pipeline, undo, spoil, area, state, found, advice):
@@ -173,7 +173,7 @@ def other_queues(servers):
 def test_a_queue_that_leads_nowhere_is_wrong(pipeline, other_queues):
     (finding,) = findings(pipeline, **other_queues.environment)
     assert (finding["area"], finding["state"]) == ("event source mapping", "failed")
-    assert "no event source mapping leads from the queue" in finding["found"]
+    assert "none leads from the queue" in finding["found"]
 
 
 def test_a_dead_letter_queue_of_another_queue_is_wrong(pipeline, other_queues):
@@ -281,7 +281,7 @@ def test_failures_of_the_last_hour_are_found(pipeline, undo):
     whole, single = findings(pipeline)
     assert (whole["state"], single["state"]) == ("failed", "warning")
     assert "1 time a batch came back as a whole: Database" in whole["found"]
-    assert "1 of 1 message failed: 1 × user_id is missing" in single["found"]
+    assert "1 of 1 delivery failed: 1 × user_id is missing" in single["found"]
 
 
 def snapshot(pipeline):

@@ -103,8 +103,11 @@ def test_the_age_of_what_waits_longest_is_shown(pipeline, queues):
 
 
 def test_an_empty_queue_has_no_oldest_message(pipeline, queues):
+    """CloudWatch goes on telling the age that the last message had."""
+    delivery.send(queues, ["waits"])
     put_age(queues, queues.queue_url, 4000)
     pipeline.until(lambda: pipeline.json("status", environment=queues.environment)["queue"]["oldest_seconds"] == 4000)
+    queues.sqs.purge_queue(QueueUrl=queues.queue_url)
     assert re.search("^queue +0 waiting, 0 in flight$", pipeline.run("status", environment=queues.environment).stdout, re.MULTILINE)
 
 

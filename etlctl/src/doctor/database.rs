@@ -15,7 +15,7 @@ use super::{Checks, State, pipeline::Pipeline};
 use crate::{
     migrate,
     output::{Failure, duration, failed, sql},
-    settings::Settings,
+    settings::{Settings, connect},
 };
 
 /// A certificate that ends within this is worth a word.
@@ -42,15 +42,25 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
         }
         Err(Failure::BrokenPipe) => return,
     }
-    let connection = async { Ok::<_, Failure>(connector.connect(&credentials).await?) }.await;
-    let Some(connection) = checks.have(connection) else { return };
+    let Some(connection) = checks.have(connect(&connector, &credentials).await) else { return };
     let client = &connection.client;
     for part in [clock(client, checks).await, schema(client, checks).await, connections(client, checks, pipeline).await]
     {
         checks.have(part);
     }
-    let role = rights(settings, client, checks).await;
-    checks.have(role);
+    checks.area = "function's database user";
+    // What is wrong with the secret itself is said elsewhere.
+    let Some(id) = settings.get("DATABASE_SECRET_ID") else { return };
+    let Ok(function) = settings.secrets().credentials(&id).await else { return };
+    let rights = rights(&function, client, checks).await;
+    if checks.have(rights) == Some(true) {
+        let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
+        match connect(&connector, &function).await {
+            Ok(_) => checks.right(format!("{:?} can log in", function.username())),
+            Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, advice),
+            Err(Failure::BrokenPipe) => {}
+        }
+    }
 }
 
 /// How long the server's certificate is good for, verified as the function verifies it; `None` without TLS.
@@ -96,9 +106,12 @@ async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
 async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     let there = "select to_regclass('user_logins') is not null, to_regclass('user_logins_ledger') is not null";
     let there = client.query_one(there, &[]).await.map_err(sql("look for the tables"))?;
-    for (place, name) in ["user_logins", "user_logins_ledger"].into_iter().enumerate() {
+    let outstanding = migrate::outstanding(client).await?;
+    for (place, (name, file)) in
+        [("user_logins", "001_user_logins"), ("user_logins_ledger", "002_ledger")].into_iter().enumerate()
+    {
         if !there.get::<_, bool>(place) {
-            checks.check(false, format!("there is no table {name}"), "run `etlctl migrate`");
+            checks.check(false, format!("there is no table {name}"), again(file, &outstanding));
             return Ok(());
         }
     }
@@ -117,8 +130,7 @@ async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
                    where indrelid = 'user_logins'::regclass and indisvalid and attname in ('masked_ip', 'masked_device_id')";
     let indexes: i64 = client.query_one(indexes, &[]).await.map_err(sql("look at the indexes"))?.get(0);
     let found = if indexes == 2 { "both masked columns have an index" } else { "a masked column has no index" };
-    checks.consider(indexes == 2, found, "run `etlctl migrate`: finding duplicates reads the whole table");
-    let outstanding = migrate::outstanding(client).await?;
+    checks.consider(indexes == 2, found, again("003_duplicates", &outstanding));
     let found = match outstanding.len() {
         0 => "every migration is recorded".to_owned(),
         _ => format!("not recorded as applied: {}", outstanding.join(", ")),
@@ -145,10 +157,10 @@ async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pip
 }
 
 /// What the function's user may do: what it has to, and not more.
-async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
-    checks.area = "function's database user";
-    let credentials = settings.secrets().credentials(&settings.require("DATABASE_SECRET_ID")?).await?;
-    let user = credentials.username();
+///
+/// Returns whether it may log in at all.
+async fn rights(function: &Credentials, client: &Client, checks: &mut Checks) -> Result<bool, Failure> {
+    let user = function.username();
     let role = "select rolsuper or rolcreaterole or rolcreatedb or rolbypassrls or rolreplication, rolcanlogin, \
                        coalesce(array_to_string(rolconfig, ','), '') from pg_roles where rolname = $1";
     let role = client.query_opt(role, &[&user]).await.map_err(sql("look at the user"))?;
@@ -158,7 +170,7 @@ async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
             format!("there is no user {user:?}"),
             "`etlctl migrate` makes login_etl; name it in the secret",
         );
-        return Ok(());
+        return Ok(false);
     };
     let query = "select
         has_table_privilege($1, 'user_logins', 'insert') and has_table_privilege($1, 'user_logins_ledger', 'select')
@@ -167,9 +179,9 @@ async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
         has_any_column_privilege($1, 'user_logins', 'select') or has_any_column_privilege($1, 'user_logins', 'update')
             or has_table_privilege($1, 'user_logins', 'delete') or has_table_privilege($1, 'user_logins', 'truncate')";
     let can = client.query_one(query, &[&user]).await.map_err(sql("look at the user's rights"))?;
-    let grants = "run `etlctl migrate`, which grants login_etl what it needs";
+    let grants = again("004_role", &migrate::outstanding(client).await?);
     let found = |can: bool, what: &str| format!("{user:?} {} {what}", if can { "may" } else { "may not" });
-    checks.check(can.get(0), found(can.get(0), "insert rows and ledger keys"), grants);
+    checks.check(can.get(0), found(can.get(0), "insert rows and ledger keys"), grants.clone());
     checks.consider(can.get(1), found(can.get(1), "delete expired ledger keys"), grants);
     let (powers, reads): (bool, bool) = (role.get(0), can.get(2));
     checks.check(
@@ -192,8 +204,18 @@ async fn rights(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
         if limited { "its statements have a time limit" } else { "its statements have no time limit" },
         format!("alter role {user} set statement_timeout = the function's timeout"),
     );
-    if !role.get::<_, bool>(1) {
+    let may_log_in: bool = role.get(1);
+    if !may_log_in {
         checks.add(State::Wrong, format!("{user:?} may not log in"), format!("alter role {user} login"));
     }
-    Ok(())
+    Ok(may_log_in)
+}
+
+/// How to get back what a file of the schema makes: a migration that is recorded is not run again.
+fn again(name: &str, outstanding: &[&str]) -> String {
+    if outstanding.contains(&name) {
+        "run `etlctl migrate`".to_owned()
+    } else {
+        format!("it was there once: run schema/{name}.sql again, with psql")
+    }
 }

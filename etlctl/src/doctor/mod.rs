@@ -104,7 +104,8 @@ async fn last_hour(settings: &Settings, checks: &mut Checks) {
     let reasons: Vec<_> = batches.reasons.iter().map(|(why, number)| format!("{number} × {why}")).collect();
     let found = match batches.failed {
         0 => "no message failed".to_owned(),
-        failed => format!("{} of {} failed: {}", failed, count(batches.messages, "message"), reasons.join("; ")),
+        // Each receive of a message counts.
+        failed => format!("{failed} of {} failed: {}", count(batches.messages, "delivery"), reasons.join("; ")),
     };
     checks.consider(batches.failed == 0, found, "ask who sends them; `etlctl dlq explain` groups what has died of it");
 }

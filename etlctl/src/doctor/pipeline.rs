@@ -4,11 +4,13 @@ use std::collections::HashMap;
 
 use aws_sdk_lambda::types::{EventSourceMappingConfiguration, FunctionResponseType};
 use aws_sdk_sqs::types::QueueAttributeName;
+use login_etl::secrets::SecretError;
 use serde_json::Value;
 
 use super::Checks;
 use crate::{
-    output::{Failure, aws, failed},
+    find::key_name,
+    output::{Failure, aws, count},
     settings::Settings,
 };
 
@@ -37,9 +39,16 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
     checks.area = "event source mapping";
     let queue_url = settings.require("QUEUE_URL");
     let queue = checks.have(async { queue(settings, &queue_url?).await }.await);
-    let mapping = checks.have(mapping(settings, queue.as_ref()).await);
+    let mapping = checks.have(mapping(settings, queue.as_ref()).await).flatten();
     let window = mapping.as_ref().and_then(|mapping| mapping.maximum_batching_window_in_seconds).unwrap_or(0);
     let concurrency = mapping.as_ref().and_then(|mapping| mapping.scaling_config.as_ref()?.maximum_concurrency);
+    if function.is_some() && queue.is_some() && mapping.is_none() {
+        checks.check(
+            false,
+            "none leads from the queue to the function",
+            "deploy the stack again: no message is loaded",
+        );
+    }
     if let Some(mapping) = &mapping {
         mapping_checks(checks, mapping, concurrency, function.as_ref().and_then(|function| function.reserved));
     }
@@ -52,40 +61,59 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
         let (of_queue, of_dead) = (queue.number("MessageRetentionPeriod"), dead.number("MessageRetentionPeriod"));
         checks.check(
             of_dead >= of_queue,
-            format!("it keeps messages for {} days, the queue for {}", of_dead / 86_400, of_queue / 86_400),
+            format!("it keeps messages for {}, the queue for {}", days(of_dead), days(of_queue)),
             "raise its MessageRetentionPeriod: a message keeps its age on the way there",
         );
         let waiting = dead.number("ApproximateNumberOfMessages");
         checks.consider(
             waiting == 0,
-            if waiting == 0 { "it is empty".to_owned() } else { format!("it has {waiting} messages") },
+            if waiting == 0 { "it is empty".to_owned() } else { format!("it has {}", count(waiting, "message")) },
             "`etlctl dlq explain` says what they died of",
         );
     }
 
-    checks.area = "secrets";
-    let keyring =
-        async { Ok::<_, Failure>(settings.secrets().keyring(&settings.require("MASKING_SECRET_ID")?).await?) };
-    match keyring.await {
-        Ok(keyring) => {
-            let ciphers: Vec<_> = keyring.keys().map(|(id, cipher)| format!("{id:?} {cipher}")).collect();
-            checks.right(format!("the keyring parses: {}; active {:?}", ciphers.join(", "), keyring.active()));
-        }
-        Err(Failure::Failed(why) | Failure::Usage(why)) => {
-            checks.check(false, why, "`etlctl keys list` works once it is right")
-        }
-        Err(Failure::BrokenPipe) => {}
-    }
-    let credentials =
-        async { Ok::<_, Failure>(settings.secrets().credentials(&settings.require("DATABASE_SECRET_ID")?).await?) };
-    match credentials.await {
-        Ok(credentials) => checks.right(format!("the function's credentials parse: user {:?}", credentials.username())),
-        Err(Failure::Failed(why) | Failure::Usage(why)) => {
-            checks.check(false, why, "correct the secret; the function reads it again")
-        }
-        Err(Failure::BrokenPipe) => {}
-    }
+    secrets(settings, checks).await;
     Some(Pipeline { concurrency })
+}
+
+async fn secrets(settings: &Settings, checks: &mut Checks) {
+    checks.area = "secrets";
+    if let Some(id) = checks.have(settings.require("MASKING_SECRET_ID")) {
+        match settings.secrets().keyring(&id).await {
+            Ok(keyring) => {
+                let ciphers: Vec<_> = keyring.keys().map(|(id, cipher)| format!("{} {cipher}", key_name(id))).collect();
+                let active = key_name(keyring.active());
+                checks.right(format!("the keyring parses: {}; active: {active}", ciphers.join(", ")));
+            }
+            Err(error) => {
+                let advice = "put its last good version back (Secrets Manager keeps one as AWSPREVIOUS), or correct it; the \
+                              README has its two forms";
+                unusable(checks, error, advice);
+            }
+        }
+    }
+    if let Some(id) = checks.have(settings.require("DATABASE_SECRET_ID")) {
+        match settings.secrets().credentials(&id).await {
+            Ok(credentials) => {
+                checks.right(format!("the function's credentials parse: user {:?}", credentials.username()));
+            }
+            Err(error) => unusable(checks, error, "correct it; the function reads it again"),
+        }
+    }
+}
+
+/// A secret that is wrong, or one that could not be asked for.
+fn unusable(checks: &mut Checks, error: SecretError, advice: &str) {
+    let known = match &error {
+        SecretError::Read { code, .. } => {
+            matches!(code.as_str(), "ResourceNotFoundException" | "InvalidRequestException")
+        }
+        _ => true,
+    };
+    match Failure::from(error) {
+        Failure::Failed(why) if known => checks.check(false, why, advice),
+        failure => drop(checks.have(Err::<(), _>(failure))),
+    }
 }
 
 struct Function {
@@ -133,16 +161,16 @@ async fn queue(settings: &Settings, url: &str) -> Result<Queue, Failure> {
     Ok(Queue(attributes.attributes.unwrap_or_default()))
 }
 
-async fn mapping(settings: &Settings, queue: Option<&Queue>) -> Result<EventSourceMappingConfiguration, Failure> {
+async fn mapping(
+    settings: &Settings,
+    queue: Option<&Queue>,
+) -> Result<Option<EventSourceMappingConfiguration>, Failure> {
     let name = settings.require("FUNCTION_NAME")?;
     let client = aws_sdk_lambda::Client::new(&settings.aws);
     let mappings = client.list_event_source_mappings().function_name(&name).send().await;
     let mappings = mappings.map_err(aws("read the event source mappings"))?.event_source_mappings.unwrap_or_default();
     let arn = queue.and_then(|queue| queue.text("QueueArn"));
-    let of_queue = mappings.into_iter().find(|mapping| arn.is_none() || mapping.event_source_arn() == arn);
-    of_queue.ok_or_else(|| {
-        failed(format!("no event source mapping leads from the queue to {name:?}: deploy the stack again"))
-    })
+    Ok(mappings.into_iter().find(|mapping| arn.is_none() || mapping.event_source_arn() == arn))
 }
 
 fn mapping_checks(
@@ -186,6 +214,10 @@ fn mapping_checks(
     }
 }
 
+fn days(seconds: i64) -> String {
+    count(seconds / 86_400, "day")
+}
+
 fn is_empty(pattern: &str) -> bool {
     serde_json::from_str::<Value>(pattern)
         .is_ok_and(|pattern| pattern.as_object().is_some_and(serde_json::Map::is_empty))
@@ -218,7 +250,7 @@ async fn queue_checks(
     let receives = policy["maxReceiveCount"].to_string().trim_matches('"').parse::<u32>().unwrap_or(0);
     checks.consider(
         receives >= RECEIVES,
-        format!("a message is received up to {receives} times"),
+        format!("a message is received up to {}", count(receives, "time")),
         format!("raise MaxReceiveCount to {RECEIVES} or more: throttling and passing trouble count as receives, too"),
     );
     let arn = policy["deadLetterTargetArn"].as_str().unwrap_or_default();

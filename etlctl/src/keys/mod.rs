@@ -18,7 +18,7 @@ pub use self::ring::age;
 use crate::{
     cli::Keys,
     find::key_name,
-    output::{Failure, GOOD, Reply, WARNING, confirm, count, duration, failed, spinner, sql, table},
+    output::{Failure, GOOD, Reply, WARNING, confirm, count, duration, failed, spinner, sql, table, time},
     settings::Settings,
 };
 
@@ -62,8 +62,8 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
             rows.clone().unwrap_or_default(),
         ]);
         listed.push(json!({
-            "id": id, "cipher": ciphers.get(id.as_str()), "active": active, "created": key.created.map(|at| at.to_string()),
-            "replaced": key.replaced.map(|at| at.to_string()), "rows": counted(id),
+            "id": id, "cipher": ciphers.get(id.as_str()), "active": active, "created": key.created.map(time),
+            "replaced": key.replaced.map(time), "rows": counted(id),
         }));
     }
     let strangers: Vec<_> = rows.iter().flatten().filter(|(id, _)| !secret.ring.keys.contains_key(*id)).collect();

@@ -1,6 +1,6 @@
 //! The settings: environment variables, read once, and the AWS SDK's.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use aws_config::{SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_smithy_http_client::{
@@ -32,6 +32,8 @@ pub struct DatabaseConfig {
     pub secret_id: String,
     /// `DATABASE_HOST`.
     pub host: Option<String>,
+    /// `DATABASE_HOSTADDR`: the address to connect to instead of the host's, as of a tunnel. The certificate names the host.
+    pub hostaddr: Option<IpAddr>,
     /// `DATABASE_PORT`.
     pub port: Option<u16>,
     /// `DATABASE_NAME`.
@@ -89,6 +91,11 @@ impl Config {
             database: DatabaseConfig {
                 secret_id: required("DATABASE_SECRET_ID")?,
                 host: optional("DATABASE_HOST"),
+                hostaddr: match optional("DATABASE_HOSTADDR").map(|address| address.parse()) {
+                    None => None,
+                    Some(Ok(address)) => Some(address),
+                    Some(Err(_)) => return Err(invalid("DATABASE_HOSTADDR", "an IP address")),
+                },
                 port: match optional("DATABASE_PORT").map(|port| port.parse()) {
                     None => None,
                     Some(Ok(port)) if port > 0 => Some(port),
@@ -173,6 +180,7 @@ mod tests {
             ("MASKING_SECRET_ID", "", "set MASKING_SECRET_ID: it is required"),
             ("DATABASE_SECRET_ID", "", "set DATABASE_SECRET_ID: it is required"),
             ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
+            ("DATABASE_HOSTADDR", "db", "set DATABASE_HOSTADDR to an IP address: its value is not one of these"),
             ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
             (

@@ -1,6 +1,6 @@
 //! What can be asked for, and the help that teaches it.
 
-use std::path::PathBuf;
+use std::{num::NonZeroU32, path::PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, builder::Styles};
 use login_etl::login::Field;
@@ -12,8 +12,8 @@ const STYLES: Styles = Styles::styled().header(BOLD).usage(BOLD).literal(GOOD);
 const AFTER: &str = "\
 Where the pipeline is:
 `--stack NAME` reads it from the deployed stack: queues, function, secrets, database. Without it, the function's own \
-environment variables say it, and QUEUE_URL, DLQ_URL and FUNCTION_NAME. Flags come before the stack, the stack before \
-the environment, that before a file `.env`. AWS is found as every AWS tool finds it (AWS_PROFILE, AWS_REGION …).
+environment variables say it, and QUEUE_URL, DLQ_URL and FUNCTION_NAME. Flags come first; beside a stack, only who you \
+are is taken from the environment; the environment comes before a file `.env`. AWS is found as every AWS tool finds it (AWS_PROFILE, AWS_REGION …).
 
 Who you are to the database:
 The function's user may only insert. Yours, with the role login_etl_operator, is in a secret that --database-secret \
@@ -23,6 +23,7 @@ Settings, each a flag and a variable, with every command:
   --database-secret ID     ETLCTL_DATABASE_SECRET_ID  your own user
   --database-user NAME     DATABASE_USER              with DATABASE_PASSWORD
   --database-host HOST     DATABASE_HOST
+  --database-hostaddr IP   DATABASE_HOSTADDR          of a tunnel to it
   --database-port PORT     DATABASE_PORT
   --database-name NAME     DATABASE_NAME
   --database-tls MODE      DATABASE_TLS               verify-full or disable
@@ -68,6 +69,8 @@ pub struct Global {
     pub database_user: Option<String>,
     #[arg(long, global = true, value_name = "HOST", hide = true)]
     pub database_host: Option<String>,
+    #[arg(long, global = true, value_name = "ADDRESS", hide = true)]
+    pub database_hostaddr: Option<String>,
     #[arg(long, global = true, value_name = "PORT", hide = true)]
     pub database_port: Option<String>,
     #[arg(long, global = true, value_name = "NAME", hide = true)]
@@ -263,14 +266,7 @@ pub enum Keys {
     /// key, so that equal values are equal again. Inserts are not held up. It can be killed at any point and run again.
     ///
     /// Rewriting makes the table and its indexes larger for a while, to twice their size at worst, until vacuum has been.
-    Remask {
-        /// Rewrite no more than this many rows a second
-        #[arg(long, value_name = "N")]
-        rate: Option<std::num::NonZeroU32>,
-        /// Rows a batch, roughly
-        #[arg(long, value_name = "N", default_value = "5000")]
-        batch: std::num::NonZeroU32,
-    },
+    Remask(Remask),
     /// Take a key out of the ring
     ///
     /// Refused while a row is masked under it, and while a running function may still use it. Copies and backups of the table
@@ -282,6 +278,19 @@ pub enum Keys {
         #[arg(long)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Remask {
+    /// Rewrite no more than this many rows a second
+    #[arg(long, value_name = "N")]
+    pub rate: Option<NonZeroU32>,
+    /// Most rows a batch
+    #[arg(long, value_name = "N", default_value = "5000")]
+    pub batch: NonZeroU32,
+    /// Go on where most rows cannot be recovered; else that is taken for another table's keyring
+    #[arg(long)]
+    pub anyway: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     cli,
-    output::{FAINT, Failure, Reply, count, failed, sql, table},
+    output::{FAINT, Failure, Reply, count, failed, spinner, sql, table},
     settings::Settings,
 };
 
@@ -49,8 +49,9 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
         format!("from user_logins where {column} = any($1) and ($2::text is null or create_date >= $2::text::date)");
 
     let connection = settings.database().await?;
+    let _spinner = spinner("Looking for rows");
     let query = format!(
-        "select to_jsonb(row)::text from (select * {matching} order by create_date desc nulls last limit $3) row"
+        "select row_to_json(row)::text from (select * {matching} order by create_date desc nulls last limit $3) row"
     );
     let limit = i64::from(options.limit);
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
@@ -81,8 +82,9 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
 
 /// Rows of one shape, as a table.
 fn row_table(rows: &[Value]) -> String {
-    let names = ["create_date", "user_id", "device_type", "app_version", "locale", "masked_ip", "masked_device_id"];
-    table(&names, rows.iter().map(|row| names.map(|name| cell(&row[name])).to_vec()))
+    let fields = rows.first().and_then(Value::as_object);
+    let names: Vec<&str> = fields.into_iter().flat_map(|fields| fields.keys()).map(String::as_str).collect();
+    table(&names, rows.iter().map(|row| names.iter().map(|name| cell(&row[*name])).collect()))
 }
 
 fn cell(value: &Value) -> String {

@@ -1,7 +1,7 @@
 //! What the function's log says of the last while.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -13,8 +13,8 @@ use crate::{
     settings::Settings,
 };
 
-/// Most requests for one kind of line: each searches a part of the log and may find nothing in it.
-const REQUESTS: usize = 50;
+/// Most requests for one kind of line: each searches a part of the log, the latest first, and may find nothing in it.
+const REQUESTS: usize = 20;
 
 /// The function's lines with `phrase` in them, of the time since then. `whole` is false if there was more to search than
 /// this tool does.
@@ -36,6 +36,8 @@ pub struct Batches {
     pub reasons: BTreeMap<String, u64>,
     /// How many batches failed as a whole, by error type.
     pub batches_failed: BTreeMap<String, u64>,
+    /// Why environments did not start, each once.
+    pub not_started: BTreeSet<String>,
     /// Whether all of the log was searched.
     pub whole: bool,
 }
@@ -45,6 +47,7 @@ pub async fn batches(settings: &Settings, since: Duration) -> Result<Batches, Fa
     let loaded = lines(settings, "batch loaded", since).await?;
     let broken = lines(settings, "batch failed", since).await?;
     let messages = lines(settings, "message failed", since).await?;
+    let stopped = lines(settings, "initialisation failed", since).await?;
     let number = |line: &Value, name: &str| line[name].as_u64().unwrap_or(0);
     let sum = |name: &str| loaded.lines.iter().map(|line| number(line, name)).sum::<u64>();
     let by = |lines: &[Value], name: &str| {
@@ -61,15 +64,19 @@ pub async fn batches(settings: &Settings, since: Duration) -> Result<Batches, Fa
         failed: sum("failed"),
         reasons: by(&messages.lines, "reason"),
         batches_failed: by(&broken.lines, "error_type"),
+        not_started: stopped.lines.iter().filter_map(|line| line["error"].as_str()).map(ToOwned::to_owned).collect(),
         whole: loaded.whole && broken.whole && messages.whole,
     })
 }
 
-/// Why messages last failed, by message id.
-pub async fn reasons(settings: &Settings, since: Duration) -> Result<HashMap<String, String>, Failure> {
-    let lines = lines(settings, "message failed", since).await?.lines;
+/// Why messages last failed, by message id; and whether all of the log was searched.
+pub async fn reasons(settings: &Settings, since: Duration) -> Result<(HashMap<String, String>, bool), Failure> {
+    let Lines { mut lines, whole } = lines(settings, "message failed", since).await?;
+    lines.sort_by(|one, other| one["timestamp"].as_str().cmp(&other["timestamp"].as_str()));
     let text = |line: &Value, name: &str| line[name].as_str().map(ToOwned::to_owned);
-    Ok(lines.iter().filter_map(|line| Some((text(line, "message_id")?, text(line, "reason")?))).collect())
+    // What is collected last stays.
+    let reasons = lines.iter().filter_map(|line| Some((text(line, "message_id")?, text(line, "reason")?)));
+    Ok((reasons.collect(), whole))
 }
 
 async fn lines(settings: &Settings, phrase: &str, since: Duration) -> Result<Lines, Failure> {
@@ -80,7 +87,7 @@ async fn lines(settings: &Settings, phrase: &str, since: Duration) -> Result<Lin
     let mut token = None;
     for _ in 0..REQUESTS {
         let request = client.filter_log_events().log_group_name(&group).filter_pattern(format!("\"{phrase}\""));
-        let page = request.start_time(start).set_next_token(token).send().await;
+        let page = request.start_time(start).start_from_head(false).set_next_token(token).send().await;
         let page = page.map_err(aws(format_args!("search the log {group}")))?;
         let lines = page.events().iter().filter_map(|event| serde_json::from_str::<Value>(event.message()?).ok());
         let says = |line: &Value| line["message"].as_str().is_some_and(|message| message.starts_with(phrase));

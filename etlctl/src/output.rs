@@ -93,6 +93,14 @@ pub fn failed(text: impl Into<String>) -> Failure {
 }
 
 impl Failure {
+    /// What it says; nothing, if nobody reads on.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Usage(text) | Self::Failed(text) => text,
+            Self::BrokenPipe => "",
+        }
+    }
+
     /// Says it on standard error, and gives its exit status.
     pub fn report(&self) -> ExitCode {
         let (text, status) = match self {
@@ -170,12 +178,17 @@ pub fn sql(what: impl Display) -> impl FnOnce(tokio_postgres::Error) -> Failure 
 /// What the server said, and what to do about it where that is known.
 pub fn sql_reason(error: &tokio_postgres::Error) -> String {
     let Some(answer) = error.as_db_error() else { return error.to_string() };
-    let hint = match answer.code().code() {
+    let code = answer.code().code();
+    // Of what is wrong with a value (classes 22 and 23), the message quotes the value.
+    if code.starts_with("22") || code.starts_with("23") {
+        return format!("a value does not do (SQLSTATE {code})");
+    }
+    let hint = match code {
         "42P01" => "; is the schema applied? `etlctl migrate` does it",
         "42501" => "; your database user needs the role login_etl_operator, and `etlctl migrate` the tables' owner",
         _ => "",
     };
-    format!("{} (SQLSTATE {}){hint}", answer.message(), answer.code().code())
+    format!("{} (SQLSTATE {}){hint}", answer.message(), code)
 }
 
 /// Characters that would move the cursor, change colours or reorder text are shown as escapes.

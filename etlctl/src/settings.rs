@@ -24,6 +24,9 @@ pub struct Settings {
     pub aws: SdkConfig,
 }
 
+/// Who asks, and by what way: not the pipeline's.
+const OWN: [&str; 4] = ["DATABASE_HOSTADDR", "DATABASE_PASSWORD", "DATABASE_USER", "ETLCTL_DATABASE_SECRET_ID"];
+
 /// Sets the variables of the file, or of `.env` here if there is one, that are not set yet.
 pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
     let result = match file {
@@ -78,7 +81,7 @@ impl Settings {
             values.insert(variable.to_owned(), (*value).to_owned());
         }
         let variables = self.function_variables(&values["FUNCTION_NAME"]).await?;
-        for (variable, value) in variables.into_iter().filter(|(_, value)| !value.is_empty()) {
+        for (variable, value) in variables {
             values.entry(variable).or_insert(value);
         }
         Ok(values)
@@ -91,7 +94,7 @@ impl Settings {
         Ok(configuration.environment.and_then(|environment| environment.variables).unwrap_or_default())
     }
 
-    /// A setting by its variable's name: its flag, else the stack's, else the environment's.
+    /// A setting by its variable's name: its flag, else the stack's, or the environment's if no stack is named.
     pub fn get(&self, variable: &str) -> Option<String> {
         let flag = match variable {
             "DATABASE_HOST" => &self.global.database_host,
@@ -99,6 +102,7 @@ impl Settings {
             "DATABASE_NAME" => &self.global.database_name,
             "DATABASE_TLS" => &self.global.database_tls,
             "DATABASE_CA_FILE" => &self.global.database_ca_file,
+            "DATABASE_HOSTADDR" => &self.global.database_hostaddr,
             "DATABASE_USER" => &self.global.database_user,
             "ETLCTL_DATABASE_SECRET_ID" => &self.global.database_secret,
             "MASKING_SECRET_ID" => &self.global.masking_secret,
@@ -107,7 +111,9 @@ impl Settings {
             "FUNCTION_NAME" => &self.global.function,
             _ => &None,
         };
-        let environment = || std::env::var(variable).ok();
+        // Half of one pipeline and half of another would do harm: beside a stack, only who asks is of the environment.
+        let is_ones_own = OWN.contains(&variable) || self.global.stack.is_none();
+        let environment = || std::env::var(variable).ok().filter(|_| is_ones_own);
         flag.clone()
             .or_else(|| self.stack.get(variable).cloned())
             .or_else(environment)
@@ -176,7 +182,9 @@ impl Settings {
 
     /// Who uses this tool: a user of the database's of their own, and where that is.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
-        let mut credentials = if let Some(user) = self.get("DATABASE_USER") {
+        let by_flag = self.global.database_secret.is_some();
+        let user = self.get("DATABASE_USER").filter(|_| !by_flag);
+        let mut credentials = if let Some(user) = user {
             let password =
                 self.get("DATABASE_PASSWORD").ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
             Credentials::new(user, password)

@@ -101,10 +101,10 @@ impl Screen {
     fn part<T>(&mut self, name: &str, part: Result<T, Failure>, show: impl FnOnce(T) -> (Vec<String>, Value)) {
         let (lines, json) = match part {
             Ok(part) => show(part),
-            Err(Failure::Failed(why) | Failure::Usage(why)) => {
-                (vec![format!("{WARNING}not known:{WARNING:#} {}", printable(&why))], json!({"unknown": why}))
+            Err(failure) => {
+                let why = failure.why();
+                (vec![format!("{WARNING}not known:{WARNING:#} {}", printable(why))], json!({"unknown": why}))
             }
-            Err(Failure::BrokenPipe) => (Vec::new(), Value::Null),
         };
         for (number, line) in lines.iter().enumerate() {
             self.text += &format!("{:14}{line}\n", if number == 0 { name } else { "" });
@@ -227,8 +227,18 @@ impl Database {
 async fn database(settings: &Settings) -> Result<Database, Failure> {
     let connection = settings.database().await?;
     let client = &connection.client;
-    // The planner's figures; a table that was never analysed is small, and counted.
-    let sizes = "select reltuples::bigint, pg_total_relation_size(oid) from pg_class where oid = to_regclass($1::text)";
+    // There need be no index for what is counted.
+    client.batch_execute("set statement_timeout = '5s'").await.map_err(sql("set a limit"))?;
+    // The planner's figures, of all partitions. A table that was never analysed is small, and counted.
+    let sizes = "
+        with recursive tree (oid) as (
+            select to_regclass($1::text)::oid
+            union all
+            select inhrelid from pg_inherits join tree on inhparent = tree.oid
+        )
+        select sum(greatest(reltuples, 0))::bigint, sum(pg_total_relation_size(tree.oid))::bigint
+        from pg_class join tree on pg_class.oid = tree.oid
+        having count(*) > 0";
     let size = async |name: &str| {
         let row = client.query_opt(sizes, &[&name]).await.map_err(sql(format_args!("look at {name}")))?;
         let row = row.ok_or_else(|| failed(format!("there is no table {name}: `etlctl migrate` makes it")))?;
@@ -244,8 +254,6 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
     let oldest =
         "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from user_logins_ledger where sent_at > 'epoch'";
     let oldest_key = client.query_one(oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
-    // There need be no index for it.
-    client.batch_execute("set statement_timeout = '5s'").await.map_err(sql("set a limit"))?;
     let today = "select count(*) from user_logins where create_date = (now() at time zone 'UTC')::date";
     let today = client.query_one(today, &[]).await.ok().map(|row| row.get(0));
     Ok(Database { today, all, table_bytes, ledger, ledger_bytes, oldest_key })

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    net::IpAddr,
     time::{Duration, SystemTime},
 };
 
@@ -118,6 +119,11 @@ impl Connector {
         self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)
     }
 
+    /// The address to connect to in the host's place, if there is one.
+    pub fn hostaddr(&self) -> Option<IpAddr> {
+        self.config.hostaddr
+    }
+
     /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
     pub fn port(&self, credentials: &Credentials) -> u16 {
         self.config.port.or(credentials.port).unwrap_or(5432)
@@ -143,6 +149,9 @@ impl Connector {
             .password(credentials.password.as_bytes())
             .application_name(self.application_name)
             .tcp_user_timeout(UNACKNOWLEDGED);
+        if let Some(address) = self.config.hostaddr {
+            config.hostaddr(address);
+        }
         let opening = async {
             match &self.tls {
                 Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls.clone())).await,

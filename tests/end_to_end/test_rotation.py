@@ -6,10 +6,10 @@ import random
 import subprocess
 import threading
 import time
+from base64 import b64decode
 from collections import Counter
 
 from Crypto.Cipher import AES
-from base64 import b64decode
 from world import delivery, messages, paths
 from world.servers import OPERATOR_SECRET
 
@@ -72,7 +72,7 @@ def test_a_rotation_loses_no_message_and_leaves_every_row_under_the_new_key(serv
         sender.join()
         rows_are(servers, at_least=len(logins))
 
-        status, keys, _ = etlctl(servers, stack, "keys", "list")
+        _, keys, _ = etlctl(servers, stack, "keys", "list")
         assert {key["id"]: (key["active"], key["rows"]) for key in keys["keys"]} == {"": (False, 0), "new": (True, len(logins))}
         keyring = json.loads(secrets.get_secret_value(SecretId=stack.masking_secret_arn)["SecretString"])
         sent = {login["user_id"]: login for login in logins}

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from datetime import datetime
 
 import pytest
-from conftest import Queues, Terminal, Wiretap
+from driver import Terminal
+from queues import Queues, Wiretap
 from world import delivery, messages
 
 CANARY = "canary-8c1f"

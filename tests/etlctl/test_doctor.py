@@ -8,7 +8,7 @@ from pathlib import Path
 
 import botocore
 import pytest
-from conftest import Queues
+from queues import Queues
 from world import messages
 from world.localstack import free_port
 from world.servers import DATABASE_SECRET, OPERATOR_SECRET
@@ -317,7 +317,7 @@ def test_of_a_stack_it_needs_to_know_only_the_name_and_who_asks(stack, pipeline)
     checks = json.loads(told.stdout)
     assert {check["area"] for check in checks} == {check["area"] for check in pipeline.json("doctor")}
     assert [check for check in checks if check["state"] == "unknown"] == []
-    assert [check["found"] for check in checks if check["area"] == "function"][0].startswith(f"{stack.function_name} has 256 MB and 1 s")
+    assert [check["found"] for check in checks if check["area"] == "function"][0].startswith(f"{stack.function_name} has 256 MB and ")
     missing = pipeline.run("doctor", "--stack", "none-of-ours")
     assert (missing.returncode, missing.stdout) == (3, "")
     assert "none-of-ours" in missing.stderr

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import Queues, Terminal, Wiretap
+from driver import Terminal
+from queues import Queues, Wiretap
 from world import delivery, messages
 
 CLEAR = "\x1b[2J\x1b[H"

@@ -36,11 +36,10 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
             format!("TLS is verified; the certificate is good for {}", duration(left)),
             "renew the server's certificate before it ends: no batch is loaded after",
         ),
-        Err(Failure::Failed(why) | Failure::Usage(why)) => {
-            checks.check(false, why, "check DATABASE_HOST, DATABASE_CA_FILE and the server's certificate");
+        Err(failure) => {
+            checks.check(false, failure.why(), "check DATABASE_HOST, DATABASE_CA_FILE and the server's certificate");
             return;
         }
-        Err(Failure::BrokenPipe) => return,
     }
     let Some(connection) = checks.have(connect(&connector, &credentials).await) else { return };
     let client = &connection.client;
@@ -57,8 +56,7 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
         let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
         match connect(&connector, &function).await {
             Ok(_) => checks.right(format!("{:?} can log in", function.username())),
-            Err(Failure::Failed(why) | Failure::Usage(why)) => checks.check(false, why, advice),
-            Err(Failure::BrokenPipe) => {}
+            Err(failure) => checks.check(false, failure.why(), advice),
         }
     }
 }
@@ -71,7 +69,11 @@ async fn certificate(connector: &Connector, credentials: &Credentials) -> Result
     let (host, port) = (connector.host(credentials)?, connector.port(credentials));
     let not_reached = |error: &dyn std::fmt::Display| failed(format!("{host}:{port} is not reached: {error}"));
     let shaking = async {
-        let mut stream = TcpStream::connect((host, port)).await.map_err(|error| not_reached(&error))?;
+        let stream = match connector.hostaddr() {
+            Some(address) => TcpStream::connect((address, port)).await,
+            None => TcpStream::connect((host, port)).await,
+        };
+        let mut stream = stream.map_err(|error| not_reached(&error))?;
         stream.write_all(&SSL_REQUEST).await.map_err(|error| not_reached(&error))?;
         if stream.read_u8().await.map_err(|error| not_reached(&error))? != b'S' {
             return Err(failed(format!("{host}:{port} does not offer TLS")));
@@ -140,18 +142,17 @@ async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
 }
 
 async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pipeline>) -> Result<(), Failure> {
+    // Who may not see others' sessions can still count them.
     let query =
-        "select current_setting('max_connections')::int4 - current_setting('superuser_reserved_connections')::int4,
-                        (select count(*)::int4 from pg_stat_activity where backend_type = 'client backend'),
-                        (select count(*)::int4 from pg_stat_activity where application_name = 'login-etl')";
-    let row = client.query_one(query, &[]).await.map_err(sql("count connections"))?;
-    let (most, used, ours): (i32, i32, i32) = (row.get(0), row.get(1), row.get(2));
-    let free = most - used + ours;
+        "select current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
+                        - (select sum(numbackends)::bigint from pg_stat_database)
+                        + (select count(*) from pg_stat_activity where application_name = 'login-etl')";
+    let free: i64 = client.query_one(query, &[]).await.map_err(sql("count connections"))?.get(0);
     let Some(concurrency) = pipeline.and_then(|pipeline| pipeline.concurrency) else { return Ok(()) };
     checks.check(
-        concurrency <= free,
+        i64::from(concurrency) <= free,
         format!("it has {free} connections for the function, which may want {concurrency}"),
-        "lower MaximumConcurrency, raise max_connections, or put RDS Proxy in front",
+        "lower MaximumConcurrency or raise max_connections; behind RDS Proxy, fewer will do",
     );
     Ok(())
 }

@@ -63,11 +63,10 @@ impl Checks {
     fn have<T>(&mut self, result: Result<T, Failure>) -> Option<T> {
         match result {
             Ok(thing) => Some(thing),
-            Err(Failure::Failed(why) | Failure::Usage(why)) => {
-                self.add(State::Unknown, why, "");
+            Err(failure) => {
+                self.add(State::Unknown, failure.why(), "");
                 None
             }
-            Err(Failure::BrokenPipe) => None,
         }
     }
 
@@ -94,6 +93,12 @@ async fn last_hour(settings: &Settings, checks: &mut Checks) {
     checks.area = "last hour";
     let batches = logs::batches(settings, Duration::from_secs(3600)).await;
     let Some(batches) = checks.have(batches) else { return };
+    if !batches.whole {
+        checks.add(State::Unknown, "the log is too large to be searched whole: what follows is of its latest part", "");
+    }
+    for why in &batches.not_started {
+        checks.check(false, format!("the function did not start: {why}"), "what is to be set is said there");
+    }
     let broken: u64 = batches.batches_failed.values().sum();
     let kinds: Vec<_> = batches.batches_failed.keys().cloned().collect();
     let found = match broken {

@@ -110,9 +110,11 @@ fn unusable(checks: &mut Checks, error: SecretError, advice: &str) {
         }
         _ => true,
     };
-    match Failure::from(error) {
-        Failure::Failed(why) if known => checks.check(false, why, advice),
-        failure => drop(checks.have(Err::<(), _>(failure))),
+    let failure = Failure::from(error);
+    if known {
+        checks.check(false, failure.why(), advice);
+    } else {
+        checks.have(Err::<(), _>(failure));
     }
 }
 
@@ -167,10 +169,11 @@ async fn mapping(
 ) -> Result<Option<EventSourceMappingConfiguration>, Failure> {
     let name = settings.require("FUNCTION_NAME")?;
     let client = aws_sdk_lambda::Client::new(&settings.aws);
-    let mappings = client.list_event_source_mappings().function_name(&name).send().await;
-    let mappings = mappings.map_err(aws("read the event source mappings"))?.event_source_mappings.unwrap_or_default();
-    let arn = queue.and_then(|queue| queue.text("QueueArn"));
-    Ok(mappings.into_iter().find(|mapping| arn.is_none() || mapping.event_source_arn() == arn))
+    let arn = queue.and_then(|queue| queue.text("QueueArn")).map(ToOwned::to_owned);
+    // A queue has one with a function, at most.
+    let request = client.list_event_source_mappings().function_name(&name).set_event_source_arn(arn);
+    let mappings = request.send().await.map_err(aws("read the event source mappings"))?;
+    Ok(mappings.event_source_mappings.unwrap_or_default().into_iter().next())
 }
 
 fn mapping_checks(

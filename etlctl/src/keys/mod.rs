@@ -11,7 +11,7 @@ use login_etl::{
     mask::{KEY_ID_MAX, is_key_id},
 };
 use serde_json::json;
-use tokio_postgres::GenericClient;
+use tokio_postgres::{Client, GenericClient};
 
 use self::ring::RingSecret;
 pub use self::ring::age;
@@ -34,7 +34,7 @@ pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> 
         Keys::List { no_rows } => list(settings, *no_rows).await,
         Keys::Add { id, cipher } => add(settings, id.as_deref(), cipher).await,
         Keys::Activate { id } => activate(settings, id).await,
-        Keys::Remask { rate, batch } => remask::run(settings, *rate, *batch).await,
+        Keys::Remask(options) => remask::run(settings, options).await,
         Keys::Retire { id, yes } => retire(settings, id, *yes).await,
     }
 }
@@ -109,9 +109,9 @@ async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
         let text = format!("{} is active already.\n", key_name(id));
         return Ok(Reply::new(text, json!({"active": id, "before": id})));
     }
+    let ttl = settings.secrets_ttl().await?;
     secret.ring.activate(id)?;
     secret.write().await?;
-    let ttl = settings.secrets_ttl().await?;
     let text = format!(
         "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once. Then\n\
          `etlctl keys remask` brings the old rows over; until it has, equal values of old and new rows have different masks.\n",
@@ -130,6 +130,11 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     // A key that is not active ceased to be so when the ring was last written, at the latest.
     let (since, event) = key.replaced.map_or((secret.written, "the ring was changed"), |at| (at, "it was replaced"));
     let unused_for = age(since);
+    if settings.get("FUNCTION_NAME").or_else(|| settings.get("SECRETS_TTL")).is_none() {
+        return Err(failed(
+            "how long do functions keep a keyring? Name the stack (--stack) or the function (--function)",
+        ));
+    }
     let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
     if unused_for < wait {
         return Err(failed(format!(
@@ -141,6 +146,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         )));
     }
     let connection = settings.database().await?;
+    writable(&connection.client).await?;
     let alone = connection.client.query_one("select pg_try_advisory_lock($1)", &[&REMASKING]).await;
     if !alone.map_err(sql("see whether rows are being remasked"))?.get::<_, bool>(0) {
         return Err(failed("a remask is under way, and might be one to this very key: wait for its end, or stop it"));
@@ -154,17 +160,25 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         )));
     }
     let question = format!(
-        "Take {} out of the ring? No row has it any more, but masks in backups and copies are lost without it.",
+        "Take {} out of the ring? No row of this database has it any more, but masks elsewhere are lost without it.",
         key_name(id)
     );
     confirm(&question, yes)?;
+    let label = secret.keep_as(&format!("RETIRED-{}", if id.is_empty() { "unnamed" } else { id })).await?;
     secret.ring.keys.remove(id);
     secret.write().await?;
     let text = format!(
-        "{GOOD}{} is out of the ring.{GOOD:#} The secret's version AWSPREVIOUS has it until the ring is changed again.\n",
+        "{GOOD}{} is out of the ring.{GOOD:#} The version of the secret that had it stays, under the label {label}, until you take \
+         that away.\n",
         key_name(id)
     );
     Ok(Reply::new(text, json!({"retired": id})))
+}
+
+/// A standby has locks of its own, and may lag behind.
+async fn writable(client: &Client) -> Result<(), Failure> {
+    let standby = client.query_one("select pg_is_in_recovery()", &[]).await.map_err(sql("look at the server"))?;
+    if standby.get(0) { Err(failed("this server is a standby: connect to the primary")) } else { Ok(()) }
 }
 
 /// How many rows have a mask of each key, by the key's id. Reads the whole table.

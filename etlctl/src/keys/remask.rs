@@ -7,11 +7,9 @@
 
 use std::{
     cell::Cell,
-    num::NonZeroU32,
     time::{Duration, Instant, SystemTime},
 };
 
-use indicatif::ProgressBar;
 use login_etl::{
     login::{Field, MASKED},
     mask::Keyring,
@@ -24,8 +22,9 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 
-use super::{REMASKING, rows_by_key};
+use super::{REMASKING, rows_by_key, writable};
 use crate::{
+    cli::Remask,
     find::key_name,
     output::{BAD, Failure, GOOD, Reply, WARNING, count, duration, failed, progress, sql},
     settings::Settings,
@@ -34,10 +33,12 @@ use crate::{
 /// Passes after which a run gives up: something keeps writing under another key.
 const PASSES: u32 = 5;
 
-/// Most rows of a block of PostgreSQL's usual 8 kB.
-const FULL: u64 = 291;
+/// Rows that a full block holds, roughly. Where there are more, a batch ends amid its last block.
+const ROWS_A_BLOCK: i64 = 50;
 /// How often a run looks whether the key that it brings rows under is still the active one.
 const CHECK: Duration = Duration::from_secs(30);
+/// For how long it may go on without an answer to that.
+const UNCHECKED: Duration = Duration::from_secs(300);
 
 /// The keyring of a run, which ends when another key becomes active.
 struct FreshRing<'a> {
@@ -57,7 +58,12 @@ impl<'a> FreshRing<'a> {
         if self.checked.get().elapsed().is_ok_and(|elapsed| elapsed < age) {
             return Ok(());
         }
-        let now = self.settings.keyring().await?;
+        let now = match self.settings.keyring().await {
+            Ok(now) => now,
+            // A glitch of the network need not end hours of work.
+            Err(_) if self.checked.get().elapsed().is_ok_and(|elapsed| elapsed < UNCHECKED) => return Ok(()),
+            Err(failure) => return Err(failure),
+        };
         self.checked.set(SystemTime::now());
         if now.active() == self.ring.active() {
             return Ok(());
@@ -86,9 +92,10 @@ struct Leaf {
     blocks: i64,
 }
 
-pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU32) -> Result<Reply, Failure> {
+pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure> {
     let connection = settings.database().await?;
     let client = &connection.client;
+    writable(client).await?;
     // Held until the session ends, however that comes about, so that no key goes that rows are being brought under.
     let locked = client.query_one("select pg_try_advisory_lock_shared($1)", &[&REMASKING]).await;
     if !locked.map_err(sql("see whether a key is being retired"))?.get::<_, bool>(0) {
@@ -101,10 +108,11 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
     let last = loop {
         passes += 1;
         let what = if passes == 1 { "Remasking" } else { "Checking " };
-        let tally = pass(client, &keyring, rate, batch, what).await?;
+        let tally = pass(client, &keyring, options, passes > 1, what).await?;
         keyring.check(Duration::ZERO).await?;
         changed += tally.changed;
-        if tally.changed == 0 || passes == PASSES {
+        // The first pass leaves out what has the active key already.
+        if passes > 1 && (tally.changed == 0 || passes == PASSES) {
             break tally;
         }
     };
@@ -158,8 +166,8 @@ pub async fn run(settings: &Settings, rate: Option<NonZeroU32>, batch: NonZeroU3
 async fn pass(
     client: &Client,
     keyring: &FreshRing<'_>,
-    rate: Option<NonZeroU32>,
-    batch: NonZeroU32,
+    options: &Remask,
+    all: bool,
     what: &str,
 ) -> Result<Tally, Failure> {
     let leaves = leaves(client).await?;
@@ -167,33 +175,42 @@ async fn pass(
     let bar = progress(blocks, &format!("{what} {{bar:30}} {{percent}} %  {{msg}}  {{elapsed}} gone, {{eta}} to go"));
     let mut tally = Tally::default();
     for leaf in &leaves {
-        let wanted = u64::from(rate.map_or(batch, |rate| rate.min(batch)).get());
-        // The most rows that a block has been seen to hold. The first look is at as many blocks as would do if they were full.
-        let mut density = None;
-        let statements = Statements::new(&leaf.name);
-        let mut first = 0;
-        while first < leaf.blocks {
-            let last = (first + (wanted / density.unwrap_or(FULL)).max(1) as i64).min(leaf.blocks);
+        let rows = i64::from(options.rate.map_or(options.batch, |rate| rate.min(options.batch)).get());
+        let active = keyring.ring.active();
+        let statements = Statements::new(&leaf.name, rows, if all { None } else { Some(active) }, options.anyway);
+        let mut place = Place { block: 0, line: 0 };
+        while place.block < leaf.blocks {
+            let end = (place.block + rows / ROWS_A_BLOCK + 1).min(leaf.blocks);
             let began = Instant::now();
-            let before = (tally.read, tally.changed);
+            let before = tally.changed;
             keyring.check(CHECK).await?;
-            statements.remask(client, &keyring.ring, first, last, &mut tally).await?;
-            advance(&bar, last - first, &tally);
-            density = density.max(Some((tally.read - before.0).div_ceil((last - first) as u64).max(1)));
-            if let Some(rate) = rate {
-                let due = Duration::from_secs_f64((tally.changed - before.1) as f64 / f64::from(rate.get()));
+            let next = statements.remask(client, &keyring.ring, place, end, &mut tally).await?;
+            bar.inc((next.block - place.block).unsigned_abs());
+            bar.set_message(format!("{} of {} rows changed", tally.changed, tally.read));
+            if let Some(rate) = options.rate {
+                let due = Duration::from_secs_f64((tally.changed - before) as f64 / f64::from(rate.get()));
                 sleep(due.saturating_sub(began.elapsed())).await;
             }
-            first = last;
+            place = next;
         }
     }
     bar.finish_and_clear();
     Ok(tally)
 }
 
-fn advance(bar: &ProgressBar, blocks: i64, tally: &Tally) {
-    bar.inc(blocks.unsigned_abs());
-    bar.set_message(format!("{} of {} rows changed", tally.changed, tally.read));
+/// Where a row lies: its block, from 0, and its line pointer there, from 1. What comes after it is still to be done.
+#[derive(Clone, Copy)]
+struct Place {
+    block: i64,
+    line: i32,
+}
+
+impl Place {
+    /// From the text form of a `ctid`, `(block,line)`.
+    fn parse(ctid: &str) -> Option<Self> {
+        let (block, line) = ctid.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
+        Some(Self { block: block.parse().ok()?, line: line.parse().ok()? })
+    }
 }
 
 /// `user_logins`, or all of its partitions.
@@ -204,8 +221,8 @@ async fn leaves(client: &Client) -> Result<Vec<Leaf>, Failure> {
             union all
             select inhrelid from pg_inherits join tree on inhparent = tree.oid
         )
-        select oid::regclass::text, pg_relation_size(oid) / current_setting('block_size')::bigint
-        from pg_class join tree using (oid)
+        select tree.oid::regclass::text, pg_relation_size(tree.oid) / current_setting('block_size')::bigint
+        from pg_class join tree on pg_class.oid = tree.oid
         where relkind = 'r'";
     let rows = client.query(query, &[]).await.map_err(sql("look at the table"))?;
     Ok(rows.iter().map(|row| Leaf { name: row.get(0), blocks: row.get(1) }).collect())
@@ -214,22 +231,36 @@ async fn leaves(client: &Client) -> Result<Vec<Leaf>, Failure> {
 /// The two statements of a batch.
 struct Statements {
     leaf: String,
+    /// Most rows of a batch.
+    rows: i64,
+    /// Whether to go on where most of them cannot be recovered.
+    anyway: bool,
     read: String,
     write: String,
 }
 
 impl Statements {
-    fn new(leaf: &str) -> Self {
+    /// Rows that are under the key `but` are not read.
+    fn new(leaf: &str, rows: i64, but: Option<&str>, anyway: bool) -> Self {
         let columns = MASKED.map(|(_, column)| column);
         let each = |form: fn(&str) -> String, separator: &str| columns.map(form).join(separator);
+        let done = match but {
+            None => "false".to_owned(),
+            Some("") => columns.map(|column| format!("coalesce(position(':' in {column}) = 0, true)")).join(" and "),
+            // A key's id has no quotes in it.
+            Some(id) => columns
+                .map(|column| format!("coalesce(left({column}, {}) = '{id}:', true)", id.len() + 1))
+                .join(" and "),
+        };
         // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
         // no more line pointers than this, as a row has a header of 24 bytes at least.
         let read = format!(
             "select ctid::text, {} from only {leaf} where ctid = any (array(
                  select format('(%s,%s)', block, line)::tid
-                 from generate_series($1::bigint, $2::bigint - 1) block,
+                 from generate_series($1::bigint, $3::bigint - 1) block,
                       generate_series(1, (current_setting('block_size')::integer - 24) / 28) line
-             ))",
+                 where block > $1 or line > $2::integer
+             )) and not ({done}) order by ctid limit {rows}",
             columns.join(", ")
         );
         let write = format!(
@@ -241,7 +272,7 @@ impl Statements {
             each(|column| format!("old_{column}, new_{column}"), ", "),
             each(|column| format!("login.{column} is not distinct from batch.old_{column}"), " and "),
         );
-        Self { leaf: leaf.to_owned(), read, write }
+        Self { leaf: leaf.to_owned(), rows, anyway, read, write }
     }
 
     fn no_right(&self, error: tokio_postgres::Error, what: &str) -> Failure {
@@ -256,18 +287,25 @@ impl Statements {
         ))
     }
 
-    /// Brings the rows of the blocks from `first` to before `end` under the active key.
+    /// Brings rows under the active key: those after `place`, up to the block before `end` or as many as a batch may have.
+    /// Returns where to go on.
     async fn remask(
         &self,
         client: &Client,
         keyring: &Keyring,
-        first: i64,
+        place: Place,
         end: i64,
         tally: &mut Tally,
-    ) -> Result<(), Failure> {
-        let rows = client.query_typed(&self.read, &[(&first, Type::INT8), (&end, Type::INT8)]).await;
+    ) -> Result<Place, Failure> {
+        let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+            [(&place.block, Type::INT8), (&place.line, Type::INT4), (&end, Type::INT8)];
+        let rows = client.query_typed(&self.read, &parameters).await;
         let rows = rows.map_err(|error| self.no_right(error, "read rows"))?;
         tally.read += rows.len() as u64;
+        let is_full = rows.len() as i64 == self.rows;
+        let last = rows.last().filter(|_| is_full).and_then(|row| Place::parse(row.get(0)));
+        let next = last.unwrap_or(Place { block: end, line: 0 });
+        let mut unrecoverable = 0;
         let mut places: Vec<&str> = Vec::new();
         let mut columns: [Column<'_>; MASKED.len()] = Default::default();
         for row in &rows {
@@ -275,7 +313,7 @@ impl Statements {
             let new: [_; MASKED.len()] =
                 std::array::from_fn(|number| old[number].map(|old| remasked(keyring, MASKED[number].0, old)));
             let says = |answer| new.iter().flatten().any(|new| *new == answer);
-            tally.unrecoverable += u64::from(says(Remasked::Unrecoverable));
+            unrecoverable += usize::from(says(Remasked::Unrecoverable));
             tally.too_long += u64::from(says(Remasked::TooLong));
             if !new.iter().flatten().any(|new| matches!(new, Remasked::Changed(_))) {
                 continue;
@@ -290,8 +328,16 @@ impl Statements {
                 });
             }
         }
+        tally.unrecoverable += unrecoverable as u64;
+        if unrecoverable * 2 > rows.len() && !self.anyway {
+            return Err(failed(format!(
+                "{unrecoverable} of {} rows cannot be recovered: is this the keyring of this table? None of them was written; \
+                 --anyway goes on",
+                rows.len()
+            )));
+        }
         if places.is_empty() {
-            return Ok(());
+            return Ok(next);
         }
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&places, Type::TEXT_ARRAY)];
         for column in &columns {
@@ -300,7 +346,7 @@ impl Statements {
         }
         tally.changed +=
             client.execute_typed(&self.write, &parameters).await.map_err(|error| self.no_right(error, "write rows"))?;
-        Ok(())
+        Ok(next)
     }
 }
 

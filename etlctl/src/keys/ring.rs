@@ -74,6 +74,19 @@ impl RingSecret {
         Ok(Self { client, id, version, written, ring })
     }
 
+    /// Keeps the version that was read from being deleted once it is neither the current nor the previous one. Returns the
+    /// label that does so.
+    pub async fn keep_as(&self, label: &str) -> Result<String, Failure> {
+        let label = format!("ETLCTL-{label}");
+        let keep = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&label);
+        let kept = keep.move_to_version_id(&self.version).send().await;
+        kept.map(|_| label).map_err(aws("keep the present version of the keyring"))
+    }
+
+    async fn current_version(&self) -> Option<String> {
+        self.client.get_secret_value().secret_id(&self.id).send().await.ok()?.version_id
+    }
+
     /// Puts the edited ring in the place of the version that was read; refuses if another has taken that place meanwhile.
     pub async fn write(&self) -> Result<(), Failure> {
         let text = serde_json::to_string(&self.ring)
@@ -91,7 +104,12 @@ impl RingSecret {
         // On success it is only untidy, and else it is what takes the rejected version away.
         let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&pending);
         drop(tidy.remove_from_version_id(&version).send().await);
-        promoted.map(drop).map_err(|error| match error.code() {
+        let Err(error) = promoted else { return Ok(()) };
+        // Tried again by the SDK after an answer that was lost, it fails although it is done.
+        if self.current_version().await.as_deref() == Some(version.as_str()) {
+            return Ok(());
+        }
+        Err(match error.code() {
             Some("InvalidParameterException" | "InvalidRequestException") => {
                 failed("the keyring was changed by somebody else just now: see `etlctl keys list`, and try again")
             }
@@ -154,5 +172,6 @@ fn now() -> Timestamp {
 
 /// How long ago something was.
 pub fn age(at: Timestamp) -> Duration {
-    Timestamp::now().duration_since(at).unsigned_abs()
+    // A clock that is ahead dates things into the future: no time has passed since.
+    Duration::try_from(Timestamp::now().duration_since(at)).unwrap_or_default()
 }

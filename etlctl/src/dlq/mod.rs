@@ -1,55 +1,46 @@
 //! The dead-letter queue: what died, why, and back again.
 
+mod redrive;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     time::Duration,
 };
 
-use aws_sdk_lambda::{
-    config::{retry::RetryConfig, timeout::TimeoutConfig},
-    primitives::Blob,
-};
 use aws_sdk_sqs::{
     Client,
-    types::{
-        ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName,
-        QueueAttributeName,
-    },
+    types::{ChangeMessageVisibilityBatchRequestEntry, Message, MessageSystemAttributeName, QueueAttributeName},
 };
+use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use login_etl::{
     login::{AppVersionEncoding, Field, Login},
     mask::Keyring,
 };
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use crate::{
     audit,
     cli::Dlq,
     keys::age,
     logs,
-    output::{
-        BAD, FAINT, Failure, GOOD, Reply, WARNING, aws, confirm, count, failed, printable, progress, spinner, table,
-        time,
-    },
+    output::{Failure, GOOD, Reply, WARNING, aws, confirm, count, failed, printable, progress, spinner, table, time},
     settings::Settings,
 };
 
 /// Seconds that a message is hidden while it is looked at; it is shown again as soon as that is done.
 const LOOK: i32 = 60;
-/// Seconds that a message is hidden while it is redriven.
-const REDRIVE: i32 = 900;
 /// Entries of a request to SQS, at most.
 const ENTRIES: usize = 10;
-/// Messages of one invocation, at most.
-const BATCH: usize = 500;
-/// Bytes of one invocation's bodies, well within its 6 MB.
-const BATCH_BYTES: usize = 2_000_000;
+/// The same, where the log is too large to say so.
+const NOT_FOUND: &str = "not found in the latest part of the log";
 /// Most messages that are hidden at once to be redriven; SQS allows 120,000, and 20,000 of a FIFO queue.
 const ROUND: usize = 10_000;
 /// Why a valid message died of which the log has nothing.
 const NOT_LOGGED: &str = "nothing in the log: its batches failed, or ran out of time";
+/// Requests at once.
+const REQUESTS: usize = 16;
 /// As long as a message can live.
 const LIFE: Duration = Duration::from_secs(14 * 86_400);
 
@@ -89,24 +80,6 @@ impl Dead {
     fn body(&self) -> &str {
         self.message.body().unwrap_or_default()
     }
-
-    /// In the form in which Lambda hands messages to the function.
-    fn record(&self, queue_arn: &str) -> Value {
-        let attributes: BTreeMap<_, _> =
-            self.message.attributes().into_iter().flatten().map(|(name, value)| (name.as_str(), value)).collect();
-        json!({
-            "messageId": self.id(), "receiptHandle": self.message.receipt_handle(), "body": self.message.body(),
-            "attributes": attributes, "messageAttributes": {}, "md5OfBody": self.message.md5_of_body(),
-            "eventSource": "aws:sqs", "eventSourceARN": queue_arn, "awsRegion": queue_arn.split(':').nth(3),
-        })
-    }
-}
-
-/// What a redrive has hidden, and the ids of what it has loaded of that.
-#[derive(Default)]
-struct Taken {
-    dead: Vec<Dead>,
-    loaded: HashSet<String>,
 }
 
 struct Queue<'a> {
@@ -147,24 +120,28 @@ impl<'a> Queue<'a> {
         let mut known: HashSet<_> = dead.iter().map(|dead| dead.id().to_owned()).collect();
         let first = dead.len();
         loop {
-            let before = dead.len();
-            let wanted = ENTRIES.min(first + limit - before) as i32;
+            let wanted = ENTRIES.min(first + limit - dead.len()) as i32;
             if wanted == 0 {
                 break;
             }
             let receive = self.client.receive_message().queue_url(&self.url).max_number_of_messages(wanted);
             // Waiting asks all of SQS's servers; a short look asks some, and may miss messages.
-            let receive = receive.wait_time_seconds(if self.depth == 0 { 0 } else { 1 }).visibility_timeout(hidden);
+            let receive = receive.wait_time_seconds(1).visibility_timeout(hidden);
             let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
             let messages = received.map_err(aws("read the dead-letter queue"))?.messages.unwrap_or_default();
+            let is_end = messages.is_empty();
             for message in messages {
-                if known.insert(message.message_id().unwrap_or_default().to_owned()) {
+                let id = message.message_id().unwrap_or_default();
+                if known.insert(id.to_owned()) {
                     let reason = validation.reason(message.body().unwrap_or_default());
                     dead.push(Dead { message, reason });
+                } else if let Some(known) = dead.iter_mut().find(|dead| dead.id() == id) {
+                    // It had come back into sight. What it can be let go with is new.
+                    known.message = message;
                 }
             }
-            // Nothing more; or time is up for the first ones, which then come back into sight.
-            if dead.len() == before || asked.elapsed() > Duration::from_secs(hidden.unsigned_abs().into()) * 9 / 10 {
+            // Nothing more; or time is up for the first ones.
+            if is_end || asked.elapsed() > Duration::from_secs(hidden.unsigned_abs().into()) * 9 / 10 {
                 break;
             }
             bar.set_position((dead.len() - first) as u64);
@@ -176,16 +153,12 @@ impl<'a> Queue<'a> {
     /// Lets others see the messages again.
     async fn release<'m>(&self, dead: impl IntoIterator<Item = &'m Dead>) {
         let dead: Vec<_> = dead.into_iter().collect();
-        for part in dead.chunks(ENTRIES) {
-            let entries = part.iter().enumerate().filter_map(|(number, dead)| {
-                let entry =
-                    ChangeMessageVisibilityBatchRequestEntry::builder().id(number.to_string()).visibility_timeout(0);
-                entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
-            });
+        let requests = dead.chunks(ENTRIES).map(|part| {
             let request = self.client.change_message_visibility_batch().queue_url(&self.url);
-            // They come back by themselves, only later.
-            drop(request.set_entries(Some(entries.collect())).send().await);
-        }
+            request.set_entries(Some(visibility(part.iter().copied(), 0))).send()
+        });
+        // Those that fail come back by themselves, only later.
+        stream::iter(requests).buffer_unordered(REQUESTS).for_each(|answer| async { drop(answer) }).await;
     }
 
     async fn look(&self, limit: usize) -> Result<Vec<Dead>, Failure> {
@@ -243,12 +216,15 @@ impl<'a> Queue<'a> {
                 let _spinner = spinner("Looking into the function's log");
                 logs::reasons(self.settings, age(oldest).min(LIFE) + Duration::from_secs(60)).await
             }
-            None => Ok(HashMap::new()),
+            None => Ok((HashMap::new(), true)),
         };
         let mut groups: BTreeMap<(bool, String), Vec<&Dead>> = BTreeMap::new();
         for dead in &dead {
             let why = dead.reason.clone().unwrap_or_else(|| match &logged {
-                Ok(logged) => logged.get(dead.id()).map(String::as_str).unwrap_or(NOT_LOGGED).to_owned(),
+                Ok((logged, whole)) => {
+                    let otherwise = if *whole { NOT_LOGGED } else { NOT_FOUND };
+                    logged.get(dead.id()).map_or(otherwise, String::as_str).to_owned()
+                }
                 Err(_) => "not known, as the function's log cannot be read".to_owned(),
             });
             groups.entry((dead.reason.is_none(), why)).or_default().push(dead);
@@ -321,142 +297,6 @@ impl<'a> Queue<'a> {
         Ok(Reply::new(table(&["", ""], rows) + &text, json))
     }
 
-    async fn move_all(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
-        if self.depth == 0 {
-            return Ok(Reply::new(self.with_total(0, String::new()), json!({"moved": 0})));
-        }
-        let about = count(self.depth, "dead message");
-        confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
-        let task =
-            self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
-        task.send().await.map_err(aws("start the redrive"))?;
-        let bar = progress(self.depth, "Redriving {bar:30} {pos} of about {len}  {eta} to go; it goes on without you");
-        loop {
-            let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
-            let tasks = tasks.map_err(aws("follow the redrive"))?.results.unwrap_or_default();
-            let Some(task) = tasks.first() else {
-                return Err(failed("the redrive cannot be followed: SQS does not list it"));
-            };
-            let moved = task.approximate_number_of_messages_moved();
-            bar.set_position(moved.unsigned_abs());
-            match task.status() {
-                Some("RUNNING" | "CANCELLING") | None => sleep(Duration::from_millis(500)).await,
-                Some("COMPLETED") => {
-                    bar.finish_and_clear();
-                    let text = format!("{GOOD}{} back in the queue.{GOOD:#}\n", count(moved, "message"));
-                    return Ok(Reply::new(text, json!({"moved": moved})));
-                }
-                Some(status) => {
-                    let reason = task.failure_reason().unwrap_or("no reason given");
-                    return Err(failed(format!("the redrive ended as {status} after {moved} messages: {reason}")));
-                }
-            }
-        }
-    }
-
-    async fn redrive_fixed(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
-        if !yes {
-            let valid = self.look(ROUND).await?.iter().filter(|dead| dead.reason.is_none()).count();
-            confirm(&format!("Load {} that are valid now?", count(valid as i128, "dead message")), yes)?;
-        }
-        // Cut off, it lets others see again what is left.
-        let mut taken = Taken::default();
-        let result = tokio::select! {
-            result = self.load_all(&mut taken, rate) => result,
-            _ = tokio::signal::ctrl_c() => Err(failed("interrupted; what the function had not taken is still in the queue")),
-        };
-        let spinner = spinner("Letting others see what is left");
-        self.release(taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id()))).await;
-        drop(spinner);
-        result?;
-
-        let left = |valid: bool| {
-            let left =
-                taken.dead.iter().filter(|dead| dead.reason.is_none() == valid && !taken.loaded.contains(dead.id()));
-            left.count() as i128
-        };
-        let (loaded, refused, invalid) = (taken.loaded.len() as i128, left(true), left(false));
-        let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded, "message"));
-        if refused > 0 {
-            let refused = count(refused, "valid message");
-            text +=
-                &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
-        }
-        if invalid > 0 {
-            text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(invalid, "message"));
-        }
-        let json = json!({"loaded": loaded, "refused": refused, "invalid": invalid});
-        Ok(Reply { no: refused > 0, ..Reply::new(text, json) })
-    }
-
-    /// Reads and loads, round by round, until there is nothing new: of a FIFO queue's group, SQS shows ten, and the next ten
-    /// when those are gone.
-    async fn load_all(&self, taken: &mut Taken, rate: Option<i32>) -> Result<(), Failure> {
-        let function = self.settings.require("FUNCTION_NAME")?;
-        // An invocation may take 15 minutes, and one that is given up goes on.
-        let config = aws_sdk_lambda::config::Builder::from(&self.settings.aws)
-            .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(5)).build())
-            .retry_config(RetryConfig::disabled());
-        let client = aws_sdk_lambda::Client::from_conf(config.build());
-        loop {
-            let first = taken.dead.len();
-            self.read(&mut taken.dead, ROUND, REDRIVE).await?;
-            let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();
-            if taken.dead.len() == first {
-                return Ok(());
-            }
-            let bar = progress(fixed.len() as u64, "Loading {bar:30} {pos} of {len}  {eta} to go");
-            let mut due = Instant::now();
-            for batch in batches(&fixed, rate) {
-                sleep(due.saturating_duration_since(Instant::now())).await;
-                if let Some(rate) = rate {
-                    due = Instant::now() + Duration::from_secs_f64(batch.len() as f64 / f64::from(rate));
-                }
-                taken.loaded.extend(self.load_batch(&client, &function, batch).await?);
-                bar.inc(batch.len() as u64);
-            }
-            bar.finish_and_clear();
-        }
-    }
-
-    async fn load_batch(
-        &self,
-        client: &aws_sdk_lambda::Client,
-        function: &str,
-        batch: &[Dead],
-    ) -> Result<Vec<String>, Failure> {
-        let event = json!({"Records": batch.iter().map(|dead| dead.record(&self.arn)).collect::<Vec<_>>()});
-        let answer = client.invoke().function_name(function).payload(Blob::new(event.to_string())).send().await;
-        let answer = answer.map_err(aws("invoke the function"))?;
-        let payload = answer.payload.map(Blob::into_inner).unwrap_or_default();
-        let said: Value = serde_json::from_slice(&payload).unwrap_or_default();
-        if answer.function_error.is_some() {
-            let (kind, message) = (said["errorType"].as_str(), said["errorMessage"].as_str());
-            let (kind, message) = (kind.unwrap_or("Unhandled"), message.unwrap_or("no message"));
-            return Err(failed(format!(
-                "the function failed: {kind}: {message}. What it had not taken is still in the queue"
-            )));
-        }
-        let failures = said["batchItemFailures"].as_array();
-        let failures = failures.ok_or_else(|| failed(format!("{function:?} does not answer as login-etl does")))?;
-        let failures: HashSet<&str> =
-            failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str()).collect();
-        let taken: Vec<_> = batch.iter().filter(|dead| !failures.contains(dead.id())).collect();
-        for part in taken.chunks(ENTRIES) {
-            let entries = part.iter().enumerate().filter_map(|(number, dead)| {
-                let entry = DeleteMessageBatchRequestEntry::builder().id(number.to_string());
-                entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
-            });
-            let delete = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries.collect()));
-            let deleted =
-                delete.send().await.map_err(aws("delete what is loaded; it may be loaded again without harm"))?;
-            if !deleted.failed.is_empty() {
-                return Err(failed("SQS did not delete some of what is loaded; it may be loaded again without harm"));
-            }
-        }
-        Ok(taken.iter().map(|dead| dead.id().to_owned()).collect())
-    }
-
     async fn purge(&self, yes: bool) -> Result<Reply, Failure> {
         if self.depth + self.hidden == 0 {
             return Ok(Reply::new(self.with_total(0, String::new()), json!({"deleted": 0})));
@@ -469,20 +309,16 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// Parts small enough for an invocation, and for a second if there is a rate.
-fn batches(mut fixed: &[Dead], rate: Option<i32>) -> impl Iterator<Item = &[Dead]> {
-    let most = rate.map_or(BATCH, |rate| rate.unsigned_abs() as usize).clamp(1, BATCH);
-    std::iter::from_fn(move || {
-        let mut bytes = 0;
-        let fits = |dead: &&Dead| {
-            bytes += dead.body().len();
-            bytes <= BATCH_BYTES
-        };
-        let length = fixed.iter().take(most).take_while(fits).count().max(1).min(fixed.len());
-        let (batch, rest) = fixed.split_at(length);
-        fixed = rest;
-        (!batch.is_empty()).then_some(batch)
-    })
+/// Entries that hide messages for so many seconds, each under its place.
+fn visibility<'m>(
+    messages: impl IntoIterator<Item = &'m Dead>,
+    seconds: i32,
+) -> Vec<ChangeMessageVisibilityBatchRequestEntry> {
+    let entry = |(place, dead): (usize, &Dead)| {
+        let entry = ChangeMessageVisibilityBatchRequestEntry::builder().id(place.to_string());
+        entry.visibility_timeout(seconds).receipt_handle(dead.message.receipt_handle()?).build().ok()
+    };
+    messages.into_iter().enumerate().filter_map(entry).collect()
 }
 
 /// The function's own judgement of a body.

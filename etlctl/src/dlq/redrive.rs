@@ -1,0 +1,219 @@
+//! Dead messages back through the pipeline: all of them as SQS does it, or those that are valid now by way of the function.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
+
+use aws_sdk_lambda::{
+    config::{retry::RetryConfig, timeout::TimeoutConfig},
+    primitives::Blob,
+};
+use aws_sdk_sqs::types::DeleteMessageBatchRequestEntry;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use super::{Dead, ENTRIES, Queue, ROUND, visibility};
+use crate::output::{BAD, FAINT, Failure, GOOD, Reply, aws, confirm, count, failed, progress, spinner};
+
+/// Seconds that a message is hidden while it is redriven.
+const REDRIVE: i32 = 900;
+/// Messages of one invocation, at most.
+const BATCH: usize = 500;
+/// Bytes of one invocation's bodies, well within its 6 MB.
+const BATCH_BYTES: usize = 2_000_000;
+
+/// What a redrive has hidden, and the ids of what it has loaded of that.
+#[derive(Default)]
+struct Taken {
+    dead: Vec<Dead>,
+    loaded: HashSet<String>,
+}
+
+impl Dead {
+    /// In the form in which Lambda hands messages to the function, but for the receipt handle: should the database be out, it
+    /// is not the function's to delay a message of this queue.
+    fn record(&self, queue_arn: &str) -> Value {
+        let attributes: BTreeMap<_, _> =
+            self.message.attributes().into_iter().flatten().map(|(name, value)| (name.as_str(), value)).collect();
+        json!({
+            "messageId": self.id(), "body": self.message.body(),
+            "attributes": attributes, "messageAttributes": {}, "md5OfBody": self.message.md5_of_body(),
+            "eventSource": "aws:sqs", "eventSourceARN": queue_arn, "awsRegion": queue_arn.split(':').nth(3),
+        })
+    }
+}
+
+impl Queue<'_> {
+    pub(super) async fn move_all(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
+        if self.depth == 0 {
+            return Ok(Reply::new(self.with_total(0, String::new()), json!({"moved": 0})));
+        }
+        let about = count(self.depth, "dead message");
+        confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
+        let task =
+            self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
+        let asked = Timestamp::now();
+        task.send().await.map_err(aws("start the redrive"))?;
+        let bar = progress(self.depth, "Redriving {bar:30} {pos} of about {len}  {eta} to go; it goes on without you");
+        loop {
+            let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
+            let tasks = tasks.map_err(aws("follow the redrive, which goes on"))?.results.unwrap_or_default();
+            // An earlier one may be listed until ours is. Clocks differ a little.
+            let is_ours = |started: i64| started + 60_000 >= asked.as_millisecond();
+            let Some(task) = tasks.first().filter(|task| is_ours(task.started_timestamp())) else {
+                sleep(Duration::from_millis(500)).await;
+                continue;
+            };
+            let moved = task.approximate_number_of_messages_moved();
+            bar.set_position(moved.unsigned_abs());
+            match task.status() {
+                Some("RUNNING" | "CANCELLING") | None => sleep(Duration::from_millis(500)).await,
+                Some("COMPLETED") => {
+                    bar.finish_and_clear();
+                    let text = format!("{GOOD}{} back in the queue.{GOOD:#}\n", count(moved, "message"));
+                    return Ok(Reply::new(text, json!({"moved": moved})));
+                }
+                Some(status) => {
+                    let reason = task.failure_reason().unwrap_or("no reason given");
+                    return Err(failed(format!("the redrive ended as {status} after {moved} messages: {reason}")));
+                }
+            }
+        }
+    }
+
+    pub(super) async fn redrive_fixed(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
+        if !yes {
+            let valid = self.look(ROUND).await?.iter().filter(|dead| dead.reason.is_none()).count();
+            confirm(&format!("Load {} that are valid now?", count(valid as i128, "dead message")), yes)?;
+        }
+        // Cut off, it lets others see again what is left.
+        let mut taken = Taken::default();
+        let result = tokio::select! {
+            result = self.load_all(&mut taken, rate) => result,
+            _ = tokio::signal::ctrl_c() => Err(failed("interrupted; what the function had not taken is still in the queue")),
+        };
+        let spinner = spinner("Letting others see what is left");
+        self.release(taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id()))).await;
+        drop(spinner);
+        result?;
+
+        let left = |valid: bool| {
+            let left =
+                taken.dead.iter().filter(|dead| dead.reason.is_none() == valid && !taken.loaded.contains(dead.id()));
+            left.count() as i128
+        };
+        let (loaded, refused, invalid) = (taken.loaded.len() as i128, left(true), left(false));
+        let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded, "message"));
+        if refused > 0 {
+            let refused = count(refused, "valid message");
+            text +=
+                &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
+        }
+        if invalid > 0 {
+            text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(invalid, "message"));
+        }
+        let json = json!({"loaded": loaded, "refused": refused, "invalid": invalid});
+        Ok(Reply { no: refused > 0, ..Reply::new(text, json) })
+    }
+
+    /// Reads and loads, round by round, until there is nothing new: of a FIFO queue's group, SQS shows ten, and the next ten
+    /// when those are gone.
+    async fn load_all(&self, taken: &mut Taken, rate: Option<i32>) -> Result<(), Failure> {
+        let function = self.settings.require("FUNCTION_NAME")?;
+        // An invocation may take 15 minutes, and one that is given up goes on.
+        let config = aws_sdk_lambda::config::Builder::from(&self.settings.aws)
+            .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(5)).build())
+            .retry_config(RetryConfig::disabled());
+        let client = aws_sdk_lambda::Client::from_conf(config.build());
+        loop {
+            let first = taken.dead.len();
+            self.read(&mut taken.dead, ROUND, REDRIVE).await?;
+            let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();
+            if taken.dead.len() == first {
+                return Ok(());
+            }
+            let bar = progress(fixed.len() as u64, "Loading {bar:30} {pos} of {len}  {eta} to go");
+            let mut due = Instant::now();
+            for batch in batches(&fixed, rate) {
+                sleep(due.saturating_duration_since(Instant::now())).await;
+                let batch = self.hold(batch).await?;
+                if let Some(rate) = rate {
+                    due = Instant::now() + Duration::from_secs_f64(batch.len() as f64 / f64::from(rate));
+                }
+                taken.loaded.extend(self.load_batch(&client, &function, &batch).await?);
+                bar.inc(batch.len() as u64);
+            }
+            bar.finish_and_clear();
+        }
+    }
+
+    /// Hides messages for some more time, and returns those that are still ours: what came back into sight meanwhile may be on
+    /// another way, under another id.
+    async fn hold<'m>(&self, batch: &'m [Dead]) -> Result<Vec<&'m Dead>, Failure> {
+        let mut held = Vec::new();
+        for part in batch.chunks(ENTRIES) {
+            let request = self.client.change_message_visibility_batch().queue_url(&self.url);
+            let answer = request.set_entries(Some(visibility(part, REDRIVE))).send().await;
+            let answer = answer.map_err(aws("hide messages while they are loaded"))?;
+            let places = answer.successful.iter().filter_map(|entry| entry.id.parse::<usize>().ok());
+            held.extend(places.filter_map(|place| part.get(place)));
+        }
+        Ok(held)
+    }
+
+    async fn load_batch(
+        &self,
+        client: &aws_sdk_lambda::Client,
+        function: &str,
+        batch: &[&Dead],
+    ) -> Result<Vec<String>, Failure> {
+        let event = json!({"Records": batch.iter().map(|dead| dead.record(&self.arn)).collect::<Vec<_>>()});
+        let answer = client.invoke().function_name(function).payload(Blob::new(event.to_string())).send().await;
+        let answer = answer.map_err(aws("invoke the function"))?;
+        let payload = answer.payload.map(Blob::into_inner).unwrap_or_default();
+        let said: Value = serde_json::from_slice(&payload).unwrap_or_default();
+        if answer.function_error.is_some() {
+            let (kind, message) = (said["errorType"].as_str(), said["errorMessage"].as_str());
+            let (kind, message) = (kind.unwrap_or("Unhandled"), message.unwrap_or("no message"));
+            return Err(failed(format!(
+                "the function failed: {kind}: {message}. What it had not taken is still in the queue"
+            )));
+        }
+        let failures = said["batchItemFailures"].as_array();
+        let failures = failures.ok_or_else(|| failed(format!("{function:?} does not answer as login-etl does")))?;
+        let failures: HashSet<&str> =
+            failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str()).collect();
+        let taken: Vec<_> = batch.iter().filter(|dead| !failures.contains(dead.id())).collect();
+        for part in taken.chunks(ENTRIES) {
+            let entries = part.iter().enumerate().filter_map(|(number, dead)| {
+                let entry = DeleteMessageBatchRequestEntry::builder().id(number.to_string());
+                entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
+            });
+            let delete = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries.collect()));
+            let deleted =
+                delete.send().await.map_err(aws("delete what is loaded; it may be loaded again without harm"))?;
+            if !deleted.failed.is_empty() {
+                return Err(failed("SQS did not delete some of what is loaded; it may be loaded again without harm"));
+            }
+        }
+        Ok(taken.iter().map(|dead| dead.id().to_owned()).collect())
+    }
+}
+
+/// Parts small enough for an invocation, and for a second if there is a rate.
+fn batches(mut fixed: &[Dead], rate: Option<i32>) -> impl Iterator<Item = &[Dead]> {
+    let most = rate.map_or(BATCH, |rate| rate.unsigned_abs() as usize).clamp(1, BATCH);
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = |dead: &&Dead| {
+            bytes += dead.body().len();
+            bytes <= BATCH_BYTES
+        };
+        let length = fixed.iter().take(most).take_while(fits).count().max(1).min(fixed.len());
+        let (batch, rest) = fixed.split_at(length);
+        fixed = rest;
+        (!batch.is_empty()).then_some(batch)
+    })
+}

@@ -288,7 +288,7 @@ pub struct Remask {
     /// Most rows a batch
     #[arg(long, value_name = "N", default_value = "5000")]
     pub batch: NonZeroU32,
-    /// Go on where most rows cannot be recovered; else that is taken for another table's keyring
+    /// Go on though most masks cannot be recovered, which else is taken for another table's keyring
     #[arg(long)]
     pub anyway: bool,
 }

@@ -216,5 +216,7 @@ impl Settings {
 /// Connects as a user, whom an error names.
 pub async fn connect(connector: &Connector, credentials: &Credentials) -> Result<Connection, Failure> {
     let connected = connector.connect(credentials).await;
-    connected.map_err(|error| failed(format!("as the database user {:?}: {error}", credentials.username())))
+    connected.map_err(|error| {
+        failed(format!("as the database user {:?}: {}", credentials.username(), Failure::from(error).why()))
+    })
 }

@@ -67,14 +67,14 @@ class Etlctl:
 class Terminal:
     """`etlctl` on a terminal that a test looks at while it runs, and types into."""
 
-    def __init__(self, world: World, *arguments: str, **options):
+    def __init__(self, etlctl: Etlctl, *arguments: str, **options):
         self.ours, theirs = pty.openpty()
         self.unread = ""
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
         # A session whose terminal it is, so that Ctrl-C reaches it.
         session = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
         options["environment"] = {"TERM": "xterm-256color"} | options.get("environment", {})
-        self.process = world.start(*arguments, **streams, **session, **options)
+        self.process = etlctl.start(*arguments, **streams, **session, **options)
         os.close(theirs)
 
     def __enter__(self) -> "Terminal":
@@ -128,6 +128,7 @@ class World(Etlctl):
             "DATABASE_SECRET_ID": DATABASE_SECRET,
             "ETLCTL_DATABASE_SECRET_ID": OPERATOR_SECRET,
             "MASKING_SECRET_ID": self.masking_secret,
+            "SECRETS_TTL": "3600",
         }
         super().__init__(environment, servers.localstack.directory)
 

@@ -234,7 +234,7 @@ def test_a_key_with_a_row_is_not_retired(world):
 def test_a_key_is_not_retired_while_a_running_function_may_use_it(world):
     rotated(world)
     # An invocation that began with the keyring before may last 15 minutes.
-    for ttl, minutes, retired in [("1", 0, False), ("1", 15.5, False), (None, 17, False), (None, 75, False), ("1", 17, True), (None, 77, True)]:
+    for ttl, minutes, retired in [("1", 0, False), ("1", 15.5, False), ("3600", 17, False), ("3600", 75, False), ("1", 17, True), ("3600", 77, True)]:
         replaced_ago(world, "", minutes=minutes)
         ring, retire = world.keyring(), ("retire", "", "--yes")
         if retired:

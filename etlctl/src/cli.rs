@@ -135,7 +135,7 @@ Examples:
     },
     /// The dead-letter queue: what died, why, and back again
     ///
-    /// Looking hides a message from others for a minute at most.
+    /// Looking hides a message from others, for a minute at most.
     Dlq {
         #[command(subcommand)]
         command: Dlq,
@@ -269,8 +269,8 @@ pub enum Keys {
     Remask(Remask),
     /// Take a key out of the ring
     ///
-    /// Refused while a row is masked under it, and while a running function may still use it. Copies and backups of the table
-    /// that have masks of this key cannot be recovered without it.
+    /// Refused while a row is masked under it, and until running functions have had the time to notice the new one. The secret's
+    /// version that had it is kept under the label ETLCTL-RETIRED-<id>: backups and copies of the table need it.
     Retire {
         /// The key's id; "" is the unnamed key's
         id: String,
@@ -325,7 +325,8 @@ pub enum Dlq {
     ///
     /// All of them, by SQS's own move task: each gets a new id, and dies again if nothing was fixed. With --fixed, only those
     /// that are valid now: they are given to the function under their own ids, so that the ledger keeps what was written
-    /// already from being written twice, and are deleted once the function has taken them.
+    /// already from being written twice (but for FIFO queues, where SQS gives dead messages a new time), and are deleted once
+    /// the function has taken them. They are hidden from others meanwhile, for up to 15 minutes if it is killed.
     Redrive {
         /// Only what is valid now
         #[arg(long)]

@@ -113,6 +113,16 @@ def test_what_a_key_of_the_ring_recovers_is_masked_under_the_active_one_and_all_
     assert rows(world, "user_id, ctid::text, xmin::text") == places, "a second run writes nothing"
 
 
+def test_every_row_is_read_once_also_where_a_batch_ends_amid_a_block(world):
+    masked = add_keys(world, "new aes-cbc")
+    logins = made_up(random.Random(9), 3000)
+    fill(world, under(masked, "", logins))
+    world.json("keys", "activate", "new")
+    said = remask(world, "--batch", "700")
+    # A pass that rewrites, and one that finds nothing to do.
+    assert (said["changed"], said["read"], said["passes"]) == (len(logins), len(logins), 2)
+
+
 @pytest.mark.parametrize("cipher", ["aes-siv", "aes-cbc"])
 def test_there_and_back_again_every_mask_is_the_one_it_was(world, cipher):
     masked = add_keys(world, f"new {cipher}")

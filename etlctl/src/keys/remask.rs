@@ -276,12 +276,12 @@ impl Statements {
         // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
         // no more line pointers than this, as a row has a header of 24 bytes at least.
         let read = format!(
-            "select ctid::text, {} from only {leaf} where ctid = any (array(
+            "select login.ctid::text, {} from only {leaf} as login where login.ctid = any (array(
                  select format('(%s,%s)', block, line)::tid
                  from generate_series($1::bigint, $3::bigint - 1) block,
                       generate_series(1, (current_setting('block_size')::integer - 24) / 28) line
                  where block > $1 or line > $2::integer
-             )) and not ({done}) order by ctid limit {rows}",
+             )) and not ({done}) order by login.ctid limit {rows}",
             columns.join(", ")
         );
         let write = format!(

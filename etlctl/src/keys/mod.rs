@@ -175,6 +175,14 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     Ok(Reply::new(text, json!({"retired": id})))
 }
 
+/// For how long functions may still mask under a key that is not active any more.
+async fn unsettled_for(settings: &Settings) -> Result<Duration, Failure> {
+    let ring = RingSecret::read(settings).await?.ring;
+    let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
+    let latest = ring.keys.values().filter_map(|key| key.replaced).max();
+    Ok(latest.map_or(Duration::ZERO, |at| wait.saturating_sub(age(at))))
+}
+
 /// A standby has locks of its own, and may lag behind.
 async fn writable(client: &Client) -> Result<(), Failure> {
     let standby = client.query_one("select pg_is_in_recovery()", &[]).await.map_err(sql("look at the server"))?;

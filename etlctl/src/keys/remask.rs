@@ -22,7 +22,7 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 
-use super::{REMASKING, rows_by_key, writable};
+use super::{REMASKING, rows_by_key, unsettled_for, writable};
 use crate::{
     cli::Remask,
     find::key_name,
@@ -158,8 +158,16 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
             );
         }
     }
+    let unsettled = unsettled_for(settings).await?;
+    if equal && !unsettled.is_zero() {
+        text += &format!(
+            "{WARNING}Functions that have not noticed the new key may still add rows under another, for {} at most: run this again \
+             then.{WARNING:#}\n",
+            duration(unsettled)
+        );
+    }
     let json = json!({
-        "active": active, "changed": changed, "read": last.read, "passes": passes, "unrecoverable": last.unrecoverable,
+        "settled_in_seconds": unsettled.as_secs(), "active": active, "changed": changed, "read": last.read, "passes": passes, "unrecoverable": last.unrecoverable,
         "too_long": last.too_long, "rows_under_other_keys": others, "equal_values_are_equal": equal, "seconds": seconds,
     });
     Ok(Reply { no: !equal, ..Reply::new(text, json) })

@@ -94,18 +94,21 @@ impl RingSecret {
             .map_err(|_| failed("the keyring cannot be written"))?;
         Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
         // Labels keep a version alive until it is the current one. One that others use too, they would take away.
-        let pending = format!("ETLCTL-{}", hex::encode(random::<8>()?.as_ref()));
-        let put =
-            self.client.put_secret_value().secret_id(&self.id).secret_string(text.as_str()).version_stages(&pending);
-        let put = put.send().await.map_err(aws("write the keyring"))?;
-        let version = put.version_id.unwrap_or_default();
+        let version = hex::encode(random::<16>()?.as_ref());
+        let pending = format!("ETLCTL-{version}");
+        let put = self.client.put_secret_value().secret_id(&self.id).client_request_token(&version);
+        match put.secret_string(text.as_str()).version_stages(&pending).send().await {
+            // Tried again by the SDK after an answer that was lost, it is there already.
+            Err(error) if error.code() == Some("ResourceExistsException") => {}
+            put => drop(put.map_err(aws("write the keyring"))?),
+        }
         let promote = self.client.update_secret_version_stage().secret_id(&self.id).version_stage("AWSCURRENT");
         let promoted = promote.move_to_version_id(&version).remove_from_version_id(&self.version).send().await;
         // On success it is only untidy, and else it is what takes the rejected version away.
         let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&pending);
         drop(tidy.remove_from_version_id(&version).send().await);
         let Err(error) = promoted else { return Ok(()) };
-        // Tried again by the SDK after an answer that was lost, it fails although it is done.
+        // That may be done as well, though it fails when it is tried again.
         if self.current_version().await.as_deref() == Some(version.as_str()) {
             return Ok(());
         }

@@ -2,6 +2,7 @@
 
 mod remask;
 mod ring;
+mod rows;
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -1,0 +1,147 @@
+//! The rows of `user_logins` by where they lie, for want of a key: read and written back in batches.
+
+use login_etl::login::MASKED;
+use tokio_postgres::{
+    Client, Row,
+    error::SqlState,
+    types::{ToSql, Type},
+};
+
+use crate::output::{Failure, failed, sql};
+
+/// Rows that a full block holds, roughly. Where there are more, a batch ends amid its last block.
+const ROWS_A_BLOCK: i64 = 50;
+
+/// One table of rows: `user_logins`, or a partition of it.
+pub(super) struct Leaf {
+    pub(super) name: String,
+    pub(super) blocks: i64,
+}
+
+/// Where a row lies: its block, from 0, and its line pointer there, from 1. What comes after it is still to be done.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) block: i64,
+    line: i32,
+}
+
+impl Place {
+    /// Before the first row.
+    pub(super) const START: Self = Self { block: 0, line: 0 };
+
+    /// From the text form of a `ctid`, `(block,line)`.
+    fn parse(ctid: &str) -> Option<Self> {
+        let (block, line) = ctid.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
+        Some(Self { block: block.parse().ok()?, line: line.parse().ok()? })
+    }
+}
+
+/// `user_logins`, or all of its partitions.
+pub(super) async fn leaves(client: &Client) -> Result<Vec<Leaf>, Failure> {
+    let query = "
+        with recursive tree (oid) as (
+            select 'user_logins'::regclass::oid
+            union all
+            select inhrelid from pg_inherits join tree on inhparent = tree.oid
+        )
+        select tree.oid::regclass::text, pg_relation_size(tree.oid) / current_setting('block_size')::bigint
+        from pg_class join tree on pg_class.oid = tree.oid
+        where relkind = 'r'";
+    let rows = client.query(query, &[]).await.map_err(sql("look at the table"))?;
+    Ok(rows.iter().map(|row| Leaf { name: row.get(0), blocks: row.get(1) }).collect())
+}
+
+/// The two statements of a batch.
+pub(super) struct Statements {
+    leaf: String,
+    /// Most rows of a batch.
+    rows: i64,
+    read: String,
+    write: String,
+}
+
+impl Statements {
+    /// Rows that are under the key `but` are not read.
+    pub(super) fn new(leaf: &str, rows: i64, but: Option<&str>) -> Self {
+        let columns = MASKED.map(|(_, column)| column);
+        let each = |form: fn(&str) -> String, separator: &str| columns.map(form).join(separator);
+        let done = match but {
+            None => "false".to_owned(),
+            Some("") => columns.map(|column| format!("coalesce(position(':' in {column}) = 0, true)")).join(" and "),
+            // A key's id has no quotes in it.
+            Some(id) => columns
+                .map(|column| format!("coalesce(left({column}, {}) = '{id}:', true)", id.len() + 1))
+                .join(" and "),
+        };
+        // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
+        // no more line pointers than this, as a row has a header of 24 bytes at least.
+        let read = format!(
+            "select login.ctid::text, {} from only {leaf} as login where login.ctid = any (array(
+                 select format('(%s,%s)', block, line)::tid
+                 from generate_series($1::bigint, $3::bigint - 1) block,
+                      generate_series(1, (current_setting('block_size')::integer - 24) / 28) line
+                 where block > $1 or line > $2::integer
+             )) and not ({done}) order by login.ctid limit {rows}",
+            columns.join(", ")
+        );
+        let write = format!(
+            "update only {leaf} as login set {}
+             from unnest($1::text[]::tid[], {}) as batch (ctid, {})
+             where login.ctid = any ($1::text[]::tid[]) and login.ctid = batch.ctid and {}",
+            each(|column| format!("{column} = batch.new_{column}"), ", "),
+            (2..2 + 2 * columns.len()).map(|number| format!("${number}::text[]")).collect::<Vec<_>>().join(", "),
+            each(|column| format!("old_{column}, new_{column}"), ", "),
+            each(|column| format!("login.{column} is not distinct from batch.old_{column}"), " and "),
+        );
+        Self { leaf: leaf.to_owned(), rows, read, write }
+    }
+
+    fn no_right(&self, error: tokio_postgres::Error, what: &str) -> Failure {
+        if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+            return sql(what)(error);
+        }
+        let columns = MASKED.map(|(_, column)| column).join(", ");
+        failed(format!(
+            "your database user may not remask {0}: be in the role login_etl_operator, and let the owner `grant select, update \
+             ({columns}) on {0} to login_etl_operator`",
+            self.leaf
+        ))
+    }
+
+    /// The rows after `place`, as many as a batch may have, of blocks before `end`; and where to go on.
+    pub(super) async fn read(&self, client: &Client, place: Place, end: i64) -> Result<(Vec<Row>, Place), Failure> {
+        let end = end.min(place.block + self.rows / ROWS_A_BLOCK + 1);
+        let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+            [(&place.block, Type::INT8), (&place.line, Type::INT4), (&end, Type::INT8)];
+        let rows = client.query_typed(&self.read, &parameters).await;
+        let rows = rows.map_err(|error| self.no_right(error, "read rows"))?;
+        let is_full = rows.len() as i64 == self.rows;
+        let last = rows.last().filter(|_| is_full).and_then(|row| Place::parse(row.get(0)));
+        Ok((rows, last.unwrap_or(Place { block: end, line: 0 })))
+    }
+
+    /// Writes new masks where the old ones still are. Returns how many rows that were.
+    pub(super) async fn write(&self, client: &Client, changes: &Changes<'_>) -> Result<u64, Failure> {
+        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&changes.places, Type::TEXT_ARRAY)];
+        for column in &changes.columns {
+            parameters.push((&column.old, Type::TEXT_ARRAY));
+            parameters.push((&column.new, Type::TEXT_ARRAY));
+        }
+        let written = client.execute_typed(&self.write, &parameters).await;
+        written.map_err(|error| self.no_right(error, "write rows"))
+    }
+}
+
+/// The rows of a batch that change, by their places, and their masks before and after.
+#[derive(Default)]
+pub(super) struct Changes<'a> {
+    pub(super) places: Vec<&'a str>,
+    pub(super) columns: [Column<'a>; MASKED.len()],
+}
+
+/// One column's masks.
+#[derive(Default)]
+pub(super) struct Column<'a> {
+    pub(super) old: Vec<Option<&'a str>>,
+    pub(super) new: Vec<Option<String>>,
+}

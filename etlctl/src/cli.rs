@@ -270,7 +270,7 @@ pub enum Keys {
     /// Take a key out of the ring
     ///
     /// Refused while a row is masked under it, and until running functions have had the time to notice the new one. The secret's
-    /// version that had it is kept under the label ETLCTL-RETIRED-<id>: backups and copies of the table need it.
+    /// version that had it is kept under the label ETLCTL-RETIRED-ID: backups and copies of the table need it.
     Retire {
         /// The key's id; "" is the unnamed key's
         id: String,

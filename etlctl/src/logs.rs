@@ -103,9 +103,7 @@ async fn lines(settings: &Settings, phrase: &str, since: Duration) -> Result<Lin
 
 async fn group(settings: &Settings) -> Result<String, Failure> {
     let function = settings.require("FUNCTION_NAME")?;
-    let client = aws_sdk_lambda::Client::new(&settings.aws);
-    let configuration = client.get_function_configuration().function_name(&function).send().await;
-    let configuration = configuration.map_err(aws(format_args!("read the function {function:?}")))?;
+    let configuration = settings.function_configuration(&function).await?;
     let group = configuration.logging_config.and_then(|logging| logging.log_group);
     Ok(group.unwrap_or_else(|| format!("/aws/lambda/{}", configuration.function_name.unwrap_or(function))))
 }

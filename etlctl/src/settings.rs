@@ -3,6 +3,7 @@
 use std::{collections::HashMap, path::Path, time::Duration};
 
 use aws_config::SdkConfig;
+use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurationOutput;
 use login_etl::{
     config::{self, Config},
     secrets::{Credentials, Secrets},
@@ -87,10 +88,15 @@ impl Settings {
         Ok(values)
     }
 
-    async fn function_variables(&self, name: &str) -> Result<HashMap<String, String>, Failure> {
+    /// What Lambda knows of a function.
+    pub async fn function_configuration(&self, name: &str) -> Result<GetFunctionConfigurationOutput, Failure> {
         let client = aws_sdk_lambda::Client::new(&self.aws);
         let configuration = client.get_function_configuration().function_name(name).send().await;
-        let configuration = configuration.map_err(aws(format_args!("read the function {name:?}")))?;
+        configuration.map_err(aws(format_args!("read the function {name:?}")))
+    }
+
+    async fn function_variables(&self, name: &str) -> Result<HashMap<String, String>, Failure> {
+        let configuration = self.function_configuration(name).await?;
         Ok(configuration.environment.and_then(|environment| environment.variables).unwrap_or_default())
     }
 

@@ -95,8 +95,12 @@ class Pipeline(World):
     def logged(self, text: str) -> list[dict]:
         """The lines of the function's log that have a text, as soon as there are any."""
         logs, group = self.localstack.client("logs"), f"/aws/lambda/{self.name}"
-        lines = lambda: (event["message"] for event in logs.filter_log_events(logGroupName=group)["events"])  # noqa: E731
-        return self.until(lambda: [json.loads(line) for line in lines() if text in line])
+
+        def lines() -> list[dict]:
+            events = logs.filter_log_events(logGroupName=group)["events"]
+            return [json.loads(event["message"]) for event in events if text in event["message"]]
+
+        return self.until(lines)
 
     def forget_log(self) -> None:
         """Empties the function's log."""

@@ -9,8 +9,7 @@ use aws_sdk_lambda::{
     config::{retry::RetryConfig, timeout::TimeoutConfig},
     primitives::Blob,
 };
-use aws_sdk_sqs::types::DeleteMessageBatchRequestEntry;
-use jiff::Timestamp;
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, ListMessageMoveTasksResultEntry};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
@@ -54,15 +53,13 @@ impl Queue<'_> {
         confirm(&format!("Send about {about} back to the queue, each under a new id?"), yes)?;
         let task =
             self.client.start_message_move_task().source_arn(&self.arn).set_max_number_of_messages_per_second(rate);
-        let asked = Timestamp::now();
+        let earlier = self.last_move().await?.map(|task| task.started_timestamp());
         task.send().await.map_err(aws("start the redrive"))?;
         let bar = progress(self.depth, "Redriving {bar:30} {pos} of about {len}  {eta} to go; it goes on without you");
         loop {
-            let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
-            let tasks = tasks.map_err(aws("follow the redrive, which goes on"))?.results.unwrap_or_default();
-            // An earlier one may be listed until ours is. Clocks differ a little.
-            let is_ours = |started: i64| started + 60_000 >= asked.as_millisecond();
-            let Some(task) = tasks.first().filter(|task| is_ours(task.started_timestamp())) else {
+            // An earlier one may be listed until ours is.
+            let ours = self.last_move().await?.filter(|task| Some(task.started_timestamp()) != earlier);
+            let Some(task) = ours else {
                 sleep(Duration::from_millis(500)).await;
                 continue;
             };
@@ -81,6 +78,13 @@ impl Queue<'_> {
                 }
             }
         }
+    }
+
+    /// The move of this queue's messages that was started last.
+    async fn last_move(&self) -> Result<Option<ListMessageMoveTasksResultEntry>, Failure> {
+        let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
+        let tasks = tasks.map_err(aws("see how the redrive goes; if one has begun, it goes on"))?;
+        Ok(tasks.results.unwrap_or_default().into_iter().next())
     }
 
     pub(super) async fn redrive_fixed(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {

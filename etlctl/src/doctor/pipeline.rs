@@ -128,9 +128,8 @@ struct Function {
 
 async fn function(settings: &Settings) -> Result<Function, Failure> {
     let name = settings.require("FUNCTION_NAME")?;
+    let configuration = settings.function_configuration(&name).await?;
     let client = aws_sdk_lambda::Client::new(&settings.aws);
-    let configuration = client.get_function_configuration().function_name(&name).send().await;
-    let configuration = configuration.map_err(aws(format_args!("read the function {name:?}")))?;
     let concurrency = client.get_function_concurrency().function_name(&name).send().await;
     let concurrency = concurrency.map_err(aws(format_args!("read the concurrency of {name:?}")))?;
     let level = configuration.logging_config().and_then(|logging| logging.application_log_level());

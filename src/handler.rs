@@ -5,7 +5,7 @@ use std::{
     fmt,
     ops::RangeInclusive,
     panic::AssertUnwindSafe,
-    time::{Duration, SystemTime},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
@@ -103,6 +103,9 @@ impl fmt::Display for Failure {
 struct Report {
     messages: usize,
     inserted: u64,
+    /// When the oldest message was sent, of those that are no batch item failures.
+    oldest: Option<SystemTime>,
+    highest_receive_count: Option<u64>,
     /// Message id and reason, in the batch's order.
     failures: Vec<(String, Failure)>,
 }
@@ -142,7 +145,7 @@ impl Handler {
         // The runtime would put a panic's message into its answer, and a message can quote data.
         let result = AssertUnwindSafe(loading).catch_unwind().await.unwrap_or(Err(BatchError::Panic));
 
-        let Report { messages, inserted, failures } = report;
+        let Report { messages, inserted, oldest, highest_receive_count, failures } = report;
         let failed = failures.len();
         let deduplicated = if result.is_ok() { messages as u64 - failed as u64 - inserted } else { 0 };
         metrics::Batch {
@@ -156,6 +159,11 @@ impl Handler {
             failed: failed as u64,
             batches_failed: result.is_err().into(),
             duration: started.elapsed(),
+            age_of_oldest_message: oldest.and_then(|sent| SystemTime::now().duration_since(sent).ok()),
+            highest_receive_count,
+            credential_refreshes: self.store.take_credential_refreshes(),
+            keyring_failures: self.keyring.take_failures(),
+            prune_failures: self.store.take_prune_failures(),
         }
         .emit();
         result.inspect_err(|error| {
@@ -175,6 +183,8 @@ impl Handler {
 
     async fn load(&self, messages: &[SqsMessage], deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
         report.messages = messages.len();
+        report.oldest = messages.iter().filter_map(sent).min();
+        report.highest_receive_count = messages.iter().filter_map(receive_count).max();
         if messages.iter().any(|message| message.message_id.as_deref().is_none_or(str::is_empty)) {
             return Err(BatchError::NoMessageId);
         }
@@ -213,9 +223,12 @@ impl Handler {
         for (index, failure) in refused.chain(held_back) {
             fates.insert(entries[index].key.message_id, Some(failure));
         }
+        report.oldest = None;
         for message in messages {
             if let Some(Some(failure)) = fates.get(&ledger_key(message, horizon).message_id) {
                 report.failures.push((message.message_id.clone().unwrap_or_default(), failure.clone()));
+            } else {
+                report.oldest = report.oldest.into_iter().chain(sent(message)).min();
             }
         }
         Ok(())
@@ -238,6 +251,16 @@ fn parse(event: &str) -> Result<Vec<SqsMessage>, BatchError> {
 fn ledger_key(message: &SqsMessage, horizon: SystemTime) -> LedgerKey {
     let sent_timestamp = message.attributes.get("SentTimestamp").map(String::as_str);
     LedgerKey::new(message.message_id.as_deref().unwrap_or_default(), sent_timestamp, horizon)
+}
+
+/// When the message was sent. SQS says it in milliseconds.
+fn sent(message: &SqsMessage) -> Option<SystemTime> {
+    let milliseconds = message.attributes.get("SentTimestamp")?.parse().ok()?;
+    UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds))
+}
+
+fn receive_count(message: &SqsMessage) -> Option<u64> {
+    message.attributes.get("ApproximateReceiveCount")?.parse().ok()
 }
 
 /// The message's group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.

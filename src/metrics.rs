@@ -9,7 +9,7 @@ use std::{
 use metrique::{
     CloseValue, RootEntry,
     emf::Emf,
-    unit::{Count, Millisecond},
+    unit::{Count, Millisecond, Second},
     unit_of_work::metrics,
     writer::format::Format,
 };
@@ -48,6 +48,21 @@ pub struct Batch {
     /// From the event's arrival to the response.
     #[metrics(unit = Millisecond)]
     pub duration: Duration,
+    /// From the sending of a message to the end of its batch, of the oldest message that is no batch item failure.
+    #[metrics(unit = Second)]
+    pub age_of_oldest_message: Option<Duration>,
+    /// How often the message was received that was received most often.
+    #[metrics(unit = Count)]
+    pub highest_receive_count: Option<u64>,
+    /// How often refused credentials were read again, since the last batch.
+    #[metrics(unit = Count)]
+    pub credential_refreshes: u64,
+    /// How often the keyring could not be read again, since the last batch.
+    #[metrics(unit = Count)]
+    pub keyring_failures: u64,
+    /// How often the ledger could not be pruned, since the last batch.
+    #[metrics(unit = Count)]
+    pub prune_failures: u64,
 }
 
 impl Batch {

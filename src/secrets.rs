@@ -2,7 +2,10 @@
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -170,6 +173,7 @@ pub struct FreshKeyring {
     id: String,
     ttl: Duration,
     current: Mutex<(Arc<Keyring>, SystemTime)>,
+    failures: AtomicU64,
 }
 
 impl FreshKeyring {
@@ -180,7 +184,7 @@ impl FreshKeyring {
     pub async fn read(secrets: Secrets, id: String, ttl: Duration) -> Result<Self, SecretError> {
         let keyring = secrets.keyring(&id).await?;
         let expires = SystemTime::now() + ttl;
-        Ok(Self { secrets, id, ttl, current: Mutex::new((Arc::new(keyring), expires)) })
+        Ok(Self { secrets, id, ttl, current: Mutex::new((Arc::new(keyring), expires)), failures: AtomicU64::new(0) })
     }
 
     /// The keyring to mask with now. One that cannot be read again is kept, with a warning: what it masks stays recoverable.
@@ -197,10 +201,16 @@ impl FreshKeyring {
                 Ok(keyring) => *current = (Arc::new(keyring), now + self.ttl),
                 Err(error) => {
                     tracing::warn!(error, "keyring not read again, used on as it is");
+                    self.failures.fetch_add(1, Ordering::Relaxed);
                     current.1 = now + self.ttl.min(REFRESH_PAUSE);
                 }
             }
         }
         Arc::clone(&current.0)
+    }
+
+    /// How often it could not be read again, since this was last asked.
+    pub fn take_failures(&self) -> u64 {
+        self.failures.swap(0, Ordering::Relaxed)
     }
 }

@@ -213,6 +213,7 @@ mod tests {
         let mut files: Vec<_> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../schema"))
             .unwrap()
             .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.ends_with(".sql"))
             .collect();
         files.sort_unstable();
         assert_eq!(files, MIGRATIONS.map(|(name, _)| format!("{name}.sql")));

@@ -73,7 +73,7 @@ impl Settings {
         for (output, variable) in [
             ("QueueUrl", "QUEUE_URL"),
             ("DeadLetterQueueUrl", "DLQ_URL"),
-            ("FunctionName", "FUNCTION_NAME"),
+            ("LiveFunction", "FUNCTION_NAME"),
             ("MaskingSecretArn", "MASKING_SECRET_ID"),
         ] {
             let value = outputs.get(output).ok_or_else(|| {

@@ -122,7 +122,7 @@ def check_function() -> None:
         command("cargo", "test", "--workspace", "--locked", show=True, PYTHON=sys.executable, **servers.environment())
         stack.build()
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
-        stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, VisibilityTimeout=19, SecretsTtl=2)
+        stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
         pytest("tests", LOGIN_ETL_WORLD=str(WORLD))
 
 

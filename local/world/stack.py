@@ -13,7 +13,7 @@ from world.servers import Servers
 
 NAME = "login-etl"
 # Short, so that a bad message reaches the dead-letter queue while somebody watches.
-PARAMETERS = {"FunctionTimeout": 1, "BatchWindow": 1, "VisibilityTimeout": 7, "MaxReceiveCount": 3}
+PARAMETERS = {"FunctionTimeout": 1, "BatchWindow": 1, "MaxReceiveCount": 3}
 TICK_SECONDS = 10
 
 

@@ -10,6 +10,10 @@ mod ledger;
 use std::{
     collections::HashSet,
     fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -79,6 +83,14 @@ pub struct Outcome {
 pub struct Store {
     session: Mutex<Session>,
     retention: Duration,
+    counts: Arc<Counts>,
+}
+
+/// What happens beside the inserting of rows and is worth a metric.
+#[derive(Debug, Default)]
+struct Counts {
+    credential_refreshes: AtomicU64,
+    prune_failures: AtomicU64,
 }
 
 impl Store {
@@ -93,8 +105,10 @@ impl Store {
         let retention = connector.ledger_retention();
         // An environment that lives for few rows prunes, too.
         let unpruned = PRUNE_EVERY;
-        let session = Session { connector, secrets, credentials, connection: None, unpruned };
-        Ok(Self { session: Mutex::new(session), retention })
+        let counts = Arc::<Counts>::default();
+        let session =
+            Session { connector, secrets, credentials, connection: None, unpruned, counts: Arc::clone(&counts) };
+        Ok(Self { session: Mutex::new(session), retention, counts })
     }
 
     /// Connects ahead of the first batch, which would do so itself.
@@ -103,6 +117,16 @@ impl Store {
     /// [`StoreError`], when the database is not to be reached now.
     pub async fn connect(&self) -> Result<(), StoreError> {
         self.session.lock().await.connected().await.map(drop)
+    }
+
+    /// How often refused credentials were read again, since this was last asked.
+    pub fn take_credential_refreshes(&self) -> u64 {
+        self.counts.credential_refreshes.swap(0, Ordering::Relaxed)
+    }
+
+    /// How often the ledger could not be pruned, since this was last asked.
+    pub fn take_prune_failures(&self) -> u64 {
+        self.counts.prune_failures.swap(0, Ordering::Relaxed)
     }
 
     /// Messages sent before this are beyond the ledger's memory.
@@ -136,6 +160,7 @@ struct Session {
     connection: Option<Connection>,
     /// Rows inserted since the ledger was pruned.
     unpruned: u64,
+    counts: Arc<Counts>,
 }
 
 impl Session {
@@ -217,13 +242,16 @@ impl Session {
         let limit = (2 * self.unpruned) as i64;
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&limit, Type::INT8)];
         let pruning = connection.client.execute_typed(PRUNE, &parameters);
-        match timeout_at(deadline.min(Instant::now() + PRUNE_TIMEOUT), pruning).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!(error = %DatabaseError::new(&error), "ledger not pruned"),
+        let error = match timeout_at(deadline.min(Instant::now() + PRUNE_TIMEOUT), pruning).await {
+            Ok(result) => result.err().map(|error| DatabaseError::new(&error).to_string()),
             Err(_) => {
-                tracing::warn!(error = "no time left", "ledger not pruned");
                 self.connection = None;
+                Some("no time left".to_owned())
             }
+        };
+        if let Some(error) = error {
+            tracing::warn!(error, "ledger not pruned");
+            self.counts.prune_failures.fetch_add(1, Ordering::Relaxed);
         }
         self.unpruned = 0;
     }
@@ -248,6 +276,7 @@ impl Session {
                 Err(StoreError::Connect(error)) if error.refuses_credentials() => sleep(wait).await,
                 result => return result,
             }
+            self.counts.credential_refreshes.fetch_add(1, Ordering::Relaxed);
             self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
         }
         self.connector.connect(&self.credentials).await

@@ -34,6 +34,13 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
             format!("it logs at {}", function.level.as_deref().unwrap_or("INFO")),
             "set the template's LogLevel to INFO: above that, its counts and metrics are lost",
         );
+        if let Some(is_latest) = function.is_latest {
+            checks.consider(
+                is_latest,
+                if is_latest { "the live version is the latest" } else { "the live version is not the latest" },
+                "wait for the deployment, or deploy again with another Release: settings go live with a version",
+            );
+        }
     }
 
     checks.area = "event source mapping";
@@ -124,13 +131,27 @@ struct Function {
     memory: i32,
     level: Option<String>,
     reserved: Option<i32>,
+    /// Whether what is live is what was last deployed, where an alias says what is live.
+    is_latest: Option<bool>,
 }
 
 async fn function(settings: &Settings) -> Result<Function, Failure> {
     let name = settings.require("FUNCTION_NAME")?;
     let configuration = settings.function_configuration(&name).await?;
+    let unqualified = unqualified(&name);
+    let is_latest = if unqualified == name {
+        None
+    } else {
+        let latest = settings.function_configuration(unqualified).await?;
+        Some(
+            latest.code_sha256() == configuration.code_sha256()
+                && latest.environment() == configuration.environment()
+                && latest.memory_size() == configuration.memory_size()
+                && latest.timeout() == configuration.timeout(),
+        )
+    };
     let client = aws_sdk_lambda::Client::new(&settings.aws);
-    let concurrency = client.get_function_concurrency().function_name(&name).send().await;
+    let concurrency = client.get_function_concurrency().function_name(unqualified).send().await;
     let concurrency = concurrency.map_err(aws(format_args!("read the concurrency of {name:?}")))?;
     let level = configuration.logging_config().and_then(|logging| logging.application_log_level());
     Ok(Function {
@@ -138,6 +159,7 @@ async fn function(settings: &Settings) -> Result<Function, Failure> {
         memory: configuration.memory_size().unwrap_or(128),
         level: level.map(|level| level.as_str().to_owned()),
         reserved: concurrency.reserved_concurrent_executions,
+        is_latest,
         name,
     })
 }
@@ -160,6 +182,15 @@ async fn queue(settings: &Settings, url: &str) -> Result<Queue, Failure> {
     let attributes = client.get_queue_attributes().queue_url(url).attribute_names(QueueAttributeName::All).send().await;
     let attributes = attributes.map_err(aws(format_args!("look at the queue {url}")))?;
     Ok(Queue(attributes.attributes.unwrap_or_default()))
+}
+
+/// A function's name without that of its alias.
+fn unqualified(name: &str) -> &str {
+    match name.rsplit_once(':') {
+        // An ARN has a name, too, after its last colon: arn:aws:lambda:region:account:function:name
+        Some((function, _)) if !function.ends_with(":function") => function,
+        _ => name,
+    }
 }
 
 async fn mapping(

@@ -21,7 +21,7 @@ from world.soak.proxy import Proxy
 WORLD = paths.SOAK_WORLD
 
 TIMEOUT_SECONDS = 3
-# Soon enough for a bad message to come back many times.
+# Shorter than the stack's, so that a bad message comes back many times.
 VISIBILITY_SECONDS = 6
 # So many that no fault dead-letters a good message during the attack; after it, so few that a bad one leaves at once.
 MOST_RECEIVES, MOST_RECEIVES_AT_LAST = 1000, 3
@@ -52,7 +52,6 @@ class Run:
             DatabasePort=proxy.port,
             LogLevel="TRACE",
             FunctionTimeout=TIMEOUT_SECONDS,
-            VisibilityTimeout=VISIBILITY_SECONDS,
             MaxReceiveCount=MOST_RECEIVES,
             OutageDelay=0,
             BatchSize=EMULATOR_BATCH,
@@ -60,6 +59,7 @@ class Run:
             SecretsTtl=SECRETS_TTL,
         )
         self._sqs = self.stack.localstack.client("sqs")
+        self._sqs.set_queue_attributes(QueueUrl=self.stack.queue_url, Attributes={"VisibilityTimeout": str(VISIBILITY_SECONDS)})
         self._fifo_url, self._fifo_dead_url = create_fifo_queue(self._sqs)
         self.world = World(servers, self.stack, proxy, aws_proxy, Redeliveries(), [self.stack.queue_url, self._fifo_url], VISIBILITY_SECONDS)
         client = self.stack.localstack.client("secretsmanager")

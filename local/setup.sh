@@ -33,7 +33,7 @@ die() {
 }
 
 # set_up: everything that is needed to build, deploy and run; quiet and quick once it is there. LocalStack and what drives the world live in VENV,
-# whose python that of ./world is; SAM CLI, cargo-lambda and cfn-lint live in TOOLS, which comes first on PATH.
+# whose python that of ./world is; SAM CLI, cargo-lambda and the linters live in TOOLS, which comes first on PATH.
 set_up() {
     mkdir -p "$LOCAL"
     need_cargo
@@ -42,7 +42,7 @@ set_up() {
     lock
     need_environment "$VENV" localstack "LocalStack"
     need_executor
-    need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and cfn-lint"
+    need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and the linters"
     unlock
     export PATH=$TOOLS/bin:$PATH
 }

@@ -1,14 +1,16 @@
 """Every check and test there is, one after the other; ends with status 0 only if all pass."""
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from world import paths, stack
+from world import paths, stack, template
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -107,11 +109,31 @@ def check_dependencies() -> None:
 
 
 def check_template() -> None:
-    """Both linters, because each misses what the other finds: SAM's own, and CloudFormation's on what SAM expands the template to."""
+    """SAM's linter, which sees what is SAM's, and two that read what SAM makes of the template: each misses what others find."""
     command("sam", "validate", "--lint", "--region", "us-east-1")
-    expanded = paths.LOCAL / "template.expanded.json"
-    command(paths.TOOLS / "bin" / "python", paths.ROOT / "local" / "expand_template.py", "template.yaml", expanded)
-    command("cfn-lint", expanded)
+    key = "arn:aws:kms:us-east-1:123456789012:key/1"
+    for name, parameters in {
+        "standard": {},
+        "fifo": {"QueueType": "fifo", "KmsKeyArn": key, "LogKmsKeyArn": key, "SecretsKmsKeyArn": key},
+        "gradual": {"GradualDeployment": "true", "MaximumPollers": "2"},
+    }.items():
+        expanded = paths.LOCAL / f"template.{name}.json"
+        expanded.write_text(json.dumps(template.expand(parameters), indent=2))
+        # SAM has used up the parameter with which no condition is made.
+        command("cfn-lint", "--ignore-checks", "W2001", "--", expanded)
+        checkov = paths.CHECKOV / "bin" / "checkov"
+        command(checkov, "--skip-download", "--framework", "cloudformation", "--compact", "--quiet", "--file", expanded)
+    pytest("tests/template")
+
+
+def check_workflows() -> None:
+    """actionlint on whether they would run, zizmor on what an attacker could do with them, shellcheck on what they and the user run."""
+    workflows = sorted((paths.ROOT / ".github" / "workflows").glob("*.yml"))
+    command("actionlint", "-shellcheck", "shellcheck", "-pyflakes", "", *workflows)
+    command("zizmor", "--offline", "--quiet", "--strict-collection", ".github")
+    if shutil.which("shellcheck"):
+        scripts = [file for file in (paths.ROOT / "local").iterdir() if file.is_file() and file.read_bytes().startswith((b"#!/usr/bin/env bash", b"# shellcheck"))]
+        command("shellcheck", "--external-sources", "--source-path", "SCRIPTDIR", *scripts)
 
 
 def check_function() -> None:
@@ -149,6 +171,7 @@ CHECKS = {
     "docs": check_docs,
     "dependencies": check_dependencies,
     "template": check_template,
+    "workflows": check_workflows,
     "executor": check_executor,
     "function": check_function,
     "soak": check_soak,

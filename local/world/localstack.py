@@ -156,6 +156,8 @@ class LocalStack:
             "DISABLE_EVENTS": "1",
             "SKIP_SSL_CERT_DOWNLOAD": "1",
             "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
+            # The newer engine does not update a stack whose template has Fn::FindInMap with parameters.
+            "PROVIDER_OVERRIDE_CLOUDFORMATION": "engine-legacy",
             "LOCALSTACK_VOLUME_DIR": str(self.directory / "volume"),
             "TMPDIR": str(self.directory / "tmp"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),

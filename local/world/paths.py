@@ -5,9 +5,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Whatever CARGO_TARGET_DIR says: ./setup.sh has it here too.
 LOCAL = ROOT / "target" / "local"
-# LocalStack and this package run in VENV; SAM CLI, cargo-lambda and cfn-lint are in TOOLS.
+# LocalStack and this package run in VENV; SAM CLI, cargo-lambda and the linters are in TOOLS.
 VENV = LOCAL / "venv"
 TOOLS = LOCAL / "tools"
+CHECKOV = LOCAL / "checkov"
 WORLD = LOCAL / "world"
 TEST_WORLD = LOCAL / "test"
 SOAK_WORLD = LOCAL / "soak"

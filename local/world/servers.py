@@ -73,8 +73,7 @@ class Servers:
         secret = {"username": DATABASE_USER, "password": secrets.token_urlsafe(24)}
         with self.postgres.connect() as connection:
             connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(DATABASE_USER), secret["password"]))
-        answer = self.localstack.client("secretsmanager").create_secret(Name=DATABASE_SECRET, SecretString=json.dumps(secret))
-        self.database_secret_arn = answer["ARN"]
+        self.localstack.client("secretsmanager").create_secret(Name=DATABASE_SECRET, SecretString=json.dumps(secret))
         secret = {"username": "postgres", "password": self.postgres.admin_password}
         self.localstack.client("secretsmanager").create_secret(Name=OPERATOR_SECRET, SecretString=json.dumps(secret))
 
@@ -87,6 +86,10 @@ class Servers:
         with self.postgres.connect(database) as connection:
             for file in sorted((paths.ROOT / "schema").glob("*.sql")):
                 connection.execute(file.read_text())
+
+    @property
+    def database_secret_arn(self) -> str:
+        return self.localstack.client("secretsmanager").describe_secret(SecretId=DATABASE_SECRET)["ARN"]
 
     def database_settings(self) -> dict[str, str]:
         """The function's settings for this PostgreSQL."""

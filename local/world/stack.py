@@ -86,17 +86,7 @@ def build() -> None:
 
 def deploy(servers: Servers, name: str = NAME, **parameters: object) -> Stack:
     """Deploys what was built; `parameters` are the template's, beyond those that say where the servers are."""
-    settings = servers.database_settings()
-    parameters = {
-        "Architecture": architecture(),
-        "DatabaseSecretArn": servers.database_secret_arn,
-        "DatabaseHost": settings["DATABASE_HOST"],
-        "DatabasePort": settings["DATABASE_PORT"],
-        "DatabaseName": settings["DATABASE_NAME"],
-        "DatabaseCaFile": settings["DATABASE_CA_FILE"],
-        **PARAMETERS,
-        **parameters,
-    }
+    parameters = parameters_for(servers) | parameters
     run(
         *("sam", "deploy", "--template-file", paths.SAM_BUILD / "template.yaml", "--stack-name", name),
         *("--resolve-s3", "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
@@ -106,6 +96,20 @@ def deploy(servers: Servers, name: str = NAME, **parameters: object) -> Stack:
         environment=os.environ | servers.environment() | {"SAM_CLI_POLL_DELAY": "0.5"},
     )
     return Stack(servers, name)
+
+
+def parameters_for(servers: Servers) -> dict[str, object]:
+    """The template's parameters for these servers and this machine."""
+    settings = servers.database_settings()
+    return {
+        "Architecture": architecture(),
+        "DatabaseSecretArn": servers.database_secret_arn,
+        "DatabaseHost": settings["DATABASE_HOST"],
+        "DatabasePort": settings["DATABASE_PORT"],
+        "DatabaseName": settings["DATABASE_NAME"],
+        "DatabaseCaFile": settings["DATABASE_CA_FILE"],
+        **PARAMETERS,
+    }
 
 
 def architecture() -> str:

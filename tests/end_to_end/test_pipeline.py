@@ -58,12 +58,15 @@ def run(servers, stack):
         database.execute("truncate user_logins, user_logins_ledger")
         database.execute(f"alter table user_logins add constraint no_canary check (user_id not like '{CANARY}%')")
     stack.enable_mapping(False)
+    started = 1000 * time.time()
     sent = delivery.send(stack, bodies)
     twice = delivery.deliver_without_deleting(stack, lambda event: invoke(stack, json.dumps(event))[1])
     stack.enable_mapping(True)
     until(lambda: sum(stack.depth(stack.queue_url)) == 0)
     dead = {message["MessageId"]: message["Body"] for message in delivery.receive_all(stack, stack.dead_letter_queue_url)}
-    return {"logins": logins, "sent": sent, "twice": twice, "dead": dead, "log": stack.log()}
+    # Others have called the function before.
+    events = [line for line in stack.log() if "_aws" in line and line["_aws"]["Timestamp"] >= started]
+    return {"logins": logins, "sent": sent, "twice": twice, "dead": dead, "log": stack.log(), "events": events}
 
 
 def test_every_valid_message_becomes_one_row_and_every_other_goes_to_the_dead_letter_queue(servers, run):
@@ -80,7 +83,7 @@ def test_each_bad_message_is_received_max_receive_count_times_for_its_own_reason
 
 
 def test_the_metrics_account_for_every_message(run):
-    events = [line for line in run["log"] if "_aws" in line]
+    events = run["events"]
     total = {name: sum(event[name] for event in events) for name in ("Messages", "Inserted", "Deduplicated", "Failed", "BatchesFailed")}
     assert total["Inserted"] == len(run["logins"])
     assert total["Deduplicated"] == len(run["twice"]) > 0

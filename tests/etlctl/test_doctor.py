@@ -323,6 +323,25 @@ def test_of_a_stack_it_needs_to_know_only_the_name_and_who_asks(stack, pipeline)
     assert "none-of-ours" in missing.stderr
 
 
+def test_a_live_version_that_is_not_the_latest_is_found(pipeline, undo):
+    version = pipeline.functions.publish_version(FunctionName=pipeline.name)["Version"]
+    live = f"{pipeline.name}:{version}"
+
+    def of_version():
+        return [finding for finding in findings(pipeline, FUNCTION_NAME=live) if "live version" in finding["found"]]
+
+    def set_memory(size):
+        pipeline.functions.update_function_configuration(FunctionName=pipeline.name, MemorySize=size)
+        pipeline.functions.get_waiter("function_updated_v2").wait(FunctionName=pipeline.name, WaiterConfig={"Delay": 0.1})
+
+    assert of_version() == []
+    undo.callback(set_memory, 128)
+    set_memory(512)
+    [finding] = of_version()
+    assert (finding["area"], finding["state"], finding["found"]) == ("function", "warning", "the live version is not the latest")
+    assert "another Release" in finding["advice"]
+
+
 def test_people_get_a_list_by_area_with_advice_where_something_is_wrong(pipeline, undo):
     queue(VisibilityTimeout="60")(pipeline, undo)
     dead_message(pipeline, undo)

@@ -4,10 +4,18 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use login_etl::{
+
+use self::{
     login::{AppVersionEncoding, Login},
     mask::Keyring,
 };
+
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/login.rs"]
+mod login;
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/mask.rs"]
+mod mask;
 
 static KEYRINGS: LazyLock<[Keyring; 2]> = LazyLock::new(|| {
     [

@@ -2,7 +2,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use login_etl::mask::Keyring;
+
+use self::mask::Keyring;
+
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/mask.rs"]
+mod mask;
 
 fuzz_target!(|input: (&str, &str)| {
     let (text, value) = input;

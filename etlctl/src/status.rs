@@ -229,14 +229,14 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
     let client = &connection.client;
     // There need be no index for what is counted.
     client.batch_execute("set statement_timeout = '5s'").await.map_err(sql("set a limit"))?;
-    // The planner's figures, of all partitions. A table that was never analysed is small, and counted.
+    // The planner's figures, of all partitions but not of the whole as well. A table that was never analysed is small, and counted.
     let sizes = "
         with recursive tree (oid) as (
             select to_regclass($1::text)::oid
             union all
             select inhrelid from pg_inherits join tree on inhparent = tree.oid
         )
-        select sum(greatest(reltuples, 0))::bigint, sum(pg_total_relation_size(tree.oid))::bigint
+        select coalesce(sum(greatest(reltuples, 0)) filter (where relkind <> 'p'), 0)::bigint, sum(pg_total_relation_size(tree.oid))::bigint
         from pg_class join tree on pg_class.oid = tree.oid
         having count(*) > 0";
     let size = async |name: &str| {

@@ -186,6 +186,8 @@ fn batch_lines(batches: &Batches) -> Vec<String> {
     lines.extend(failed.map(|(number, why)| format!("{WARNING}{number:6}{WARNING:#}  failed: {}", printable(&why))));
     let broken = by_count(&batches.batches_failed).into_iter();
     lines.extend(broken.map(|(number, why)| format!("{BAD}{number:6}{BAD:#}  batches came back: {}", printable(&why))));
+    let stopped = batches.not_started.iter();
+    lines.extend(stopped.map(|why| format!("{BAD}        the function did not start:{BAD:#} {}", printable(why))));
     lines
 }
 
@@ -193,7 +195,7 @@ fn batch_json(batches: &Batches) -> Value {
     json!({
         "batches": batches.loaded, "messages": batches.messages, "inserted": batches.inserted,
         "deduplicated": batches.deduplicated, "failed": batches.failed, "failed_by_reason": batches.reasons,
-        "batches_failed": batches.batches_failed, "complete": batches.whole,
+        "batches_failed": batches.batches_failed, "not_started": batches.not_started, "complete": batches.whole,
     })
 }
 

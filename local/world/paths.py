@@ -13,6 +13,7 @@ WORLD = LOCAL / "world"
 TEST_WORLD = LOCAL / "test"
 SOAK_WORLD = LOCAL / "soak"
 ROTATION_WORLD = LOCAL / "rotation"
+INCIDENTS_WORLD = LOCAL / "incidents"
 SAM_BUILD = LOCAL / "sam"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

@@ -51,6 +51,7 @@ def test_it_counts_what_is_where_and_what_the_last_hour_came_to(ran):
         "failed": 3,
         "failed_by_reason": {"body is not JSON": 1, "user_id is missing": 2},
         "batches_failed": {"Database": 1},
+        "not_started": [],
         "complete": True,
     }
     rows = status.pop("rows")
@@ -193,3 +194,23 @@ def test_it_ends_when_nobody_reads_on(ran):
         read_until(process, lambda said: "aes-cbc" in said)
         process.stdout.close()
         assert process.wait(10) == 0
+
+
+def test_it_says_why_the_function_does_not_start(pipeline):
+    right = {name: pipeline.environment[name] for name in pipeline.VARIABLES}
+
+    def set_variables(variables):
+        pipeline.functions.update_function_configuration(FunctionName=pipeline.name, Environment={"Variables": variables})
+        pipeline.functions.get_waiter("function_updated_v2").wait(FunctionName=pipeline.name, WaiterConfig={"Delay": 0.1})
+
+    set_variables(right | {"DATABASE_TLS": "prefer"})
+    try:
+        with pytest.raises(KeyError):
+            pipeline.invoke([])
+        pipeline.logged("initialisation failed")
+        [why] = pipeline.json("status")["last_hour"]["not_started"]
+        assert why.startswith("set DATABASE_TLS to verify-full or disable")
+        assert f"the function did not start: {why}\n" in pipeline.run("status").stdout
+    finally:
+        set_variables(right)
+        pipeline.forget_log()

@@ -103,7 +103,7 @@ async fn last_hour(settings: &Settings, checks: &mut Checks) {
     let kinds: Vec<_> = batches.batches_failed.keys().cloned().collect();
     let found = match broken {
         0 => "no batch came back as a whole".to_owned(),
-        _ => format!("{} came back as a whole: {}", count(broken, "time a batch"), kinds.join(", ")),
+        _ => format!("a batch came back as a whole {}: {}", count(broken, "time"), kinds.join(", ")),
     };
     checks.check(broken == 0, found, "look for `batch failed` in the function's log: its `error` says what to do");
     let reasons: Vec<_> = batches.reasons.iter().map(|(why, number)| format!("{number} × {why}")).collect();

@@ -18,7 +18,7 @@ from world.incidents.scene import Play, Scene, WentWrong
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
-WORLD = paths.LOCAL / "incidents"
+WORLD = paths.INCIDENTS_WORLD
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ def faults_of_mapping(uuid: str) -> Iterator[str]:
 def alarms(names: list[str]) -> Iterator[str]:
     described = boto3.client("cloudwatch").describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
     for alarm in [*described["MetricAlarms"], *described["CompositeAlarms"]]:
-        if alarm["StateValue"] == "ALARM":
+        # Nobody may have sent anything yet.
+        if alarm["StateValue"] == "ALARM" and not alarm["AlarmName"].endswith("-silence"):
             yield f"The alarm {alarm['AlarmName']} is on: {alarm['StateReason']}"
 
 

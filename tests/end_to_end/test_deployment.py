@@ -4,25 +4,17 @@ import io
 import json
 import random
 import threading
-import time
 import uuid
 import zipfile
 from contextlib import suppress
 
 import pytest
+from waiting import until
 from world import messages, paths, stack, template
 from world.localstack import ACCOUNT, REGION
 
 KEY = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/00000000-0000-0000-0000-000000000000"
 TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:on-call"
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)
-    return result
 
 
 class Sender:

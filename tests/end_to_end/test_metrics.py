@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from psycopg import sql
+from waiting import until
 from world import messages
 from world.servers import DATABASE_SECRET, DATABASE_USER
 
@@ -62,10 +63,7 @@ def restart(stack):
     """Makes the next invocation start a new environment."""
     functions = stack.localstack.client("lambda")
     functions.update_function_configuration(FunctionName=stack.function_name, Description=str(uuid.uuid4()))
-    deadline = time.monotonic() + 30
-    while functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] != "Successful":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
 
 
 def test_a_batch_tells_how_old_its_oldest_good_message_is_and_how_often_any_was_received(metrics_of, login):
@@ -103,11 +101,7 @@ def test_a_keyring_that_cannot_be_read_again_is_counted(stack, metrics_of, login
     assert metrics_of(record(login))["KeyringFailures"] == 0
     with secret_value(stack, stack.masking_secret_arn, "no keyring"):
         # The stack's SecretsTtl is two seconds.
-        deadline = time.monotonic() + 10
-        while not (failures := metrics_of(record(login))["KeyringFailures"]):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert failures == 1
+        assert until(lambda: metrics_of(record(login))["KeyringFailures"], 10) == 1
     restart(stack)
 
 

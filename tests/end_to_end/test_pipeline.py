@@ -6,6 +6,7 @@ import socket
 import time
 
 import pytest
+from waiting import until
 from world import delivery, messages, paths
 from world.servers import DATABASE_SECRET
 from world.stack import PARAMETERS
@@ -32,14 +33,6 @@ BAD = {
     spoilt(device_id=CANARY * 30): "device_id is too long",
     spoilt(): 'refused by the database: SQLSTATE 23514, constraint "no_canary"',
 }
-
-
-def until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)
-    return result
 
 
 def invoke(stack, event):

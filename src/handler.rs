@@ -5,20 +5,21 @@ use std::{
     fmt,
     ops::RangeInclusive,
     panic::AssertUnwindSafe,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
-use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent, SqsMessage};
+use aws_lambda_events::sqs::SqsBatchResponse;
 use futures_util::FutureExt;
 use lambda_runtime::{Diagnostic, LambdaEvent};
-use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use crate::{
-    login::{AppVersionEncoding, Invalid, Login, Row},
+    event::{self, Message, NotAnSqsEvent},
+    login::{AppVersionEncoding, Day, Invalid, Login, Row},
     mask::Keyring,
     metrics,
     redelivery::Redelivery,
+    runtime::Event,
     secrets::FreshKeyring,
     store::{DatabaseError, Entry, LedgerKey, Store, StoreError},
 };
@@ -42,15 +43,8 @@ pub struct Handler {
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
     /// The event is not one from SQS.
-    #[error(
-        "the event is not an SQS event (line {line}, column {column}): is the function invoked by a queue's event source mapping?"
-    )]
-    NotAnSqsEvent {
-        /// Line of the event's JSON where its shape breaks, from 1.
-        line: usize,
-        /// Column of that line, from 1.
-        column: usize,
-    },
+    #[error(transparent)]
+    NotAnSqsEvent(#[from] NotAnSqsEvent),
     /// A message has no id, so its failure could not be reported.
     #[error("a message of the event has no messageId")]
     NoMessageId,
@@ -66,7 +60,7 @@ impl BatchError {
     /// A stable name, for alarms and for Lambda's `errorType`.
     pub fn error_type(&self) -> &'static str {
         match self {
-            Self::NotAnSqsEvent { .. } => "InvalidEvent",
+            Self::NotAnSqsEvent(_) => "InvalidEvent",
             Self::NoMessageId => "NoMessageId",
             Self::Store(error) => error.error_type(),
             Self::Panic => "Panic",
@@ -123,11 +117,9 @@ impl Handler {
 
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
     ///
-    /// The event comes as raw JSON, because the runtime's own parse errors quote it.
-    ///
     /// # Errors
     /// [`BatchError`]: all of the batch comes back.
-    pub async fn invoke(&self, event: LambdaEvent<Box<RawValue>>) -> Result<SqsBatchResponse, BatchError> {
+    pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
         let (started, timestamp) = (Instant::now(), SystemTime::now());
         let time = event.context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
         let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
@@ -135,7 +127,7 @@ impl Handler {
 
         let mut report = Report::default();
         let loading = async {
-            let messages = parse(event.payload.get())?;
+            let messages = event::messages(&event.payload.0)?;
             let result = self.load(&messages, deadline, &mut report).await;
             if let Err(BatchError::Store(_)) = result {
                 self.redelivery.delay(&messages, deadline + answer_time / 2).await;
@@ -181,37 +173,50 @@ impl Handler {
         Ok(response)
     }
 
-    async fn load(&self, messages: &[SqsMessage], deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
+    async fn load(&self, messages: &[Message<'_>], deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
         report.messages = messages.len();
-        report.oldest = messages.iter().filter_map(sent).min();
-        report.highest_receive_count = messages.iter().filter_map(receive_count).max();
-        if messages.iter().any(|message| message.message_id.as_deref().is_none_or(str::is_empty)) {
+        report.oldest = messages.iter().filter_map(Message::sent).min();
+        report.highest_receive_count = messages.iter().filter_map(Message::receive_count).max();
+        if messages.iter().any(|message| message.id().is_none_or(str::is_empty)) {
             return Err(BatchError::NoMessageId);
         }
 
         let keyring = self.keyring.current(deadline).await;
         let horizon = self.store.horizon();
+        let today = Day::of(SystemTime::now());
         let mut entries = Vec::with_capacity(messages.len());
-        let mut fates = HashMap::with_capacity(messages.len());
+        // By the message's place in the batch: of those that are in an entry, and of those that failed.
+        let mut places = Vec::with_capacity(messages.len());
+        let mut failures = HashMap::new();
+        // A second copy of a message in the batch shares the first one's fate.
+        let mut first_copies = Vec::with_capacity(messages.len());
+        let mut known = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
-        for message in messages {
-            let key = ledger_key(message, horizon);
-            // A second copy of a message in the batch shares the first one's fate.
-            let hash_map::Entry::Vacant(fate) = fates.entry(key.message_id) else { continue };
-            let group = fifo_group(message);
+        let mut buffer = Vec::new();
+        for (place, message) in messages.iter().enumerate() {
+            let key = LedgerKey::new(message.id().unwrap_or_default(), message.sent_timestamp(), horizon);
+            let first = match known.entry(key.message_id) {
+                hash_map::Entry::Occupied(first) => *first.get(),
+                hash_map::Entry::Vacant(unknown) => *unknown.insert(place),
+            };
+            first_copies.push(first);
+            if first != place {
+                continue;
+            }
+            let group = message.fifo_group();
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
                 Err(Failure::HeldBack)
             } else {
-                self.row(message, &keyring).map_err(Failure::Invalid)
+                self.row(message, &keyring, today, &mut buffer).map_err(Failure::Invalid)
             };
             match row {
                 Ok(row) => {
-                    entries.push(Entry { key, group: group.map(ToOwned::to_owned), row });
-                    fate.insert(None);
+                    entries.push(Entry { key, group, row });
+                    places.push(place);
                 }
                 Err(failure) => {
                     stopped_groups.extend(group);
-                    fate.insert(Some(failure));
+                    failures.insert(place, failure);
                 }
             }
         }
@@ -220,51 +225,22 @@ impl Handler {
         report.inserted = outcome.inserted;
         let refused = outcome.refused.into_iter().map(|(index, error)| (index, Failure::Refused(error)));
         let held_back = outcome.held_back.into_iter().map(|index| (index, Failure::HeldBack));
-        for (index, failure) in refused.chain(held_back) {
-            fates.insert(entries[index].key.message_id, Some(failure));
+        failures.extend(refused.chain(held_back).map(|(index, failure)| (places[index], failure)));
+        if failures.is_empty() {
+            return Ok(());
         }
         report.oldest = None;
-        for message in messages {
-            if let Some(Some(failure)) = fates.get(&ledger_key(message, horizon).message_id) {
-                report.failures.push((message.message_id.clone().unwrap_or_default(), failure.clone()));
+        for (message, first) in messages.iter().zip(first_copies) {
+            if let Some(failure) = failures.get(&first) {
+                report.failures.push((message.id().unwrap_or_default().to_owned(), failure.clone()));
             } else {
-                report.oldest = report.oldest.into_iter().chain(sent(message)).min();
+                report.oldest = report.oldest.into_iter().chain(message.sent()).min();
             }
         }
         Ok(())
     }
 
-    fn row(&self, message: &SqsMessage, keyring: &Keyring) -> Result<Row, Invalid> {
-        let body = message.body.as_deref().ok_or(Invalid::NoBody)?;
-        Login::parse(body, self.app_version_encoding)?.mask(keyring)
+    fn row(&self, message: &Message<'_>, keyring: &Keyring, today: Day, buffer: &mut Vec<u8>) -> Result<Row, Invalid> {
+        Login::parse(message.body(buffer)?, self.app_version_encoding)?.mask(keyring, today)
     }
-}
-
-/// The event's messages, any number of them.
-fn parse(event: &str) -> Result<Vec<SqsMessage>, BatchError> {
-    let SqsEvent { records, .. } = serde_json::from_str(event)
-        // The error itself may quote the event, so only its place is kept.
-        .map_err(|error| BatchError::NotAnSqsEvent { line: error.line(), column: error.column() })?;
-    Ok(records)
-}
-
-fn ledger_key(message: &SqsMessage, horizon: SystemTime) -> LedgerKey {
-    let sent_timestamp = message.attributes.get("SentTimestamp").map(String::as_str);
-    LedgerKey::new(message.message_id.as_deref().unwrap_or_default(), sent_timestamp, horizon)
-}
-
-/// When the message was sent. SQS says it in milliseconds.
-fn sent(message: &SqsMessage) -> Option<SystemTime> {
-    let milliseconds = message.attributes.get("SentTimestamp")?.parse().ok()?;
-    UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds))
-}
-
-fn receive_count(message: &SqsMessage) -> Option<u64> {
-    message.attributes.get("ApproximateReceiveCount")?.parse().ok()
-}
-
-/// The message's group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.
-fn fifo_group(message: &SqsMessage) -> Option<&str> {
-    let fifo = message.event_source_arn.as_deref().is_some_and(|arn| arn.ends_with(".fifo"));
-    message.attributes.get("MessageGroupId").filter(|_| fifo).map(String::as_str)
 }

@@ -2,15 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use lambda_runtime::{Diagnostic, Error, service_fn};
+use lambda_runtime::{Diagnostic, Error, Runtime, layers::TracingLayer, service_fn};
 use lambda_runtime_api_client::{Client, body::Body, build_request};
 use login_etl::{
     config::{self, Config},
     handler::Handler,
     logging,
     redelivery::Redelivery,
+    runtime::PassEvents,
     secrets::{FreshKeyring, Secrets},
-    store::Store,
+    store::{Store, StoreError},
 };
 use tokio::time::{Instant, timeout_at};
 
@@ -23,11 +24,11 @@ async fn main() -> Result<(), Error> {
     match init().await {
         Ok(handler) => {
             // Several invocations at once where Lambda says so, on Managed Instances; elsewhere one after the other.
-            lambda_runtime::run_concurrent(service_fn(move |event| {
+            let invoke = service_fn(move |event| {
                 let handler = Arc::clone(&handler);
                 async move { handler.invoke(event).await }
-            }))
-            .await
+            });
+            Runtime::new(invoke).layer(PassEvents).layer(TracingLayer::new()).run_concurrent().await
         }
         Err(error) => {
             tracing::error!(%error, "initialisation failed");
@@ -41,17 +42,19 @@ async fn init() -> Result<Arc<Handler>, Error> {
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
     let sdk_config = config::sdk_config().await;
     let secrets = Secrets::new(&sdk_config);
-    let (keyring, store) = tokio::join!(
-        FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl),
-        Store::new(config.database, secrets.clone()),
-    );
-    let (keyring, store) = (keyring?, store?);
-    // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
-    match timeout_at(started + INIT_TIME, store.connect()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "no connection yet"),
-        Err(_) => tracing::warn!(error = "no answer in time", "no connection yet"),
-    }
+    let connected_store = async {
+        let store = Store::new(config.database, secrets.clone()).await?;
+        // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
+        match timeout_at(started + INIT_TIME, store.connect()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "no connection yet"),
+            Err(_) => tracing::warn!(error = "no answer in time", "no connection yet"),
+        }
+        Ok::<_, StoreError>(store)
+    };
+    let reading_keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl);
+    let (store, keyring) = tokio::join!(connected_store, reading_keyring);
+    let (store, keyring) = (store?, keyring?);
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
     Ok(Arc::new(Handler::new(keyring, store, redelivery, config.app_version_encoding)))
 }

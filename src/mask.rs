@@ -3,7 +3,7 @@
 //! Masking is deterministic, so that equal values stay equal: AES-CBC with a fixed IV, byte for byte what the original
 //! script wrote, or AES-SIV (RFC 5297), which also authenticates and keeps the columns apart.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use aes::{
     Aes128, Aes192, Aes256,
@@ -21,6 +21,10 @@ use zeroize::Zeroizing;
 
 /// Most characters of a masked value, the width of its column.
 const MASKED_MAX: usize = 256;
+/// Bytes of an `aes-siv` mask's tag, which stands before the ciphertext.
+const TAG_LEN: usize = 16;
+/// Most bytes of a ciphertext: a value of that many bytes, and a block of padding or a tag.
+const CIPHERTEXT_MAX: usize = MASKED_MAX + 16;
 /// Most characters of a key id.
 pub const KEY_ID_MAX: usize = 32;
 /// Encrypted under the key alone, this block is the IV of an `aes-cbc` key that comes without one.
@@ -83,10 +87,16 @@ pub enum KeyringError {
 }
 
 /// The keys by id, one of them active; the empty id is the unnamed key's. `Debug` shows ids and ciphers only.
-#[derive(Debug)]
 pub struct Keyring {
     active: String,
-    keys: BTreeMap<String, Key>,
+    active_key: Arc<Key>,
+    keys: BTreeMap<String, Arc<Key>>,
+}
+
+impl fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keyring").field("active", &self.active).field("keys", &self.keys).finish_non_exhaustive()
+    }
 }
 
 impl Keyring {
@@ -107,12 +117,10 @@ impl Keyring {
         };
         let keys = keys
             .into_iter()
-            .map(|(id, key)| if is_key_id(&id) { Ok((id, key.parse()?)) } else { Err(KeyringError::KeyId) })
+            .map(|(id, key)| if is_key_id(&id) { Ok((id, Arc::new(key.parse()?))) } else { Err(KeyringError::KeyId) })
             .collect::<Result<BTreeMap<_, _>, _>>()?;
-        if !keys.contains_key(&active) {
-            return Err(KeyringError::NoActiveKey);
-        }
-        Ok(Self { active, keys })
+        let active_key = Arc::clone(keys.get(&active).ok_or(KeyringError::NoActiveKey)?);
+        Ok(Self { active, active_key, keys })
     }
 
     /// The id of the key that new values are masked under.
@@ -130,7 +138,15 @@ impl Keyring {
     /// # Errors
     /// [`TooLong`], the message's fault.
     pub fn mask(&self, field: &str, value: &str) -> Result<Masked, TooLong> {
-        mask(&self.active, &self.keys[&self.active], field, value)
+        mask(&self.active, &self.active_key, field, value)
+    }
+
+    /// Masks `value` as [`mask`](Self::mask) does, and appends it to `text`.
+    ///
+    /// # Errors
+    /// [`TooLong`], the message's fault; what `text` then ends with is no mask.
+    pub fn mask_onto(&self, text: &mut Vec<u8>, field: &str, value: &str) -> Result<(), TooLong> {
+        append(text, &self.active, &self.active_key, field, value)
     }
 
     /// Masks `value` under every key, as rows of different ages may have it. A key under which it is too long is left out.
@@ -162,17 +178,27 @@ fn split(masked: &str) -> (&str, &str) {
 }
 
 fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong> {
+    let mut text = Vec::with_capacity(MASKED_MAX);
+    append(&mut text, id, key, field, value)?;
+    String::from_utf8(text).map(Masked).map_err(|_| TooLong)
+}
+
+fn append(text: &mut Vec<u8>, id: &str, key: &Key, field: &str, value: &str) -> Result<(), TooLong> {
     // No cipher shortens its input; this bounds the work that a hostile value can cause.
     if value.len() > MASKED_MAX {
         return Err(TooLong);
     }
-    let mut text = String::with_capacity(MASKED_MAX);
+    let start = text.len();
     if !id.is_empty() {
-        text.push_str(id);
-        text.push(':');
+        text.extend_from_slice(id.as_bytes());
+        text.push(b':');
     }
-    BASE64.encode_string(key.0.encrypt(field, value.as_bytes()), &mut text);
-    if text.len() > MASKED_MAX { Err(TooLong) } else { Ok(Masked(text)) }
+    let mut buffer = [0; CIPHERTEXT_MAX];
+    let ciphertext = key.0.encrypt(field, value.as_bytes(), &mut buffer);
+    let (encoded, end) = (text.len(), text.len() + ciphertext.len().div_ceil(3) * 4);
+    text.resize(end, 0);
+    BASE64.encode_slice(ciphertext, &mut text[encoded..]).map_err(|_| TooLong)?;
+    if end - start > MASKED_MAX { Err(TooLong) } else { Ok(()) }
 }
 
 /// Whether an id follows the rule for ids; the empty one is the unnamed key's.
@@ -247,7 +273,8 @@ impl fmt::Debug for Key {
 
 trait Cipher {
     fn name(&self) -> &'static str;
-    fn encrypt(&self, field: &str, plain: &[u8]) -> Vec<u8>;
+    /// Encrypts at most [`MASKED_MAX`] bytes into the buffer, which costs no allocation.
+    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8];
     fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>>;
 }
 
@@ -276,8 +303,9 @@ impl<C: BlockCipherEncrypt + BlockCipherDecrypt + BlockSizeUser<BlockSize = U16>
         "aes-cbc"
     }
 
-    fn encrypt(&self, _field: &str, plain: &[u8]) -> Vec<u8> {
-        cbc::Encryptor::inner_iv_init(&self.aes, &self.iv).encrypt_padded_vec::<Pkcs7>(plain)
+    #[expect(clippy::expect_used, reason = "the buffer has room for the padding of the longest value")]
+    fn encrypt<'a>(&self, _field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
+        cbc::Encryptor::inner_iv_init(&self.aes, &self.iv).encrypt_padded_b2b::<Pkcs7>(plain, buffer).expect("room")
     }
 
     fn decrypt(&self, _field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
@@ -294,12 +322,18 @@ impl Cipher for Siv {
     }
 
     #[expect(clippy::expect_used, reason = "it fails on more than 126 headers only, and on no other key length")]
-    fn encrypt(&self, field: &str, plain: &[u8]) -> Vec<u8> {
-        match Aes256Siv::new_from_slice(&self.0) {
-            Ok(mut siv) => siv.encrypt([field], plain),
-            Err(_) => Aes128Siv::new_from_slice(&self.0).expect("32 bytes").encrypt([field], plain),
-        }
-        .expect("one header")
+    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
+        let ciphertext = &mut buffer[..TAG_LEN + plain.len()];
+        let (tag, text) = ciphertext.split_at_mut(TAG_LEN);
+        text.copy_from_slice(plain);
+        let made = match Aes256Siv::new_from_slice(&self.0) {
+            Ok(mut siv) => siv.encrypt_inout_detached([field], text.into()),
+            Err(_) => {
+                Aes128Siv::new_from_slice(&self.0).expect("32 bytes").encrypt_inout_detached([field], text.into())
+            }
+        };
+        tag.copy_from_slice(&made.expect("one header"));
+        ciphertext
     }
 
     fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
@@ -407,7 +441,7 @@ mod tests {
     fn debug_shows_no_key() {
         assert_eq!(
             format!("{:?}", ring("siv")),
-            r#"Keyring { active: "siv", keys: {"": aes-cbc, "2026-11": aes-cbc, "siv": aes-siv} }"#
+            r#"Keyring { active: "siv", keys: {"": aes-cbc, "2026-11": aes-cbc, "siv": aes-siv}, .. }"#
         );
     }
 }

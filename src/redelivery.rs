@@ -12,7 +12,6 @@ use std::{
 };
 
 use aws_config::SdkConfig;
-use aws_lambda_events::sqs::SqsMessage;
 use aws_sdk_sqs::{
     Client,
     error::{ProvideErrorMetadata, SdkError},
@@ -23,6 +22,8 @@ use tokio::{
     sync::OnceCell,
     time::{Instant, timeout_at},
 };
+
+use crate::event::Message;
 
 /// The longest delay is this many times the first.
 const LONGEST: u32 = 120;
@@ -53,7 +54,7 @@ impl Redelivery {
     ///
     /// A failure is only logged: the messages then come back after the queue's visibility timeout. Where the function's
     /// role lacks the permission, nothing is tried again.
-    pub async fn delay(&self, messages: &[SqsMessage], deadline: Instant) {
+    pub async fn delay(&self, messages: &[Message<'_>], deadline: Instant) {
         if self.first_delay.is_zero() || self.denied.load(Ordering::Relaxed) {
             return;
         }
@@ -70,15 +71,14 @@ impl Redelivery {
         tracing::warn!(error, hint, "redelivery not delayed, of some messages at least");
     }
 
-    async fn delay_all(&self, messages: &[SqsMessage]) -> Result<(), String> {
+    async fn delay_all(&self, messages: &[Message<'_>]) -> Result<(), String> {
         let client = self.client.get_or_init(|| async { Client::new(&self.sdk_config) }).await;
         let mut queues: HashMap<&str, Vec<ChangeMessageVisibilityBatchRequestEntry>> = HashMap::new();
         for message in messages {
-            let (Some(arn), Some(receipt_handle)) = (&message.event_source_arn, &message.receipt_handle) else {
+            let (Some(arn), Some(receipt_handle)) = (message.queue_arn(), message.receipt_handle()) else {
                 continue;
             };
-            let receives = message.attributes.get("ApproximateReceiveCount").and_then(|count| count.parse().ok());
-            let delay = delay(self.first_delay, receives.unwrap_or(1), fastrand::f32());
+            let delay = delay(self.first_delay, message.receive_count().unwrap_or(1), fastrand::f32());
             let entries = queues.entry(arn).or_default();
             let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
                 .id((entries.len() % ENTRIES).to_string())
@@ -113,8 +113,9 @@ impl Redelivery {
 }
 
 /// How long to hide a message after this many receives; `chance`, from 0 to 1, says how much of the jitter is added.
-fn delay(first: Duration, receives: u32, chance: f32) -> Duration {
-    let times = 2_u32.saturating_pow(receives.saturating_sub(1)).min(LONGEST);
+fn delay(first: Duration, receives: u64, chance: f32) -> Duration {
+    let doublings = receives.saturating_sub(1).try_into().unwrap_or(u32::MAX);
+    let times = 2_u32.saturating_pow(doublings).min(LONGEST);
     let delay = first.saturating_mul(times);
     delay + (delay / JITTER).mul_f32(chance)
 }
@@ -137,7 +138,7 @@ mod tests {
         let template = include_str!("../template.yaml");
         let (_, parameter) = template.split_once("  MaxReceiveCount:\n").unwrap();
         let (_, default) = parameter.split_once("Default: ").unwrap();
-        let receives: u32 = default.lines().next().unwrap().parse().unwrap();
+        let receives: u64 = default.lines().next().unwrap().parse().unwrap();
         let covered: Duration = (1..receives).map(|receive| delay(Duration::from_secs(60), receive, 0.0)).sum();
         assert!(covered >= Duration::from_secs(6 * 3600), "{covered:?}");
     }
@@ -149,8 +150,8 @@ mod tests {
         assert_eq!(delay(minute, 1, 0.0), minute);
         assert_eq!(delay(minute, 1, 1.0), minute * 5 / 4);
         assert_eq!(delay(minute, 4, 0.0), 8 * minute);
-        assert_eq!(delay(minute, u32::MAX, 0.0), 120 * minute);
+        assert_eq!(delay(minute, u64::MAX, 0.0), 120 * minute);
         // The service's own limit is 12 hours from the receipt.
-        assert!(delay(minute, u32::MAX, 1.0) < Duration::from_secs(12 * 3600 - 900));
+        assert!(delay(minute, u64::MAX, 1.0) < Duration::from_secs(12 * 3600 - 900));
     }
 }

@@ -1,12 +1,12 @@
 //! Any body: refused, or masked; and its content never shows.
 #![no_main]
 
-use std::sync::LazyLock;
+use std::{sync::LazyLock, time::SystemTime};
 
 use libfuzzer_sys::fuzz_target;
 
 use self::{
-    login::{AppVersionEncoding, Login},
+    login::{AppVersionEncoding, Day, Login},
     mask::Keyring,
 };
 
@@ -16,6 +16,9 @@ mod login;
 #[allow(dead_code, reason = "used by the product")]
 #[path = "../../src/mask.rs"]
 mod mask;
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/scan.rs"]
+mod scan;
 
 static KEYRINGS: LazyLock<[Keyring; 2]> = LazyLock::new(|| {
     [
@@ -32,7 +35,7 @@ fuzz_target!(|body: &str| {
             if let Ok(login) = Login::parse(body, encoding) {
                 let shown = format!("{login:?}");
                 assert_eq!(shown, "Login { .. }");
-                let _ = login.mask(keyring);
+                let _ = login.mask(keyring, Day::of(SystemTime::now()));
             }
         }
     }

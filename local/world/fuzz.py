@@ -10,7 +10,7 @@ import sys
 
 from world import paths
 
-TARGETS = ("body", "keyring")
+TARGETS = ("body", "event", "keyring")
 # cargo builds it, as PyPI has none; without optimisation in a third of the time.
 CARGO_FUZZ = "cargo-fuzz@0.13.2"
 FUZZ = paths.ROOT / "target" / "fuzz"

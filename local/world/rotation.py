@@ -160,7 +160,8 @@ class Bench:
         places = [(chance.randrange(DISTINCT), chance.randrange(DISTINCT)) for _ in range(BATCH_SIZE)]
         ips, devices = zip(*(self.masks(*place) for place in places))
         users = [f"{uuid.uuid4().hex}-{ip}-{device}" for ip, device in places]
-        return [users, ["ios"] * BATCH_SIZE, list(ips), list(devices), [None] * BATCH_SIZE, [230] * BATCH_SIZE]
+        today = datetime.now(UTC).date()
+        return [users, ["ios"] * BATCH_SIZE, list(ips), list(devices), [None] * BATCH_SIZE, [230] * BATCH_SIZE, [today] * BATCH_SIZE]
 
     def function(self, batches: list[list[list]], stop: threading.Event) -> list[float]:
         """Inserts as the function does; returns how long each batch took."""

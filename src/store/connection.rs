@@ -11,7 +11,7 @@ use postgres_native_tls::MakeTlsConnector;
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, Config, NoTls, Socket, config::SslMode, tls::MakeTlsConnect};
 
-use super::{DatabaseError, StoreError};
+use super::{DatabaseError, StoreError, batch::Statements};
 use crate::{
     config::{DatabaseConfig, Tls},
     secrets::Credentials,
@@ -40,12 +40,18 @@ impl fmt::Debug for Connector {
 }
 
 /// A connection and the task that drives it, which ends with it.
-#[derive(Debug)]
 pub struct Connection {
     /// To send statements with.
     pub client: Client,
     driver: JoinHandle<()>,
     used: SystemTime,
+    statements: Option<Statements>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").finish_non_exhaustive()
+    }
 }
 
 impl Drop for Connection {
@@ -65,6 +71,17 @@ impl Connection {
             return false;
         }
         !paused || matches!(timeout(CHECK_TIMEOUT, self.client.check_connection()).await, Ok(Ok(())))
+    }
+}
+
+impl Connection {
+    /// The statements that it keeps prepared, from the first time on.
+    pub(super) async fn statements(&mut self) -> Result<(&Client, &Statements), tokio_postgres::Error> {
+        let statements = match self.statements.take() {
+            Some(statements) => statements,
+            None => Statements::prepare(&self.client).await?,
+        };
+        Ok((&self.client, self.statements.insert(statements)))
     }
 }
 
@@ -104,6 +121,14 @@ impl Connector {
 
     pub(super) fn ledger_retention(&self) -> Duration {
         self.config.ledger_retention
+    }
+
+    pub(super) fn copy_threshold(&self) -> usize {
+        self.config.copy_threshold
+    }
+
+    pub(super) fn prepared_statements(&self) -> bool {
+        self.config.prepared_statements
     }
 
     /// How a server's certificate is verified; `None` where `DATABASE_TLS` is `disable`.
@@ -174,5 +199,5 @@ where
     let (client, connection) = config.connect(tls).await?;
     // What ends the connection shows in the statement that it fails.
     let driver = tokio::spawn(async { drop(connection.await) });
-    Ok(Connection { client, driver, used: SystemTime::now() })
+    Ok(Connection { client, driver, used: SystemTime::now(), statements: None })
 }

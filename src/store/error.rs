@@ -133,6 +133,17 @@ impl DatabaseError {
         self.code().starts_with("28")
     }
 
+    /// The ledger has one of the keys, or an index that is not ours one of the rows.
+    pub(super) fn is_unique_violation(&self) -> bool {
+        self.code() == "23505"
+    }
+
+    /// invalid_sql_statement_name, duplicate_prepared_statement: the server's session is not the one that the connection
+    /// had before, as behind a pooler in transaction mode.
+    pub(super) fn is_of_a_statement_s_name(&self) -> bool {
+        matches!(self.code(), "26000" | "42P05")
+    }
+
     /// Classes and codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
     pub(super) fn remedy(&self) -> Remedy {
         let code = match &self.0 {

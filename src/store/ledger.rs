@@ -2,12 +2,15 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::BufMut;
 use uuid::{Uuid, uuid};
 
 /// For message ids that are not UUIDs, which SQS itself does not make.
 const NAMESPACE: Uuid = uuid!("5f2d2a3e-6a86-4d5f-9a35-0f0a1f6c6b1d");
 /// 9999-12-31T23:59:59.999Z, well within what `timestamptz` holds.
 const LATEST_MS: u64 = 253_402_300_799_999;
+/// Where PostgreSQL counts from.
+const MICROSECONDS_FROM_1970_TO_2000: i64 = 946_684_800_000_000;
 
 /// Identifies a message for as long as it lives, through every redelivery.
 ///
@@ -25,9 +28,8 @@ impl LedgerKey {
     ///
     /// An id that is not a UUID has one made from it (version 5). A timestamp that is missing, unusable or before
     /// `horizon` is the epoch, under which keys are kept for ever: SQS lets no message grow so old, so there are few.
-    pub fn new(message_id: &str, sent_timestamp: Option<&str>, horizon: SystemTime) -> Self {
+    pub fn new(message_id: &str, sent_timestamp: Option<u64>, horizon: SystemTime) -> Self {
         let sent_at = sent_timestamp
-            .and_then(|text| text.parse().ok())
             .filter(|ms| *ms <= LATEST_MS)
             .map(|ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms))
             .filter(|sent_at| *sent_at >= horizon)
@@ -39,6 +41,18 @@ impl LedgerKey {
     }
 }
 
+impl LedgerKey {
+    /// Adds the key to what `copy_ledger.sql` reads.
+    pub fn copy(&self, to: &mut impl BufMut) {
+        let since_1970 = self.sent_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        to.put_i16(2);
+        to.put_i32(8);
+        to.put_i64(since_1970.as_micros() as i64 - MICROSECONDS_FROM_1970_TO_2000);
+        to.put_i32(16);
+        to.put_slice(self.message_id.as_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,14 +61,14 @@ mod tests {
     fn any_id_and_any_timestamp_make_a_key_that_stays_the_same() {
         let horizon = SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_000_000_000);
         let key = |id, timestamp| LedgerKey::new(id, timestamp, horizon);
-        let usual = key("059f36b4-87a3-44ab-83d2-661975830a7d", Some("1545082649183"));
+        let usual = key("059f36b4-87a3-44ab-83d2-661975830a7d", Some(1_545_082_649_183));
         assert_eq!(usual.message_id, uuid!("059f36b4-87a3-44ab-83d2-661975830a7d"));
         assert_eq!(usual.sent_at, SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_082_649_183));
 
         let odd = key("not a uuid", None);
         assert_eq!(odd.message_id, uuid!("7e9f5710-c605-5ed5-ba4b-594320e8c1ec"));
         assert_eq!(odd.sent_at, SystemTime::UNIX_EPOCH);
-        for timestamp in ["", "-1", "soon", "1544999999999", "18446744073709551615", "18446744073709551616"] {
+        for timestamp in [0, 1_544_999_999_999, u64::MAX] {
             assert_eq!(key("not a uuid", Some(timestamp)), odd, "{timestamp}");
         }
     }

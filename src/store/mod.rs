@@ -1,8 +1,12 @@
 //! Rows into PostgreSQL, exactly once.
 //!
-//! One statement writes a batch's rows and enters their messages in the ledger, so a batch that comes back, for whatever
+//! One transaction writes a batch's rows and enters their messages in the ledger, so a batch that comes back, for whatever
 //! reason, inserts nothing twice; that is what makes every retry here safe, even when the fate of a statement is unknown.
+//!
+//! Hardly any message comes twice, so a batch is first written as if none did, which is faster; where the ledger refuses
+//! that, once more with an eye on what it has.
 
+mod batch;
 mod connection;
 mod error;
 mod ledger;
@@ -10,6 +14,7 @@ mod ledger;
 use std::{
     collections::HashSet,
     fmt,
+    panic::resume_unwind,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,11 +24,12 @@ use std::{
 
 use tokio::{
     sync::Mutex,
+    task::spawn_blocking,
     time::{Instant, sleep, timeout_at},
 };
 use tokio_postgres::types::{ToSql, Type};
 
-use self::error::Remedy;
+use self::{batch::Batch, error::Remedy};
 pub use self::{
     connection::{Connection, Connector},
     error::{DatabaseError, StoreError},
@@ -31,11 +37,10 @@ pub use self::{
 };
 use crate::{
     config::DatabaseConfig,
-    login::{Columns, Row},
+    login::Row,
     secrets::{Credentials, Secrets},
 };
 
-const INSERT: &str = include_str!("insert.sql");
 const PRUNE: &str = include_str!("prune.sql");
 
 /// Waits before refused credentials are read again.
@@ -52,16 +57,16 @@ const TRIES: u32 = 4;
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 
 /// A row to insert, and the message it came from. `Debug` shows the key alone, as groups are often named after users.
-pub struct Entry {
+pub struct Entry<'a> {
     /// The message's key in the ledger, unique within a batch.
     pub key: LedgerKey,
     /// The message group, where the queue keeps an order: once a row is refused, the rest of its group waits.
-    pub group: Option<String>,
+    pub group: Option<&'a str>,
     /// The row.
     pub row: Row,
 }
 
-impl fmt::Debug for Entry {
+impl fmt::Debug for Entry<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry").field("key", &self.key).finish_non_exhaustive()
     }
@@ -99,15 +104,26 @@ impl Store {
     /// # Errors
     /// [`StoreError`], when either cannot be used. The operator's fault.
     pub async fn new(config: DatabaseConfig, secrets: Secrets) -> Result<Self, StoreError> {
-        let connector = Connector::new(config, env!("CARGO_PKG_NAME"))?;
-        let credentials = secrets.credentials(connector.secret_id()).await?;
+        let secret_id = config.secret_id.clone();
+        // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way.
+        let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME")));
+        let (connector, credentials) = tokio::join!(connector, secrets.credentials(&secret_id));
+        let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
+        let credentials = credentials?;
         connector.host(&credentials)?;
         let retention = connector.ledger_retention();
         // An environment that lives for few rows prunes, too.
         let unpruned = PRUNE_EVERY;
         let counts = Arc::<Counts>::default();
-        let session =
-            Session { connector, secrets, credentials, connection: None, unpruned, counts: Arc::clone(&counts) };
+        let session = Session {
+            keeps_statements: connector.prepared_statements(),
+            connector,
+            secrets,
+            credentials,
+            connection: None,
+            unpruned,
+            counts: Arc::clone(&counts),
+        };
         Ok(Self { session: Mutex::new(session), retention, counts })
     }
 
@@ -139,7 +155,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
     /// tried again, though some of it may be written already.
-    pub async fn insert(&self, entries: &[Entry], deadline: Instant) -> Result<Outcome, StoreError> {
+    pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Outcome, StoreError> {
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
         let result = timeout_at(deadline, session.insert(entries)).await.unwrap_or(Err(StoreError::Deadline));
         if result.is_err() {
@@ -158,6 +174,8 @@ struct Session {
     secrets: Secrets,
     credentials: Credentials,
     connection: Option<Connection>,
+    /// Until it shows that the server's sessions are not ours alone.
+    keeps_statements: bool,
     /// Rows inserted since the ledger was pruned.
     unpruned: u64,
     counts: Arc<Counts>,
@@ -166,13 +184,14 @@ struct Session {
 impl Session {
     /// Inserts the entries together; where PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
     /// Earlier entries go first, so that a refused row holds back the rest of its group and nothing else.
-    async fn insert(&mut self, entries: &[Entry]) -> Result<Outcome, StoreError> {
+    async fn insert(&mut self, entries: &[Entry<'_>]) -> Result<Outcome, StoreError> {
         let mut outcome = Outcome::default();
         let mut stopped = HashSet::new();
+        let mut seen_before = false;
         let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(mut part) = pending.pop() {
             part.retain(|&index| {
-                let held_back = entries[index].group.as_ref().is_some_and(|group| stopped.contains(group));
+                let held_back = entries[index].group.is_some_and(|group| stopped.contains(group));
                 if held_back {
                     outcome.held_back.push(index);
                 }
@@ -181,12 +200,13 @@ impl Session {
             if part.is_empty() {
                 continue;
             }
-            match self.insert_together(part.iter().map(|&index| &entries[index]).collect()).await {
+            let batch = Batch::new(part.iter().map(|&index| &entries[index]).collect());
+            match self.insert_together(&batch, &mut seen_before).await {
                 Ok(inserted) => outcome.inserted += inserted,
                 Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
                     if let [index] = part[..] {
                         outcome.refused.push((index, error));
-                        stopped.extend(entries[index].group.as_ref());
+                        stopped.extend(entries[index].group);
                     } else {
                         let later = part.split_off(part.len() / 2);
                         pending.extend([later, part]);
@@ -198,27 +218,26 @@ impl Session {
         Ok(outcome)
     }
 
-    /// One statement, tried again where that can help. Returns how many rows it inserted.
-    async fn insert_together(&mut self, mut entries: Vec<&Entry>) -> Result<u64, StoreError> {
-        // Two sessions that hold the same keys then lock them in the same order, and cannot deadlock.
-        entries.sort_unstable_by_key(|entry| entry.key);
-        let (sent_at, message_id): (Vec<_>, Vec<_>) =
-            entries.iter().map(|entry| (entry.key.sent_at, entry.key.message_id)).unzip();
-        let columns: Columns<'_> = entries.iter().map(|entry| &entry.row).collect();
-        let ledger: [(&(dyn ToSql + Sync), Type); 2] =
-            [(&sent_at, Type::TIMESTAMPTZ_ARRAY), (&message_id, Type::UUID_ARRAY)];
-        let parameters: Vec<_> = ledger.into_iter().chain(columns.parameters()).collect();
-
+    /// One transaction, tried again where that can help. Returns how many rows it inserted.
+    ///
+    /// `seen_before` says whether some of the messages may be in the ledger, and is set once that shows.
+    async fn insert_together(&mut self, batch: &Batch<'_>, seen_before: &mut bool) -> Result<u64, StoreError> {
         let mut wait = FIRST_WAIT;
         let mut tries = 1;
         loop {
-            let error = match self.connected().await {
-                // Unnamed, so that a pooler in transaction mode can share the connection.
-                Ok(connection) => match connection.client.execute_typed(INSERT, &parameters).await {
-                    Ok(inserted) => return Ok(inserted),
-                    Err(error) => StoreError::Insert(DatabaseError::new(&error)),
-                },
+            let error = match self.write(batch, *seen_before).await {
+                Err(StoreError::Insert(error)) if error.is_unique_violation() && !*seen_before => {
+                    *seen_before = true;
+                    continue;
+                }
+                Err(StoreError::Insert(error)) if error.is_of_a_statement_s_name() && self.keeps_statements => {
+                    tracing::warn!(%error, "a pooler is in between: going on without prepared statements");
+                    self.keeps_statements = false;
+                    self.connection = None;
+                    continue;
+                }
                 Err(error) => error,
+                inserted => return inserted,
             };
             match error.remedy() {
                 Remedy::Reconnect => self.connection = None,
@@ -233,6 +252,23 @@ impl Session {
             tries += 1;
             wait *= 2;
         }
+    }
+
+    async fn write(&mut self, batch: &Batch<'_>, seen_before: bool) -> Result<u64, StoreError> {
+        let keeps_statements = self.keeps_statements;
+        let by_copy = batch.len() >= self.connector.copy_threshold();
+        let connection = self.connected().await?;
+        let writing = async {
+            if seen_before {
+                return batch.insert_unknown(&connection.client).await;
+            }
+            let (client, kept) = match keeps_statements {
+                true => connection.statements().await.map(|(client, kept)| (client, Some(kept)))?,
+                false => (&connection.client, None),
+            };
+            if by_copy { batch.copy(client, kept).await } else { batch.insert(client, kept).await }
+        };
+        writing.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
     }
 
     /// Now and then deletes expired keys. A failure is no batch's matter: it is logged, and tried again in time.
@@ -256,7 +292,7 @@ impl Session {
         self.unpruned = 0;
     }
 
-    async fn connected(&mut self) -> Result<&Connection, StoreError> {
+    async fn connected(&mut self) -> Result<&mut Connection, StoreError> {
         let kept = match self.connection.take() {
             Some(mut connection) => connection.is_alive().await.then_some(connection),
             None => None,

@@ -1,7 +1,9 @@
 //! Messages that mean harm, or look like it: none is lost, none breaks the others, none is written as it should not be.
 
+use std::time::SystemTime;
+
 use login_etl::{
-    login::{AppVersionEncoding, Login},
+    login::{AppVersionEncoding, Day, Login},
     mask::Keyring,
 };
 use proptest::{collection::vec, prelude::*};
@@ -130,7 +132,8 @@ fn is_login(body: &Value) -> bool {
 
 fn accepts(body: &str) -> bool {
     let keyring = Keyring::from_json(KEYRING).unwrap();
-    Login::parse(body, AppVersionEncoding::Digits).is_ok_and(|login| login.mask(&keyring).is_ok())
+    Login::parse(body, AppVersionEncoding::Digits)
+        .is_ok_and(|login| login.mask(&keyring, Day::of(SystemTime::now())).is_ok())
 }
 
 proptest! {

@@ -52,6 +52,30 @@ async fn a_redelivered_batch_inserts_nothing() {
 }
 
 #[tokio::test]
+async fn a_batch_of_which_some_messages_came_before_inserts_the_others() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    invoke(&handler, &event(20, bodies(0..30))).await.unwrap();
+    assert!(failed(&invoke(&handler, &event(0, bodies(0..100))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 100);
+}
+
+#[tokio::test]
+async fn a_batch_has_the_same_rows_however_it_is_written() {
+    let mut world = World::new().await;
+    let mut bodies = bodies(0..50);
+    bodies.push(body(50).replace(r#""RU""#, "null"));
+    // By INSERT, and by COPY.
+    for (first, threshold) in [(0, "52"), (1000, "51")] {
+        world.settings.insert("COPY_THRESHOLD", threshold.to_owned());
+        assert!(failed(&invoke(&world.handler().await, &event(first, &bodies)).await.unwrap()).is_empty());
+    }
+    assert_eq!(world.count("(select distinct * from user_logins) as rows").await, 51);
+    assert_eq!(world.count("user_logins").await, 102);
+    assert_eq!(world.count("user_logins_ledger").await, 102);
+}
+
+#[tokio::test]
 async fn a_message_that_is_twice_in_a_batch_is_inserted_once() {
     let world = World::new().await;
     assert!(failed(&invoke(&world.handler().await, &sample("duplicates")).await.unwrap()).is_empty());

@@ -10,9 +10,8 @@ use std::{
 };
 
 use aws_config::{BehaviorVersion, SdkConfig};
-use aws_lambda_events::sqs::SqsEvent;
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
-use login_etl::redelivery::Redelivery;
+use login_etl::{event::messages, redelivery::Redelivery};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -121,9 +120,10 @@ async fn without_the_permission_it_is_asked_for_once() {
         .endpoint_url(endpoint)
         .build();
     let redelivery = Redelivery::new(sdk_config, Duration::from_secs(60));
-    let event: SqsEvent = serde_json::from_str(&event(0, bodies(0..20))).unwrap();
+    let event = event(0, bodies(0..20));
+    let messages = messages(event.as_bytes()).unwrap();
     for _ in 0..3 {
-        redelivery.delay(&event.records, Instant::now() + Duration::from_secs(10)).await;
+        redelivery.delay(&messages, Instant::now() + Duration::from_secs(10)).await;
     }
     assert_eq!(asked.load(Ordering::Relaxed), 1);
 }

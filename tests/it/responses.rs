@@ -52,7 +52,8 @@ async fn an_event_that_is_not_from_sqs_fails_the_invocation_and_is_not_quoted() 
         (r#"{"Records": null}"#, "InvalidEvent"),
         (r#"{"Records": "canary"}"#, "InvalidEvent"),
         (r#"{"Records": ["canary"]}"#, "InvalidEvent"),
-        (r#"{"Records": [{"messageId": "1", "body": {"ip": "canary"}}]}"#, "InvalidEvent"),
+        (r#"{"Records": [{"messageId": {"ip": "canary"}}]}"#, "InvalidEvent"),
+        (r#"{"Records": [{"messageId": "1", "body": "canary"}"#, "InvalidEvent"),
         (r#"{"source": "aws.events", "detail": {"ip": "canary"}}"#, "InvalidEvent"),
         (r#"{"Records": [{"eventSource": "aws:s3", "s3": {"bucket": {"name": "canary"}}}]}"#, "NoMessageId"),
     ] {
@@ -113,6 +114,23 @@ async fn rows_that_postgresql_refuses_are_found_and_fail_alone() {
     assert_eq!(failed(&response), [0, 517, 999].map(message_id));
     assert_eq!(world.count("user_logins").await, 997);
     assert_eq!(world.count("user_logins_ledger").await, 997);
+}
+
+#[tokio::test]
+async fn a_refused_batch_leaves_no_transaction_open() {
+    let mut world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-7')").await.unwrap();
+    for threshold in ["10000", "1"] {
+        world.settings.insert("COPY_THRESHOLD", threshold.to_owned());
+        let handler = world.handler().await;
+        let response = invoke(&handler, &event(0, [body(7)])).await.unwrap();
+        assert_eq!(failed(&response), [message_id(0)]);
+        let session = world.session().await;
+        world.until(&format!("(select state = 'idle' from pg_stat_activity where pid = {session})")).await;
+        world.terminate_sessions().await;
+        world.until(&format!("not exists (select from pg_stat_activity where pid = {session})")).await;
+    }
+    assert_eq!(world.count("user_logins_ledger").await, 0);
 }
 
 #[tokio::test]

@@ -13,10 +13,11 @@ use login_etl::{
     handler::{BatchError, Handler},
     mask::Keyring,
     redelivery::Redelivery,
+    runtime::Event,
     secrets::{FreshKeyring, Secrets},
     store::{Store, StoreError},
 };
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Value, json};
 use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 
 /// AES-256, with the IV given.
@@ -70,7 +71,11 @@ impl World {
         let server = connect(superuser.dbname("postgres")).await;
         server.batch_execute(&format!("create database {database}")).await.unwrap();
         let admin = connect(superuser.dbname(&database)).await;
+        // Every test holds for every way of writing a batch.
+        let way = |name| (name, std::env::var(name).unwrap_or_default());
         let settings = HashMap::from([
+            way("COPY_THRESHOLD"),
+            way("PREPARED_STATEMENTS"),
             ("MASKING_SECRET_ID", format!("{database}/masking")),
             ("DATABASE_SECRET_ID", format!("{database}/database")),
             ("DATABASE_HOST", "localhost".to_owned()),
@@ -192,7 +197,7 @@ pub async fn invoke_within(handler: &Handler, event: &str, time: Duration) -> Re
     let mut context = Context::default();
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() + time;
     context.deadline = deadline.as_millis() as u64;
-    let event = LambdaEvent::new(RawValue::from_string(event.to_owned()).unwrap(), context);
+    let event = LambdaEvent::new(Event(event.to_owned().into()), context);
     let answer = tokio::time::timeout(time + Duration::from_secs(10), handler.invoke(event)).await;
     answer.expect("no answer long after the deadline")
 }

@@ -4,7 +4,7 @@ mod redrive;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use aws_sdk_sqs::{
@@ -14,7 +14,7 @@ use aws_sdk_sqs::{
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use login_etl::{
-    login::{AppVersionEncoding, Field, Login},
+    login::{AppVersionEncoding, Day, Field, Login},
     mask::Keyring,
 };
 use serde_json::{Value, json};
@@ -334,7 +334,8 @@ impl Validation {
 
     /// Why the function refuses this body; never any of its content.
     fn reason(&self, body: &str) -> Option<String> {
-        let row = Login::parse(body, self.encoding).and_then(|login| login.mask(&self.keyring));
+        let today = Day::of(SystemTime::now());
+        let row = Login::parse(body, self.encoding).and_then(|login| login.mask(&self.keyring, today));
         row.err().map(|invalid| invalid.to_string())
     }
 }

@@ -1,0 +1,42 @@
+//! Any event: refused, or read; and what is scanned of one that is JSON is what serde_json reads.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+use self::event::Message;
+
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/event.rs"]
+mod event;
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/login.rs"]
+mod login;
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/mask.rs"]
+mod mask;
+#[allow(dead_code, reason = "used by the product")]
+#[path = "../../src/scan.rs"]
+mod scan;
+
+fn content<'a>(messages: &'a [Message<'_>]) -> impl Iterator<Item = impl PartialEq + std::fmt::Debug + use<'a>> {
+    messages.iter().map(|message| {
+        let texts = [message.id(), message.receipt_handle(), message.queue_arn(), message.fifo_group()];
+        let body = message.body(&mut Vec::new()).map(ToOwned::to_owned);
+        (texts, body, message.sent_timestamp(), message.receive_count())
+    })
+}
+
+fuzz_target!(|event: &str| {
+    // Into the list of messages, which chance alone seldom finds.
+    for event in
+        [event.to_owned(), format!(r#"{{"Records": [{event}]}}"#), format!(r#"{{"Records": [{{"body": {event}}}]}}"#)]
+    {
+        let scanned = event::scanned_messages(&event);
+        if let (Some(scanned), Ok(parsed)) = (&scanned, event::parsed_messages(event.as_bytes())) {
+            assert!(content(scanned).eq(content(&parsed)));
+        }
+        for message in scanned.iter().flatten() {
+            let _ = message.body(&mut Vec::new());
+        }
+    }
+});

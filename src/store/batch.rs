@@ -1,0 +1,167 @@
+//! Some rows and their messages' keys, and the ways to write both in one transaction.
+
+use std::{pin::pin, time::SystemTime};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::SinkExt;
+use tokio_postgres::{
+    Client, CopyInSink, Error, Statement,
+    types::{ToSql, Type},
+};
+use uuid::Uuid;
+
+use super::{Entry, LedgerKey};
+use crate::login::{Columns, Row};
+
+const INSERT: &str = include_str!("insert.sql");
+const INSERT_UNKNOWN: &str = include_str!("insert_unknown.sql");
+const COPY_LEDGER: &str = include_str!("copy_ledger.sql");
+const COPY_ROWS: &str = include_str!("copy_rows.sql");
+
+/// What begins and ends the binary format: <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>.
+const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+const COPY_TRAILER: i16 = -1;
+
+/// The statements that a connection keeps prepared, which spares the server to plan them again and again.
+pub(super) struct Statements {
+    insert: Statement,
+    copy_ledger: Statement,
+    copy_rows: Statement,
+}
+
+impl Statements {
+    /// One round trip.
+    pub(super) async fn prepare(client: &Client) -> Result<Self, Error> {
+        let (insert, copy_ledger, copy_rows) =
+            tokio::join!(client.prepare(INSERT), client.prepare(COPY_LEDGER), client.prepare(COPY_ROWS));
+        Ok(Self { insert: insert?, copy_ledger: copy_ledger?, copy_rows: copy_rows? })
+    }
+}
+
+pub(super) struct Batch<'a> {
+    keys: Vec<LedgerKey>,
+    rows: Vec<&'a Row>,
+}
+
+impl<'a> Batch<'a> {
+    pub(super) fn new(mut entries: Vec<&'a Entry<'_>>) -> Self {
+        // Two sessions that hold the same keys then lock them in the same order, and cannot deadlock.
+        entries.sort_unstable_by_key(|entry| entry.key);
+        Self {
+            keys: entries.iter().map(|entry| entry.key).collect(),
+            rows: entries.iter().map(|entry| &entry.row).collect(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Writes all of it in one round trip, or fails with a unique violation if the ledger has one of the messages. Returns the
+    /// number of rows.
+    pub(super) async fn insert(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
+        match kept {
+            Some(Statements { insert, .. }) => {
+                let arrays = Arrays::of(self);
+                let parameters: Vec<_> = arrays.parameters().map(|(array, _)| array).collect();
+                client.execute(insert, &parameters).await
+            }
+            None => self.execute(client, INSERT).await,
+        }
+    }
+
+    /// Writes what the ledger does not have yet. Returns the number of rows written.
+    pub(super) async fn insert_unknown(&self, client: &Client) -> Result<u64, Error> {
+        self.execute(client, INSERT_UNKNOWN).await
+    }
+
+    async fn execute(&self, client: &Client, statement: &str) -> Result<u64, Error> {
+        let arrays = Arrays::of(self);
+        let parameters: Vec<_> = arrays.parameters().collect();
+        client.execute_typed(statement, &parameters).await
+    }
+
+    /// As [`insert`](Self::insert), in three round trips, or four where no statements are kept.
+    pub(super) async fn copy(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
+        let result = self.copy_all(client, kept).await;
+        if result.is_err() {
+            // Where that fails too, the connection is lost, and the next statement will tell.
+            client.batch_execute("rollback").await.ok();
+        }
+        result
+    }
+
+    async fn copy_all(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
+        // What goes ahead of an answer spares a round trip.
+        let begin = client.batch_execute("begin");
+        let (entering, copy_rows) = match kept {
+            Some(kept) => {
+                let (begun, entering) = tokio::join!(begin, client.copy_in(&kept.copy_ledger));
+                begun?;
+                (entering?, kept.copy_rows.clone())
+            }
+            None => {
+                let (begun, copy_ledger, copy_rows) =
+                    tokio::join!(begin, client.prepare(COPY_LEDGER), client.prepare(COPY_ROWS));
+                begun?;
+                (client.copy_in(&copy_ledger?).await?, copy_rows?)
+            }
+        };
+        let (entered, copying) = tokio::join!(copy(entering, self.keys_data()), client.copy_in(&copy_rows));
+        entered?;
+        let copying = copying?;
+        // One that is not kept is closed within its transaction, as a pooler may give the next to another connection.
+        drop(copy_rows);
+        let (copied, committed) = tokio::join!(copy(copying, self.rows_data()), client.batch_execute("commit"));
+        let copied = copied?;
+        committed?;
+        Ok(copied)
+    }
+
+    fn keys_data(&self) -> Bytes {
+        let mut data = BytesMut::from(COPY_HEADER);
+        for key in &self.keys {
+            key.copy(&mut data);
+        }
+        data.put_i16(COPY_TRAILER);
+        data.freeze()
+    }
+
+    fn rows_data(&self) -> Bytes {
+        let mut data = BytesMut::from(COPY_HEADER);
+        for row in &self.rows {
+            row.copy(&mut data);
+        }
+        data.put_i16(COPY_TRAILER);
+        data.freeze()
+    }
+}
+
+/// A batch as a statement's parameters.
+struct Arrays<'a> {
+    sent_at: Vec<SystemTime>,
+    message_id: Vec<Uuid>,
+    columns: Columns<'a>,
+}
+
+impl<'a> Arrays<'a> {
+    fn of(batch: &Batch<'a>) -> Self {
+        Self {
+            sent_at: batch.keys.iter().map(|key| key.sent_at).collect(),
+            message_id: batch.keys.iter().map(|key| key.message_id).collect(),
+            columns: batch.rows.iter().copied().collect(),
+        }
+    }
+
+    fn parameters(&self) -> impl Iterator<Item = (&(dyn ToSql + Sync), Type)> {
+        let ledger: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&self.sent_at, Type::TIMESTAMPTZ_ARRAY), (&self.message_id, Type::UUID_ARRAY)];
+        ledger.into_iter().chain(self.columns.parameters())
+    }
+}
+
+async fn copy(sink: CopyInSink<Bytes>, data: Bytes) -> Result<u64, Error> {
+    let mut sink = pin!(sink);
+    sink.feed(data).await?;
+    sink.finish().await
+}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from world import paths, stack, template
+from world import instructions, paths, stack, template
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -46,7 +46,7 @@ def run(name: str, check: Callable[[], None]) -> bool:
     started = time.monotonic()
     try:
         check()
-    except (Failed, PostgresError, RuntimeError, stack.CommandFailed) as error:
+    except (Failed, PostgresError, RuntimeError, instructions.TooMany, stack.CommandFailed) as error:
         print(error)
         return False
     print(f"passed in {time.monotonic() - started:.0f} s")
@@ -141,12 +141,23 @@ def check_function() -> None:
     with Servers(WORLD) as servers:
         command("cargo", "test", "--workspace", "--locked", "--no-run")
         command("cargo", "build", "--package", "etlctl", "--locked")
-        command("cargo", "test", "--workspace", "--locked", show=True, PYTHON=sys.executable, **servers.environment())
+        environment = {"PYTHON": sys.executable, **servers.environment()}
+        command("cargo", "test", "--workspace", "--locked", show=True, **environment)
+        # Once more with every batch written by `COPY`, and as behind a pooler.
+        for statements in ("true", "false"):
+            print(f"  by COPY, PREPARED_STATEMENTS={statements}")
+            ways = {"COPY_THRESHOLD": "1", "PREPARED_STATEMENTS": statements}
+            command("cargo", "test", "--test", "it", "--locked", show=True, **environment, **ways)
         stack.build()
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
         stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
         # What needs no servers has been checked with the template.
         pytest("tests", "--ignore=tests/template", LOGIN_ETL_WORLD=str(WORLD))
+
+
+def check_instructions() -> None:
+    """The instructions that the function's own work takes, which do not wobble as times do, against recorded ceilings."""
+    instructions.check()
 
 
 def check_fuzz() -> None:
@@ -180,6 +191,7 @@ CHECKS = {
     "workflows": check_workflows,
     "executor": check_executor,
     "function": check_function,
+    "instructions": check_instructions,
     "incidents": check_incidents,
     "soak": check_soak,
     "fuzz": check_fuzz,

@@ -13,7 +13,7 @@ from world.servers import alone
 
 def main() -> None:
     argparse.ArgumentParser(prog="./local/down", description=__doc__).parse_args()
-    for world in (paths.WORLD, paths.TEST_WORLD, paths.SOAK_WORLD, paths.ROTATION_WORLD, paths.INCIDENTS_WORLD):
+    for world in (paths.WORLD, paths.TEST_WORLD, paths.SOAK_WORLD, paths.ROTATION_WORLD, paths.INCIDENTS_WORLD, paths.BENCH_WORLD):
         if world.exists():
             with alone(world):
                 stop(world)

@@ -14,6 +14,9 @@ TEST_WORLD = LOCAL / "test"
 SOAK_WORLD = LOCAL / "soak"
 ROTATION_WORLD = LOCAL / "rotation"
 INCIDENTS_WORLD = LOCAL / "incidents"
+BENCH_WORLD = LOCAL / "bench"
+# What the other contenders and the plots need.
+BENCH_VENV = LOCAL / "bench-venv"
 SAM_BUILD = LOCAL / "sam"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

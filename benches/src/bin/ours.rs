@@ -1,0 +1,113 @@
+//! The function without its runtime: from an event's bytes to the response's.
+//!
+//! With `--observe` it does nothing for an event but what it tells of one: the metrics and the log's line. With
+//! `--profile FILE` it writes there what stacks it was found in, and how often.
+
+use std::{
+    error::Error,
+    fmt::Write,
+    fs,
+    time::{Duration, Instant, SystemTime},
+};
+
+use lambda_runtime::{Context, LambdaEvent};
+use login_etl::{
+    config::{self, Config},
+    handler::Handler,
+    logging, metrics,
+    redelivery::Redelivery,
+    runtime::Event,
+    secrets::{FreshKeyring, Secrets},
+    store::Store,
+};
+use login_etl_benches::{Answer, Answers, cpu_time, events, files, timed};
+use pprof::ProfilerGuard;
+
+/// Prime, so as not to keep step with anything.
+const SAMPLES_A_SECOND: i32 = 997;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn Error>> {
+    logging::init();
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let observing = arguments.first().is_some_and(|option| option == "--observe");
+    let profile = match arguments.as_slice() {
+        [option, file] if option == "--profile" => Some((ProfilerGuard::new(SAMPLES_A_SECOND)?, file)),
+        _ => None,
+    };
+    let config = Config::from_variables(|name| std::env::var(name).ok())?;
+    let sdk_config = config::sdk_config().await;
+    let secrets = Secrets::new(&sdk_config);
+    let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
+    let store = Store::new(config.database, secrets).await?;
+    store.connect().await?;
+    let redelivery = Redelivery::new(sdk_config, config.outage_delay);
+    let handler = Handler::new(keyring, store, redelivery, config.app_version_encoding);
+
+    let mut answers = Answers::open()?;
+    for file in files() {
+        let mut answer = Answer::default();
+        let events = events(&file?)?;
+        let cpu = cpu_time();
+        for event in events {
+            if observing {
+                timed(&mut answer.times, observe);
+                continue;
+            }
+            let started = Instant::now();
+            let event = LambdaEvent::new(Event(event), context()?);
+            let response = handler.invoke(event).await?;
+            serde_json::to_vec(&response)?;
+            answer.times.push(started.elapsed());
+            answer.failures += response.batch_item_failures.len();
+        }
+        answer.cpu = cpu_time() - cpu;
+        if let Some((profiler, file)) = &profile {
+            fs::write(file, stacks(profiler)?)?;
+        }
+        answers.tell(&answer)?;
+    }
+    Ok(())
+}
+
+fn context() -> Result<Context, Box<dyn Error>> {
+    let mut context = Context::default();
+    let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)? + Duration::from_secs(60);
+    context.deadline = deadline.as_millis() as u64;
+    context.request_id = "8476a536-e9f4-11e8-9739-2dfe598c3fcd".to_owned();
+    Ok(context)
+}
+
+/// The stacks so far, a line each: its functions from the outermost on, and the number of samples.
+fn stacks(profiler: &ProfilerGuard<'_>) -> Result<String, Box<dyn Error>> {
+    let mut lines = String::new();
+    for (stack, samples) in profiler.report().build()?.data {
+        let functions: Vec<_> = stack.frames.iter().rev().flatten().map(ToString::to_string).collect();
+        writeln!(lines, "{} {samples}", functions.join(";"))?;
+    }
+    Ok(lines)
+}
+
+fn observe() {
+    metrics::Batch {
+        timestamp: SystemTime::now(),
+        function_name: "login-etl".to_owned(),
+        request_id: "8476a536-e9f4-11e8-9739-2dfe598c3fcd".to_owned(),
+        outcome: "Ok",
+        messages: 100,
+        inserted: 100,
+        deduplicated: 0,
+        failed: 0,
+        batches_failed: 0,
+        duration: Duration::from_micros(900),
+        age_of_oldest_message: Some(Duration::from_millis(1500)),
+        highest_receive_count: Some(1),
+        credential_refreshes: 0,
+        keyring_failures: 0,
+        prune_failures: 0,
+    }
+    .emit();
+    tracing::info!(
+        target: "login_etl::handler", messages = 100, inserted = 100, deduplicated = 0, failed = 0, duration_ms = 0, "batch loaded"
+    );
+}

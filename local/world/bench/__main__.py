@@ -1,0 +1,96 @@
+"""Measures the function beside other ways of doing its work, and what it needs and costs, and writes docs/performance.md with its plots.
+
+What is measured goes to target/local/bench/results.json, each section with its time and commit; the page is made from that.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from world import down, paths
+from world.bench import batches, cold, cost, environments, footprint, ledger, profile, report, scaling
+from world.bench.batches import Wrong
+from world.bench.bench import Bench, ContenderFailed
+from world.postgres import PostgresError
+from world.servers import Servers, alone
+
+WORLD = paths.BENCH_WORLD
+# In the order of the page, and of measuring: the last ones reckon with what the first ones found.
+SECTIONS = (batches, ledger, profile, cold, footprint, environments, scaling, cost)
+
+
+def main() -> int:
+    options = parse_arguments()
+    results = WORLD / ("results-quick.json" if options.quick else "results.json")
+    page = WORLD / "quick" / "performance.md" if options.quick else report.PAGE
+    measured = json.loads(results.read_text()) if results.exists() else {}
+    if not options.report:
+        with alone(WORLD):
+            down.stop(WORLD)
+            if not options.binaries:
+                build()
+            with Servers(WORLD) as servers:
+                measure(servers, options, measured, results)
+    if not measured:
+        sys.exit(f"Nothing is measured yet: {results.relative_to(paths.ROOT)} is not there.")
+    print(f"\n{report.write(SECTIONS, measured, page)}\n\n{page.relative_to(paths.ROOT)} is written.")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./local/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [section.NAME for section in SECTIONS]
+    parser.add_argument("--quick", action="store_true", help="measure less, in a few minutes; the page goes to target/local/bench/quick")
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"measure this section, of {', '.join(names)}")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="make up other messages, and other turns (default: 1)")
+    parser.add_argument("--report", action="store_true", help="measure nothing, and write the page from what was measured")
+    parser.add_argument("--binaries", type=Path, metavar="DIR", help="measure the programs there, instead of building them")
+    return parser.parse_args()
+
+
+def build() -> None:
+    print("Building (some minutes the first time) ...")
+    packages = ("--package", "login-etl", "--package", "login-etl-benches", "--target-dir", paths.ROOT / "target")
+    subprocess.run(["cargo", "build", "--release", "--locked", "--quiet", *packages], cwd=paths.ROOT, check=True)
+
+
+def measure(servers: Servers, options: argparse.Namespace, measured: dict[str, dict], results: Path) -> None:
+    """Measures the sections that are asked for, and keeps what each found at once."""
+    bench = Bench(
+        servers=servers,
+        quick=options.quick,
+        seed=options.seed,
+        binaries=(options.binaries or paths.ROOT / "target" / "release").resolve(),
+        peers_python=paths.BENCH_VENV / "bin" / "python",
+        directory=WORLD / "files",
+        results={name: one["result"] for name, one in measured.items()},
+    )
+    about = {"commit": report.commit(), "machine": report.machine(bench)}
+    for section in SECTIONS:
+        if options.only and section.NAME not in options.only:
+            continue
+        bench.say(section.TITLE)
+        at, began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        bench.results[section.NAME] = result = section.measure(bench)
+        seconds = time.monotonic() - began
+        measured[section.NAME] = {"at": at, "seconds": seconds, "command": command(options, section.NAME), **about, "result": result}
+        results.write_text(json.dumps(measured) + "\n")
+
+
+def command(options: argparse.Namespace, section: str) -> str:
+    """What measures a section as it was measured now."""
+    words = ["./local/bench", *(["--quick"] if options.quick else []), *([f"--seed {options.seed}"] if options.seed != 1 else [])]
+    return " ".join([*words, *([f"--only {section}"] if options.only else [])])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (PostgresError, ContenderFailed, Wrong, subprocess.CalledProcessError) as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; everything is stopped.")

@@ -1,0 +1,351 @@
+"""The contenders side by side, at batches of 1 to 7,400 messages and in several situations."""
+
+import random
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from world.bench.bench import INDEXES, Bench, Contender
+from world.bench.events import MOST
+from world.bench.network import Network
+from world.bench.report import COLOURS, bars, number, spread, table
+
+NAME = "batches"
+TITLE = "Batches"
+
+CONTENDERS = {
+    "ours": "the function",
+    "limit": "the limit",
+    "original": "the original's design",
+    "best": "the best Python",
+    "powertools": "Powertools",
+}
+HAVE_LEDGER = ("ours", "limit")
+BATCHES = (1, 10, 100, 1000, 7400)
+# Events of a turn that count, by batch.
+EVENTS = {1: 200, 10: 100, 100: 60, 1000: 15, 7400: 5}
+QUICK_EVENTS = {1: 50, 10: 25, 100: 10, 1000: 4, 7400: 2}
+# Powertools commits each record. It has fewer events, a short first one, and fewer rounds of large batches.
+SLOW = "powertools"
+SLOW_EVENTS = {1: 100, 10: 20, 100: 6, 1000: 1, 7400: 1}
+SLOW_FIRST = 100
+SLOW_FROM, SLOW_ROUNDS = 1000, 3
+
+BASE = "base"
+SITUATIONS = {
+    BASE: "no TLS, no network",
+    "tls": "TLS",
+    "delay": "0.5 ms of network",
+    "indexes": "the analysts' indexes",
+}
+DELAY_MICROSECONDS = 250
+# So long that the number of round trips shows in an event's time.
+LONG_MICROSECONDS = 25_000
+# The largest batches that Powertools is given.
+SLOW_MOST = {BASE: MOST, "tls": 100, "delay": 100}
+SLOW_QUICK_MOST = {BASE: 100}
+SLOW_ROUND_TRIPS = 10
+
+# What was to be reached, by batch: multiples of the original's throughput, and shares of the limit's; and of CPU time, from a batch on.
+TIMES_ORIGINAL = {1: 2.4, 10: 3.2, 100: 6.5, 1000: 9.6, 7400: 13}
+OF_LIMIT = {1: 0.85, 10: 0.85, 100: 0.75, 1000: 0.9, 7400: 0.65}
+CPU_TIMES_LESS, CPU_FROM = 25, 100
+ROUND_TRIPS = (1, 3)
+
+
+class Wrong(Exception):
+    """A contender did not do its work, so that its figures are worth nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender in a database of which it has the tables to itself for a turn."""
+
+    name: str
+    contender: Contender
+    database: psycopg.Connection
+    # A long ledger stays between turns.
+    keeps_ledger: bool = False
+
+    def turn(self, bench: Bench, batch: int) -> dict:
+        """Has it handle an event that does not count, and then some that do.
+
+        Returns `ns` of each, and of a message the client's `cpu_ns`, and the bytes of WAL. Raises `Wrong` if not all messages became rows.
+        """
+        slow = self.name == SLOW
+        events = (SLOW_EVENTS if slow else QUICK_EVENTS if bench.quick else EVENTS)[batch]
+        first = min(batch, SLOW_FIRST) if slow else batch
+        messages = first + events * batch
+        file = bench.directory / "events"
+        bench.events.write(file, batch, events, first)
+        self.empty()
+        bench.checkpoint()
+        before = self.database.execute("select pg_current_wal_insert_lsn()").fetchone()[0]
+        answer = self.contender.run(file)
+        wal = self.database.execute("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), %s)::bigint", [before]).fetchone()[0]
+        file.unlink()
+        found = {"events": len(answer["ns"]), "failures": answer["failures"], "rows": self.count("user_logins")}
+        wanted = {"events": 1 + events, "failures": 0, "rows": messages}
+        if self.name in HAVE_LEDGER and not self.keeps_ledger:
+            found["keys"], wanted["keys"] = self.count("user_logins_ledger"), messages
+        if found != wanted:
+            raise Wrong(f"{self.name}, {events} events of {batch} after one of {first}: {found} instead of {wanted}")
+        return {"ns": answer["ns"][1:], "cpu_ns": answer["cpu_ns"] / messages, "wal": wal / messages}
+
+    def empty(self) -> None:
+        self.database.execute(f"truncate user_logins{'' if self.keeps_ledger else ', user_logins_ledger'}")
+
+    def count(self, name: str) -> int:
+        return self.database.execute(f"select count(*) from {name}").fetchone()[0]
+
+
+def measure(bench: Bench) -> dict:
+    result: dict = {"situations": {}}
+    for situation, title in SITUATIONS.items():
+        bench.say(f"  {title}")
+        with ExitStack() as cleanup:
+            port = None
+            if situation == "delay":
+                network = cleanup.enter_context(Network(bench, DELAY_MICROSECONDS))
+                port, result["network"] = network.port, network.round_trips(300)
+            entries = enter(bench, cleanup, tls=situation == "tls", port=port, indexes=situation == "indexes")
+            if situation == BASE:
+                compare(bench, entries)
+            if bench.quick:
+                rounds = 2 if situation == BASE else 1
+            else:
+                rounds = 9 if situation == BASE else 7
+            result["situations"][situation] = batches = {}
+            for batch in BATCHES:
+                most = (SLOW_QUICK_MOST if bench.quick else SLOW_MOST).get(situation, 0)
+                taking_part = {name: entry for name, entry in entries.items() if name != SLOW or batch <= most}
+                batches[str(batch)] = take_turns(bench, taking_part, batch, rounds)
+    bench.say("  round trips")
+    with ExitStack() as cleanup:
+        network = cleanup.enter_context(Network(bench, LONG_MICROSECONDS))
+        entries = enter(bench, cleanup, port=network.port)
+        result["long_network"] = network.round_trips(10)
+        result["long_ns"] = {name: long_turns(bench, entry) for name, entry in entries.items()}
+    return result
+
+
+def enter(bench: Bench, cleanup: ExitStack, tls: bool = False, port: int | None = None, indexes: bool = False) -> dict[str, Entry]:
+    """Starts all contenders, on one database."""
+    name = bench.database("bench_batches", indexes=indexes)
+    cleanup.callback(bench.drop, name)
+    database = cleanup.enter_context(bench.servers.postgres.connect(name, autocommit=True))
+    environment = bench.environment(name, tls=tls, port=port)
+    processes = {contender: cleanup.enter_context(bench.contender(contender, environment)) for contender in CONTENDERS}
+    return {contender: Entry(contender, process, database) for contender, process in processes.items()}
+
+
+def compare(bench: Bench, entries: dict[str, Entry]) -> None:
+    """Raises `Wrong` unless all contenders make the same rows of the same event."""
+    file = bench.directory / "events"
+    bench.events.write(file, 1000, 1)
+    rows = {}
+    for name, entry in entries.items():
+        entry.empty()
+        entry.contender.run(file)
+        ordered = "select md5(string_agg(row::text, chr(10) order by row::text)) from user_logins as row"
+        rows[name] = entry.database.execute(ordered).fetchone()[0]
+    if len(set(rows.values())) != 1:
+        raise Wrong(f"the contenders make different rows of the same messages: {rows}")
+
+
+def take_turns(bench: Bench, entries: dict[str, Entry], batch: int, rounds: int) -> dict[str, list[dict]]:
+    """The turns of each entry, one a round."""
+    chance = random.Random(f"{bench.seed} {batch}")
+    turns: dict[str, list[dict]] = {name: [] for name in entries}
+    for past in range(rounds):
+        for name in chance.sample(list(entries), len(entries)):
+            if entries[name].name != SLOW or batch < SLOW_FROM or past < SLOW_ROUNDS:
+                turns[name].append(entries[name].turn(bench, batch))
+    return turns
+
+
+def long_turns(bench: Bench, entry: Entry) -> dict[str, list[int]]:
+    """By batch, the nanoseconds of two events over the long network; one of two at least prunes no ledger, which is a round trip more."""
+    file, times = bench.directory / "events", {}
+    for batch in BATCHES:
+        if entry.name != SLOW or batch <= SLOW_ROUND_TRIPS:
+            bench.events.write(file, batch, 3)
+            times[str(batch)] = entry.contender.run(file)["ns"][1:]
+    return times
+
+
+# The figures.
+
+
+def median_ns(turn: dict) -> float:
+    """Of an event."""
+    return statistics.median(turn["ns"])
+
+
+def rates(turns: list[dict], batch: int) -> list[float]:
+    """Messages a second of each round."""
+    return [batch * 1e9 / median_ns(turn) for turn in turns]
+
+
+def thousands(turns: list[dict], batch: int) -> str:
+    """Thousand messages a second, as the page has them."""
+    return spread([rate / 1000 for rate in rates(turns, batch)])
+
+
+def ratios(turns: list[dict], others: list[dict]) -> list[float]:
+    """How many times as fast as the other, of each round that has both."""
+    return [median_ns(other) / median_ns(turn) for turn, other in zip(turns, others)]
+
+
+def cpu_ratios(turns: list[dict], others: list[dict]) -> list[float]:
+    """How many times less CPU time than the other, of each round that has both."""
+    return [other["cpu_ns"] / turn["cpu_ns"] for turn, other in zip(turns, others)]
+
+
+def added_ns(network: dict[str, list[int]]) -> float:
+    """What a network adds to a round trip."""
+    return statistics.median(network["delayed"]) - statistics.median(network["direct"])
+
+
+def round_trips(result: dict, name: str, batch: int) -> int | None:
+    """Of a batch: what the long network adds to it, in round trips of that network."""
+    if not (times := result["long_ns"][name].get(str(batch))):
+        return None
+    usual = min(min(turn["ns"]) for turn in result["situations"][BASE][str(batch)][name])
+    return round((min(times) - usual) / added_ns(result["long_network"]))
+
+
+def text(result: dict, all_results: dict) -> str:
+    base = result["situations"][BASE]
+    header = ("", *(f"{batch:,}" for batch in BATCHES))
+
+    def rows(names: list[str], cell: Callable[[dict, str, int], str]) -> list[list[str]]:
+        def row(name: str) -> list[str]:
+            return [cell(base[str(batch)], name, batch) if name in base[str(batch)] else "–" for batch in BATCHES]
+
+        return [[CONTENDERS[name], *row(name)] for name in names]
+
+    everyone, others = list(CONTENDERS), [name for name in CONTENDERS if name != "original"]
+    throughput = rows(everyone, lambda turns, name, batch: thousands(turns[name], batch))
+    times = rows(others, lambda turns, name, _: spread(ratios(turns[name], turns["original"])))
+    cpu = rows(everyone, lambda turns, name, _: spread([turn["cpu_ns"] / 1000 for turn in turns[name]]))
+    trips = rows(everyone, lambda _, name, batch: "–" if (count := round_trips(result, name, batch)) is None else str(count))
+
+    def by_situation(other: str) -> list[list[str]]:
+        return [
+            [title, *(spread(ratios(turns["ours"], turns[other])) for turns in result["situations"][situation].values())]
+            for situation, title in SITUATIONS.items()
+        ]
+
+    ours_by_situation = [
+        [title, *(thousands(turns["ours"], int(batch)) for batch, turns in result["situations"][situation].items())]
+        for situation, title in SITUATIONS.items()
+    ]
+    network_ms, long_ms = (added_ns(result[name]) / 1e6 for name in ("network", "long_network"))
+    return f"""## {TITLE}
+
+Five ways to load a batch, from the event's bytes to after the commit. All write the same rows with the same masks, which is checked; the
+function and the limit also write the ledger that keeps a message from becoming two rows, and the three in Python have none.
+
+- **The function**, with its metrics and logs.
+- **The limit**: what PostgreSQL and the disk leave to be won. It does nothing but send rows, masked and encoded before its clock starts, and
+  the ledger's keys, by `COPY` in PostgreSQL's binary format, in one transaction.
+- **The original's design**: Python with `json`, pycryptodome, and psycopg2's `execute_values`.
+- **The best Python** that we can write: orjson, AES over all of a batch's values at once, and psycopg 3's binary `COPY`.
+- **Powertools** for AWS Lambda (Python) as its documentation shows it: a handler for one record, which inserts and commits one row. Its
+  idempotency utility, which needs DynamoDB, is left out.
+
+### Throughput
+
+Thousand messages a second, by messages in a batch; {SITUATIONS[BASE]}, and an empty ledger.
+
+{table(header, throughput)}
+
+![Messages a second and the client's CPU time a message, by batch](images/performance-batches.svg)
+
+As multiples of the original's design:
+
+{table(header, times)}
+
+A small batch is mostly its commit, the disk's time, and the round trips on the way there. The larger the batch, the more it shows what a
+message costs to parse, mask and encode, and how many statements carry it.
+
+### The client's CPU time
+
+Microseconds of CPU time a message, in the client. At 128 MB Lambda gives a function about a fourteenth of a core, so this is what is
+paid for.
+
+{table(header, cpu)}
+
+### Round trips
+
+How often a batch waits for PostgreSQL: what a network that takes {number(long_ms)} ms there and back adds to its shortest time, in multiples
+of that. Each of many trips takes a little longer than a single one, so that large numbers come out a few too high. Powertools was not sent
+more than {SLOW_ROUND_TRIPS} messages over it.
+
+{table(header, trips)}
+
+### Situations
+
+The function where one thing is different each time: over TLS, verified to the name; through a proxy that adds {number(network_ms)} ms
+there and back (measured with `select 1`); and with the two indexes of [{INDEXES}](../schema/{INDEXES}) on the table. Thousand messages a
+second:
+
+{table(header, ours_by_situation)}
+
+As multiples of the original's design in the same situation:
+
+{table(header, by_situation("original"))}
+
+As shares of the limit in the same situation:
+
+{table(header, by_situation("limit"))}
+
+### The bars of this section
+
+{bars(rows_of_bars(result))}
+"""
+
+
+def rows_of_bars(result: dict) -> list[tuple[str, str, str, bool]]:
+    base = result["situations"][BASE]
+    rows = []
+    for what, wanted, other in (("× the original's design", TIMES_ORIGINAL, "original"), ("of the limit", OF_LIMIT, "limit")):
+        for batch, bar in wanted.items():
+            measured = ratios(base[str(batch)]["ours"], base[str(batch)][other])
+            rows.append((f"throughput {what}, batch of {batch:,}", f"≥ {bar}", spread(measured), statistics.median(measured) >= bar))
+    for batch in BATCHES:
+        if batch >= CPU_FROM:
+            measured = cpu_ratios(base[str(batch)]["ours"], base[str(batch)]["original"])
+            what = f"client's CPU time a message, the original's design's over the function's, batch of {batch:,}"
+            rows.append((what, f"≥ {CPU_TIMES_LESS}", spread(measured), statistics.median(measured) >= CPU_TIMES_LESS))
+    for batch in BATCHES:
+        trips = round_trips(result, "ours", batch)
+        rows.append((f"round trips, batch of {batch:,}", "1, or 3 with COPY", str(trips), trips in ROUND_TRIPS))
+    return rows
+
+
+def plots(result: dict, all_results: dict, directory: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    base = result["situations"][BASE]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, title in CONTENDERS.items():
+        batches = [batch for batch in BATCHES if name in base[str(batch)]]
+        throughput = [statistics.median(rates(base[str(batch)][name], batch)) for batch in batches]
+        cpu = [statistics.median(turn["cpu_ns"] / 1000 for turn in base[str(batch)][name]) for batch in batches]
+        left.plot(batches, throughput, marker="o", markersize=4, color=COLOURS[name], label=title)
+        # The limit's clock starts when its rows are made, so that its CPU time says little.
+        if name != "limit":
+            right.plot(batches, cpu, marker="o", markersize=4, color=COLOURS[name], label=title)
+    for axes, title in ((left, "messages a second"), (right, "client's CPU time, µs a message")):
+        axes.set(xscale="log", yscale="log", title=title, xlabel="messages in a batch")
+        axes.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES])
+        axes.minorticks_off()
+    left.yaxis.set_major_formatter("{x:,.0f}")
+    right.yaxis.set_major_formatter("{x:g}")
+    left.legend()
+    figure.savefig(directory / "performance-batches.svg", metadata={"Date": None})

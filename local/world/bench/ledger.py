@@ -1,0 +1,180 @@
+"""What the ledger costs the function when it is long, and when it prunes itself."""
+
+import random
+import statistics
+from contextlib import ExitStack
+
+from world.bench.batches import BATCHES, Entry, Wrong, ratios, take_turns, thousands
+from world.bench.bench import LEDGER_DAYS, Bench
+from world.bench.report import bars, spread, table
+
+NAME = "ledger"
+TITLE = "The ledger"
+
+EMPTY, LONG, LIMIT = "ours, empty", "ours, long", "limit, long"
+LABELS = {EMPTY: "the function, empty ledger", LONG: "the function, long ledger", LIMIT: "the limit, long ledger"}
+OF_EMPTY = 0.9
+# Bytes of WAL a message, by batch; a batch of 7,400 goes by COPY.
+WAL = {100: 400, 1000: 400, 7400: 260}
+
+# Of the pruning: events of a turn that count, by batch. Every 10,000 rows, at most twice as many expired keys go.
+PRUNING_EVENTS = {100: 400, 1000: 40}
+PRUNED_AT_MOST = 2
+# How many keys expire for each row that is inserted.
+EXPIRED = {"nothing": 0, "steadily": 1, "catching up": 2}
+RETENTION_DAYS, EXPIRED_DAYS, KEPT_DAYS = 35, 60, 20
+OF_UNPRUNED = 0.95
+
+
+def measure(bench: Bench) -> dict:
+    with ExitStack() as cleanup:
+        entries = {}
+        for database, contenders in (("bench_empty", {EMPTY: "ours"}), ("bench_long", {LONG: "ours", LIMIT: "limit"})):
+            long = database == "bench_long"
+            bench.database(database, ledger=long)
+            cleanup.callback(bench.drop, database)
+            connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
+            for label, name in contenders.items():
+                contender = cleanup.enter_context(bench.contender(name, bench.environment(database, tls=False)))
+                entries[label] = Entry(name, contender, connection, keeps_ledger=long)
+        bench.say(f"  a ledger of {bench.ledger_keys:,} keys beside an empty one")
+        turns = {str(batch): take_turns(bench, entries, batch, 2 if bench.quick else 7) for batch in BATCHES}
+    bench.say("  pruning")
+    return {"keys": bench.ledger_keys, "turns": turns, "pruning": prune(bench)}
+
+
+def prune(bench: Bench) -> dict[str, dict[str, list[dict]]]:
+    """By batch, the turns with as many expired keys as `EXPIRED` says, in ledgers of one length."""
+    with ExitStack() as cleanup:
+        database = bench.database("bench_pruning")
+        cleanup.callback(bench.drop, database)
+        connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
+        entry = Entry("ours", cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))), connection)
+        chance = random.Random(bench.seed)
+        turns: dict[str, dict[str, list[dict]]] = {}
+        for batch, events in PRUNING_EVENTS.items():
+            turns[str(batch)] = {label: [] for label in EXPIRED}
+            for _ in range(1 if bench.quick else 9):
+                for label in chance.sample(list(EXPIRED), len(EXPIRED)):
+                    turns[str(batch)][label].append(pruning_turn(bench, entry, batch, events, EXPIRED[label]))
+    return turns
+
+
+def pruning_turn(bench: Bench, entry: Entry, batch: int, events: int, expired_a_row: int) -> dict:
+    """Has the function handle events while keys expire; returns `ns` of each event, and the number of keys that went."""
+    rows = (1 + events) * batch
+    file = bench.directory / "events"
+    bench.events.write(file, batch, 1 + events)
+    entry.empty()
+    keys = PRUNED_AT_MOST * rows
+    expired = expired_a_row * rows
+    entry.database.execute(
+        """insert into user_logins_ledger
+           select now() - case when number <= %s then %s else %s end * interval '1 day' + number * interval '1 millisecond',
+                  md5(random()::text || number)::uuid
+           from generate_series(1, %s) as number""",
+        [expired, EXPIRED_DAYS, KEPT_DAYS, keys],
+    )
+    entry.database.execute("vacuum analyze user_logins_ledger")
+    bench.checkpoint()
+    answer = entry.contender.run(file)
+    file.unlink()
+    pruned = keys + rows - entry.count("user_logins_ledger")
+    # After the last pruning there may be rows that prune nothing yet; before the first, rows of an earlier turn.
+    least = max(0, expired - PRUNED_AT_MOST * 10_000)
+    if entry.count("user_logins") != rows or not least <= pruned <= expired:
+        raise Wrong(f"{entry.count('user_logins')} rows of {rows} messages; {pruned} keys pruned instead of {least} to {expired}")
+    return {"ns": answer["ns"][1:], "pruned": pruned}
+
+
+# The figures.
+
+
+def mean_rate(turn: dict, batch: int) -> float:
+    """Messages a second over all events of a turn, as few of them prune."""
+    return batch * len(turn["ns"]) * 1e9 / sum(turn["ns"])
+
+
+def unpruned_ratios(turns: dict[str, list[dict]], label: str) -> list[float]:
+    """The throughput while pruning, as a share of that without, of each round."""
+    return [sum(other["ns"]) / sum(turn["ns"]) for turn, other in zip(turns[label], turns["nothing"])]
+
+
+def text(result: dict, all_results: dict) -> str:
+    header = ("", *(f"{batch:,}" for batch in BATCHES))
+    turns = {batch: result["turns"][str(batch)] for batch in BATCHES}
+    keys = f"{result['keys']:,}"
+    lengths = [
+        ["empty", *(thousands(turns[batch][EMPTY], batch) for batch in BATCHES)],
+        [f"{keys} keys", *(thousands(turns[batch][LONG], batch) for batch in BATCHES)],
+        [f"the limit, {keys} keys", *(thousands(turns[batch][LIMIT], batch) for batch in BATCHES)],
+    ]
+    shares = [
+        ["of the empty ledger's", *(spread(ratios(turns[batch][LONG], turns[batch][EMPTY])) for batch in BATCHES)],
+        ["of the limit's", *(spread(ratios(turns[batch][LONG], turns[batch][LIMIT])) for batch in BATCHES)],
+    ]
+    wal = [[title, *(spread([turn["wal"] for turn in turns[batch][label]]) for batch in BATCHES)] for label, title in LABELS.items()]
+    pruning = [
+        [
+            f"{int(batch):,}, {label}",
+            spread([mean_rate(turn, int(batch)) / 1000 for turn in of_label]),
+            spread(unpruned_ratios(by_label, label)),
+            spread([max(turn["ns"]) / 1e6 for turn in of_label]),
+        ]
+        for batch, by_label in result["pruning"].items()
+        for label, of_label in by_label.items()
+    ]
+    return f"""## {TITLE}
+
+The ledger has a key for each message of the last {RETENTION_DAYS} days, in an index, and inserts could touch pages all over it. Its keys begin
+with the time of sending, so that new ones go to its end.
+
+### A long ledger
+
+Thousand messages a second with an empty ledger, and with {keys} keys of the last {LEDGER_DAYS} days; no TLS, no network.
+
+{table(header, lengths)}
+
+With the long ledger, as shares:
+
+{table(header, shares)}
+
+### Write-ahead log
+
+Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pages. It is what a replica receives and a backup keeps.
+
+{table(header, wal)}
+
+### Pruning
+
+Every 10,000 rows or so, the batch that is under way deletes expired keys before it answers, up to twice as many as rows were inserted.
+Below, no keys are expired; or as many as rows are inserted, which is so while traffic is steady; or twice as many, as when there are some to
+catch up with. The ledger is as long each time. Thousand messages a second over all batches, those that pruned and those that did not; the
+share of what it is with nothing expired; and the milliseconds of the slowest batch.
+
+{table(("batch, pruning", "throughput", "share", "slowest"), pruning)}
+
+### The bars of this section
+
+{bars(rows_of_bars(result))}
+"""
+
+
+def rows_of_bars(result: dict) -> list[tuple[str, str, str, bool]]:
+    rows = []
+    for batch in BATCHES:
+        turns = result["turns"][str(batch)]
+        measured = ratios(turns[LONG], turns[EMPTY])
+        what = f"throughput with {result['keys']:,} keys in the ledger, of that with none, batch of {batch:,}"
+        rows.append((what, f"≥ {OF_EMPTY}", spread(measured), statistics.median(measured) >= OF_EMPTY))
+    for batch, most in WAL.items():
+        measured = [turn["wal"] for turn in result["turns"][str(batch)][LONG]]
+        what = f"WAL a message with {result['keys']:,} keys in the ledger, batch of {batch:,}"
+        rows.append((what, f"≤ {most} B", spread(measured), statistics.median(measured) <= most))
+    for batch, turns in result["pruning"].items():
+        for label, expired in EXPIRED.items():
+            if expired:
+                measured = unpruned_ratios(turns, label)
+                what = f"throughput pruning {label}, of that pruning nothing, batch of {int(batch):,}"
+                rows.append((what, f"≥ {OF_UNPRUNED}", spread(measured), statistics.median(measured) >= OF_UNPRUNED))
+    return rows

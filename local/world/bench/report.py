@@ -1,0 +1,217 @@
+"""Writes the page of figures and its plots from the results, and has the forms that figures take in it."""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+from world import paths
+from world.bench.bench import Bench
+
+PAGE = paths.ROOT / "docs" / "performance.md"
+REMARKS = paths.ROOT / "benches" / "remarks.md"
+PACKAGES = ("orjson", "cryptography", "pycryptodome", "psycopg", "psycopg2-binary", "aws-lambda-powertools", "boto3")
+REACHED, MISSED = "reached", "**missed**"
+# What plots have in common: small files that change only with the figures, and are to be read on dark pages, too.
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "login-etl",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.family": ["sans-serif"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+# A contender has the same colour in every plot; those who see few colours can tell them apart.
+COLOURS = {"ours": "#0072b2", "limit": "#555555", "best": "#009e73", "original": "#d55e00", "powertools": "#cc79a7", "hello": "#e69f00"}
+
+HEAD = """\
+<!-- Written by `./local/bench`: change that, in local/world/bench, and not this page. -->
+
+# Performance
+
+How fast the function is, beside other ways of doing the same work and beside the limit of what it works on; what it needs, and what it
+costs. One command measures all of it, on any machine:
+
+    ./local/bench            # measures everything, and writes this page
+    ./local/bench --quick    # the same in a few minutes on a small scale; writes target/local/bench/quick/performance.md
+    ./local/bench --help
+
+## What was to be reached
+
+{bars}
+
+## How it is measured
+
+**Where.** {machine} The contender, PostgreSQL {postgres} and, for secrets, LocalStack share it, on loopback. PostgreSQL
+has its defaults: with `fsync`, `synchronous_commit` and `full_page_writes` on, each commit waits for the disk. {rustc}; Python {python}
+with {packages}.
+
+**What.** A contender is a process that lives on, as an execution environment does. It reads its secrets, connects, and then handles one
+event after the other. The clock runs from the event's bytes, as Lambda's runtime hands them over, through the commit to the answer's bytes;
+the runtime's client is not in it. Events have the shape and size of those of SQS, about 805 bytes a message. No message is ever sent twice,
+and their times of sending rise.
+
+**Rounds.** The contenders of a table take turns, one at a time, in an order that is shuffled in each round; a machine that becomes slower or
+faster in between does so for all. Before each turn the tables are emptied and a checkpoint is made, and a turn's first event does not count.
+After it the rows are counted, and one row too few or too many ends the run.
+
+**Figures.** A turn's figure is the median of its events. A ratio is made of two turns of the same round. Shown is the median over the rounds
+and, in brackets, their first and third quartile. Absolute figures are this machine's; ratios carry over better.
+
+{measured}
+"""
+
+
+# The page.
+
+
+def write(sections: Sequence[ModuleType], measured: dict[str, dict], page: Path) -> str:
+    """Writes the page and, in `images` beside it, its plots; returns the summary of the bars."""
+    import matplotlib.pyplot
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update(STYLE)
+    images = page.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    sections = [section for section in sections if section.NAME in measured]
+    results = {name: one["result"] for name, one in measured.items()}
+    chapters = {}
+    for section in sections:
+        chapter = section.text(results[section.NAME], results).strip()
+        chapters[section.TITLE] = chapter if chapter.startswith("## ") else f"## {section.TITLE}\n\n{chapter}"
+        if hasattr(section, "plots"):
+            section.plots(results[section.NAME], results, images)
+            matplotlib.pyplot.close("all")
+    newest = max((measured[section.NAME] for section in sections), key=lambda one: one["at"])
+    head = HEAD.format(
+        bars=(summary := summarise(chapters)),
+        measured=when([(section, measured[section.NAME]) for section in sections]),
+        **newest["machine"],
+    )
+    remarks = [REMARKS.read_text().strip()] if REMARKS.exists() else []
+    page.write_text("\n\n".join([head.strip(), *chapters.values(), *remarks]) + "\n")
+    return summary
+
+
+def summarise(chapters: dict[str, str]) -> str:
+    """How many bars of each chapter are reached, and those that are not; the chapters themselves have all of them."""
+    counts, misses = [], []
+    for title, chapter in chapters.items():
+        if rows := rows_of_bars(chapter):
+            missed = [row for row in rows if row[3] == MISSED]
+            counts.append((f"[{title}](#{anchor(title)})", f"{len(rows) - len(missed)} of {len(rows)}"))
+            misses += [(title, *row[:3]) for row in missed]
+    missing = f"Not reached:\n\n{table(('section', 'what', 'bar', 'measured'), misses)}" if misses else "All are."
+    return f"{table(('section', 'bars reached'), counts)}\n\n{missing}"
+
+
+def when(sections: list[tuple[ModuleType, dict]]) -> str:
+    """A table of when each section was measured, and of what; its machine too, if they were not all measured on one."""
+    machines = {one["machine"]["machine"] for _, one in sections}
+    header = ("section", "measured", "commit", "seconds", "by", *(["on"] if len(machines) > 1 else []))
+    rows = []
+    for section, one in sections:
+        row = [section.TITLE, one["at"][:16].replace("T", " "), f"`{one['commit']}`", f"{one['seconds']:.0f}", f"`{one['command']}`"]
+        rows.append([*row, *([one["machine"]["machine"]] if len(machines) > 1 else [])])
+    return table(header, rows)
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+# The forms.
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """In Markdown: the first column to the left, the others too, unless all of a column's cells begin with a digit."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    numbers = [bool(rows) and all(re.match(r"[\d.–<≥≤]", row[column]) for row in cells) for column in range(len(header))]
+    rule = ["---:" if number and column else "---" for column, number in enumerate(numbers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), rule, *cells])
+
+
+def bars(rows: Sequence[tuple[str, str, str, bool]]) -> str:
+    """A table of what was to be reached: what, the bar, what was measured, and whether it is reached."""
+    return table(("what", "bar", "measured", ""), [(*row[:3], REACHED if row[3] else MISSED) for row in rows])
+
+
+def rows_of_bars(chapter: str) -> list[tuple[str, ...]]:
+    """The rows of the tables of bars in a chapter."""
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in chapter.splitlines() if line.startswith("|")]
+    return [row for row in rows if len(row) == 4 and row[3] in (REACHED, MISSED)]
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; all the same of one sample."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return first, statistics.median(samples), third
+
+
+def number(value: float) -> str:
+    """With three digits that count."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if value >= 10 else 2}f}"
+
+
+def spread(samples: Sequence[float], form: str | None = None) -> str:
+    """The median and, in brackets, the quartiles, if there is more than one sample."""
+    if len(samples) == 1:
+        return form.format(samples[0]) if form else number(samples[0])
+    first, median, third = (form.format(value) if form else number(value) for value in quartiles(samples))
+    return f"{median} ({first}–{third})"
+
+
+# What is measured, and where.
+
+
+def machine(bench: Bench) -> dict[str, str]:
+    """The machine and the versions of all that is measured, in the words of the page."""
+    with bench.servers.postgres.connect() as connection:
+        postgres = connection.execute("show server_version").fetchone()[0].split()[0]
+    versions = "import importlib.metadata, json, sys; print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:]}))"
+    packages = json.loads(said(str(bench.peers_python), "-c", versions, *PACKAGES))
+    cores, memory = psutil.cpu_count(), psutil.virtual_memory().total / 2**30
+    return {
+        "machine": f"{processor()}, {cores} core{'s' if cores != 1 else ''}, {memory:.0f} GiB, {platform.system()} {platform.release()}.",
+        "postgres": postgres,
+        "rustc": said("rustc", "--version").split(" (")[0].replace("rustc", "Rust"),
+        "python": said(str(bench.peers_python), "-c", "import platform; print(platform.python_version())"),
+        "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+
+
+def processor() -> str:
+    """Its name, where Linux or macOS tell it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (name := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)):
+        return name[1]
+    return said("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else platform.machine()
+
+
+def commit() -> str:
+    return said("git", "-C", str(paths.ROOT), "describe", "--always", "--dirty")
+
+
+def said(*command: str) -> str:
+    """What a program printed, or a dash if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=paths.ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "–"

@@ -1,0 +1,71 @@
+"""The instructions that the function's own work takes, counted by callgrind, against the ceilings in benches/instructions/ceilings.json."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+from world import paths
+
+CEILINGS = paths.ROOT / "benches" / "instructions" / "ceilings.json"
+PACKAGE = "login-etl-instructions"
+MESSAGES = 1000
+# Between counts of one program there is no difference; a ceiling this much above the count lets other versions of Rust in.
+HEADROOM = 1.03
+
+
+class TooMany(Exception):
+    """A stage takes more instructions than its ceiling; the text says how to go on."""
+
+
+def check() -> None:
+    """Counts each stage's instructions; raises `TooMany` if one takes more than its ceiling."""
+    ceilings = json.loads(CEILINGS.read_text())
+    counts = count(list(ceilings))
+    over = []
+    for stage, ceiling in ceilings.items():
+        print(f"  {stage:8} {counts[stage]:6} instructions a message, ceiling {ceiling}")
+        if counts[stage] > ceiling:
+            over.append(f"{stage} by {counts[stage] / ceiling - 1:.1%}")
+    if over:
+        raise TooMany(
+            f"Over the ceiling: {', '.join(over)}. Something that every message pays for has become more costly. If `git stash` brings the count\n"
+            "down, it is your change: see what it costs (`./local/bench --quick`, `cargo bench -p login-etl-benches`), and make it cheaper, or find\n"
+            "that it is worth it. If it does not, it is another version of Rust or of a library. In both last cases raise the ceilings with\n"
+            "`python -m world.instructions --record` (in target/local/venv, PYTHONPATH=local), and give counts and reason in the commit."
+        )
+
+
+def record() -> None:
+    """Makes what the stages take now their ceilings."""
+    counts = count(list(json.loads(CEILINGS.read_text())))
+    CEILINGS.write_text(json.dumps({stage: round(taken * HEADROOM) for stage, taken in counts.items()}, indent=2) + "\n")
+    print(f"{CEILINGS.relative_to(paths.ROOT)}: {CEILINGS.read_text()}")
+
+
+def count(stages: list[str]) -> dict[str, int]:
+    """Instructions a message of each stage of a batch."""
+    if not shutil.which("valgrind"):
+        raise RuntimeError("valgrind is not here. Install it, then try again:\n  Debian, Ubuntu   sudo apt-get install valgrind")
+    # Debug information of dependencies would be valgrind's to read, which takes it minutes.
+    build = ["cargo", "build", "--release", "--locked", "--quiet", "--message-format", "json-render-diagnostics", "--package", PACKAGE]
+    output = subprocess.run(build, cwd=paths.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    [program] = filter(None, (json.loads(line).get("executable") for line in output.splitlines()))
+    return {stage: instructions(program, stage) // MESSAGES for stage in stages}
+
+
+def instructions(program: str, stage: str) -> int:
+    profile = paths.LOCAL / f"callgrind.{stage}"
+    words = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", "--toggle-collect=*counted*", program, stage]
+    run = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    found = re.search(r"^(?:totals|summary): (\d+)", profile.read_text(), re.M) if run.returncode == 0 else None
+    if not found or not int(found[1]):
+        raise RuntimeError(f"callgrind counted nothing:\n{run.stderr}")
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--record"]:
+        sys.exit("usage: python -m world.instructions --record")
+    record()

@@ -15,11 +15,6 @@ grant select, insert, update, delete on user_logins_ledger to login_etl;
 -- No statement outlives its invocation: the server ends it at the template's FunctionTimeout, behind a pooler too, and
 -- from version 14 on as soon as the connection is gone.
 alter role login_etl set statement_timeout = '30s';
--- Nor does a transaction that was left open, or a connection to an environment that is no more.
-alter role login_etl set idle_in_transaction_session_timeout = '30s';
-alter role login_etl set tcp_keepalives_idle = 10;
-alter role login_etl set tcp_keepalives_interval = 5;
-alter role login_etl set tcp_keepalives_count = 4;
 do $$
 begin
     if current_setting('server_version_num')::integer >= 140000 then

@@ -224,16 +224,21 @@ fn unescape(quoted: &[u8], to: &mut Vec<u8>) -> Option<()> {
         };
         from += plain;
         len += plain;
-        if quoted.get(from) == Some(&b'\\') {
-            to[len] = match quoted.get(from + 1)? {
-                escaped @ (b'"' | b'\\' | b'/') => *escaped,
-                b'n' => b'\n',
-                b't' => b'\t',
-                b'r' => b'\r',
-                _ => return None,
-            };
-            from += 2;
-            len += 1;
+        match quoted.get(from) {
+            Some(b'\\') => {
+                to[len] = match quoted.get(from + 1)? {
+                    escaped @ (b'"' | b'\\' | b'/') => *escaped,
+                    b'n' => b'\n',
+                    b't' => b'\t',
+                    b'r' => b'\r',
+                    _ => return None,
+                };
+                from += 2;
+                len += 1;
+            }
+            // Not the content of a string.
+            Some(_) if plain == 0 => return None,
+            _ => {}
         }
     }
     to.truncate(len);

@@ -25,6 +25,6 @@ pub mod mask;
 pub mod metrics;
 pub mod redelivery;
 pub mod runtime;
-pub mod scan;
+mod scan;
 pub mod secrets;
 pub mod store;

@@ -1,6 +1,6 @@
 """The best Python that we could write for this: nothing is done for each message that can be done once for its batch.
 
-- msgspec decodes events and bodies into what is needed of them, types and lengths checked, and skips the rest, which orjson builds.
+- msgspec decodes events and bodies into what is needed of them, types and lengths checked, and skips the rest, which others build.
 - Masks are made in one go: with one IV for all, CBC of a value that fits one block is ECB of that value xored with the IV.
 - libpq is called directly, as psycopg's cursors take a fifth of a small batch's time.
 - A statement alone is a transaction: a few rows are one prepared INSERT, which is one round trip, and more are a COPY, which is two. COPY's

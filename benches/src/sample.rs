@@ -1,4 +1,4 @@
-//! An event as SQS delivers it, of some 805 bytes a message.
+//! An event as SQS delivers it, of some 1,000 bytes a message.
 
 use serde_json::json;
 

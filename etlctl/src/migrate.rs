@@ -11,12 +11,13 @@ use crate::{
 };
 
 /// `schema/`, in order.
-const MIGRATIONS: [(&str, &str); 5] = [
+const MIGRATIONS: [(&str, &str); 6] = [
     ("001_user_logins", include_str!("../../schema/001_user_logins.sql")),
     ("002_ledger", include_str!("../../schema/002_ledger.sql")),
     ("003_duplicates", include_str!("../../schema/003_duplicates.sql")),
     ("004_role", include_str!("../../schema/004_role.sql")),
     ("005_audit", include_str!("../../schema/005_audit.sql")),
+    ("006_open_transactions", include_str!("../../schema/006_open_transactions.sql")),
 ];
 
 /// Held while migrating. The number is this tool's, made up.

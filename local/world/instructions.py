@@ -30,10 +30,11 @@ def check() -> None:
             over.append(f"{stage} by {counts[stage] / ceiling - 1:.1%}")
     if over:
         raise TooMany(
-            f"Over the ceiling: {', '.join(over)}. Something that every message pays for has become more costly. If `git stash` brings the count\n"
-            "down, it is your change: see what it costs (`./local/bench --quick`, `cargo bench -p login-etl-benches`), and make it cheaper, or find\n"
-            "that it is worth it. If it does not, it is another version of Rust or of a library. In both last cases raise the ceilings with\n"
-            "`python -m world.instructions --record` (in target/local/venv, PYTHONPATH=local), and give counts and reason in the commit."
+            f"Over the ceiling: {', '.join(over)}. Something that every message pays for has become more costly.\n"
+            "If `git stash` brings the count down, it is your change: see what it costs (`./local/bench --quick`,\n"
+            "`cargo bench -p login-etl-benches`), and make it cheaper, or find that it is worth it. If it does not, it is another\n"
+            "version of Rust or of a library. In both last cases raise the ceilings, and give counts and reason in the commit:\n"
+            "  PYTHONPATH=local target/local/venv/bin/python -m world.instructions --record"
         )
 
 

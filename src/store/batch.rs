@@ -82,16 +82,10 @@ impl<'a> Batch<'a> {
     }
 
     /// As [`insert`](Self::insert), in three round trips, or four where no statements are kept.
+    ///
+    /// A connection on which it failed is not to be used again: after a `COPY` that the server refuses at its start the driver
+    /// takes one answer for another (<https://github.com/sfackler/rust-postgres/issues/789>).
     pub(super) async fn copy(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
-        let result = self.copy_all(client, kept).await;
-        if result.is_err() {
-            // Where that fails too, the connection is lost, and the next statement will tell.
-            client.batch_execute("rollback").await.ok();
-        }
-        result
-    }
-
-    async fn copy_all(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
         // What goes ahead of an answer spares a round trip.
         let begin = client.batch_execute("begin");
         let (entering, copy_rows) = match kept {

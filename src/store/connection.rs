@@ -75,13 +75,15 @@ impl Connection {
 }
 
 impl Connection {
-    /// The statements that it keeps prepared, from the first time on.
-    pub(super) async fn statements(&mut self) -> Result<(&Client, &Statements), tokio_postgres::Error> {
-        let statements = match self.statements.take() {
-            Some(statements) => statements,
-            None => Statements::prepare(&self.client).await?,
-        };
-        Ok((&self.client, self.statements.insert(statements)))
+    /// The client, and the statements that it keeps prepared from the first time on, if it is to keep any.
+    pub(super) async fn prepared(
+        &mut self,
+        keeps_statements: bool,
+    ) -> Result<(&Client, Option<&Statements>), tokio_postgres::Error> {
+        if keeps_statements && self.statements.is_none() {
+            self.statements = Some(Statements::prepare(&self.client).await?);
+        }
+        Ok((&self.client, self.statements.as_ref()))
     }
 }
 

@@ -138,6 +138,11 @@ impl DatabaseError {
         self.code() == "23505"
     }
 
+    /// The server answered: the connection stands, and the transaction has failed.
+    pub(super) fn is_answer(&self) -> bool {
+        matches!(self.0, Cause::Sqlstate { .. })
+    }
+
     /// invalid_sql_statement_name, duplicate_prepared_statement: the server's session is not the one that the connection
     /// had before, as behind a pooler in transaction mode.
     pub(super) fn is_of_a_statement_s_name(&self) -> bool {

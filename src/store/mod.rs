@@ -187,7 +187,7 @@ impl Session {
     async fn insert(&mut self, entries: &[Entry<'_>]) -> Result<Outcome, StoreError> {
         let mut outcome = Outcome::default();
         let mut stopped = HashSet::new();
-        let mut seen_before = false;
+        let mut by_insert_unknown = false;
         let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(mut part) = pending.pop() {
             part.retain(|&index| {
@@ -201,7 +201,7 @@ impl Session {
                 continue;
             }
             let batch = Batch::new(part.iter().map(|&index| &entries[index]).collect());
-            match self.insert_together(&batch, &mut seen_before).await {
+            match self.insert_together(&batch, &mut by_insert_unknown).await {
                 Ok(inserted) => outcome.inserted += inserted,
                 Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
                     if let [index] = part[..] {
@@ -220,20 +220,29 @@ impl Session {
 
     /// One transaction, tried again where that can help. Returns how many rows it inserted.
     ///
-    /// `seen_before` says whether some of the messages may be in the ledger, and is set once that shows.
-    async fn insert_together(&mut self, batch: &Batch<'_>, seen_before: &mut bool) -> Result<u64, StoreError> {
+    /// `by_insert_unknown` says that the faster ways are not for this batch, and is set once that shows.
+    async fn insert_together(&mut self, batch: &Batch<'_>, by_insert_unknown: &mut bool) -> Result<u64, StoreError> {
+        let by_copy = batch.len() >= self.connector.copy_threshold();
         let mut wait = FIRST_WAIT;
         let mut tries = 1;
         loop {
-            let error = match self.write(batch, *seen_before).await {
-                Err(StoreError::Insert(error)) if error.is_unique_violation() && !*seen_before => {
-                    *seen_before = true;
-                    continue;
-                }
+            let result = match (*by_insert_unknown, by_copy) {
+                (true, _) => self.insert_unknown(batch).await,
+                (false, true) => self.copy(batch).await,
+                (false, false) => self.insert_all(batch).await,
+            };
+            let error = match result {
                 Err(StoreError::Insert(error)) if error.is_of_a_statement_s_name() && self.keeps_statements => {
                     tracing::warn!(%error, "a pooler is in between: going on without prepared statements");
                     self.keeps_statements = false;
                     self.connection = None;
+                    continue;
+                }
+                // Some of the messages came before; or the table is one that `COPY` cannot write, and `INSERT` may.
+                Err(StoreError::Insert(error))
+                    if !*by_insert_unknown && (error.is_unique_violation() || by_copy && error.is_answer()) =>
+                {
+                    *by_insert_unknown = true;
                     continue;
                 }
                 Err(error) => error,
@@ -254,21 +263,33 @@ impl Session {
         }
     }
 
-    async fn write(&mut self, batch: &Batch<'_>, seen_before: bool) -> Result<u64, StoreError> {
+    async fn insert_all(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
         let keeps_statements = self.keeps_statements;
-        let by_copy = batch.len() >= self.connector.copy_threshold();
         let connection = self.connected().await?;
-        let writing = async {
-            if seen_before {
-                return batch.insert_unknown(&connection.client).await;
-            }
-            let (client, kept) = match keeps_statements {
-                true => connection.statements().await.map(|(client, kept)| (client, Some(kept)))?,
-                false => (&connection.client, None),
-            };
-            if by_copy { batch.copy(client, kept).await } else { batch.insert(client, kept).await }
+        let inserting = async {
+            let (client, kept) = connection.prepared(keeps_statements).await?;
+            batch.insert(client, kept).await
         };
-        writing.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
+        inserting.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
+    }
+
+    async fn insert_unknown(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
+        let connection = self.connected().await?;
+        let inserted = batch.insert_unknown(&connection.client).await;
+        inserted.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
+    }
+
+    async fn copy(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
+        // It goes back only after a transaction that has ended well.
+        let mut connection = self.take_connected().await?;
+        let keeps_statements = self.keeps_statements;
+        let copying = async {
+            let (client, kept) = connection.prepared(keeps_statements).await?;
+            batch.copy(client, kept).await
+        };
+        let copied = copying.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))?;
+        self.connection = Some(connection);
+        Ok(copied)
     }
 
     /// Now and then deletes expired keys. A failure is no batch's matter: it is logged, and tried again in time.
@@ -293,15 +314,17 @@ impl Session {
     }
 
     async fn connected(&mut self) -> Result<&mut Connection, StoreError> {
-        let kept = match self.connection.take() {
-            Some(mut connection) => connection.is_alive().await.then_some(connection),
-            None => None,
-        };
-        let connection = match kept {
-            Some(connection) => connection,
-            None => self.connect().await?,
-        };
+        let connection = self.take_connected().await?;
         Ok(self.connection.insert(connection))
+    }
+
+    async fn take_connected(&mut self) -> Result<Connection, StoreError> {
+        if let Some(mut connection) = self.connection.take()
+            && connection.is_alive().await
+        {
+            return Ok(connection);
+        }
+        self.connect().await
     }
 
     /// Connects. Refused credentials are read again, because they may have been rotated; and again a little later, because

@@ -75,6 +75,36 @@ async fn a_batch_has_the_same_rows_however_it_is_written() {
     assert_eq!(world.count("user_logins_ledger").await, 102);
 }
 
+/// The driver would take one answer for another on a connection on which a `COPY` failed.
+#[tokio::test]
+async fn a_redelivered_batch_that_is_written_by_copy_gets_a_new_connection() {
+    let mut world = World::new().await;
+    world.settings.insert("COPY_THRESHOLD", "1".to_owned());
+    let handler = world.handler().await;
+    for (first, rows) in [(0, 10), (5, 15), (5, 15), (100, 25)] {
+        assert!(failed(&invoke(&handler, &event(first, bodies(0..10))).await.unwrap()).is_empty());
+        assert_eq!(world.count("user_logins").await, rows);
+        assert_eq!(world.count("user_logins_ledger").await, rows);
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_copy_cannot_write_is_written_by_insert() {
+    let mut world = World::new().await;
+    world.settings.insert("COPY_THRESHOLD", "1".to_owned());
+    for change in [
+        "alter table user_logins alter app_version type bigint",
+        "alter table user_logins enable row level security; create policy all_rows on user_logins for insert with check (true)",
+    ] {
+        world.admin.batch_execute(change).await.unwrap();
+        let before = world.count("user_logins").await;
+        let first = before as u128;
+        let response = invoke(&world.handler().await, &event(first, bodies(0..10))).await.unwrap();
+        assert!(failed(&response).is_empty(), "{change}");
+        assert_eq!(world.count("user_logins").await, before + 10, "{change}");
+    }
+}
+
 #[tokio::test]
 async fn a_message_that_is_twice_in_a_batch_is_inserted_once() {
     let world = World::new().await;

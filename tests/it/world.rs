@@ -24,12 +24,13 @@ use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
                               "iv": "000102030405060708090a0b0c0d0e0f"}"#;
 
-const SCHEMA: [&str; 5] = [
+const SCHEMA: [&str; 6] = [
     include_str!("../../schema/001_user_logins.sql"),
     include_str!("../../schema/002_ledger.sql"),
     include_str!("../../schema/003_duplicates.sql"),
     include_str!("../../schema/004_role.sql"),
     include_str!("../../schema/005_audit.sql"),
+    include_str!("../../schema/006_open_transactions.sql"),
 ];
 
 /// Reads a variable that says where the servers are.

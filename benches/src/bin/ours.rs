@@ -82,7 +82,8 @@ fn context() -> Result<Context, Box<dyn Error>> {
 fn stacks(profiler: &ProfilerGuard<'_>) -> Result<String, Box<dyn Error>> {
     let mut lines = String::new();
     for (stack, samples) in profiler.report().build()?.data {
-        let functions: Vec<_> = stack.frames.iter().rev().flatten().map(ToString::to_string).collect();
+        let functions: Vec<_> =
+            stack.frames.iter().rev().flat_map(|frame| frame.iter().rev()).map(ToString::to_string).collect();
         writeln!(lines, "{} {samples}", functions.join(";"))?;
     }
     Ok(lines)

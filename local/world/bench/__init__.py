@@ -20,7 +20,9 @@ The sections:
 - ``scaling``         how long a backlog takes, simulated from what was measured
 - ``cost``            what a million messages cost
 
-And ``report`` makes docs/performance.md and its plots of the results.
+And ``report`` makes docs/performance.md and its plots of the results; the page's last section is benches/remarks.md.
+
+The programs that are measured are in benches/src/bin and benches/peers, and src/main.rs is the function itself.
 """
 
 import site

@@ -150,9 +150,10 @@ def text(result: dict, all_results: dict) -> str:
     roots = {figure: differences(times["login-etl"][figure], times[FEWER_ROOTS][figure]) for figure in ("ns", "cpu_ns")}
     ms = {name: statistics.median(result[name]) / 1e6 for name in ("secret_ns", "session_ns", "scram_ns")}
     return f"""\
-What a new environment takes until it can handle its first event, as far as it is the function's own: from the process's start to its first request
-for an event. Lambda's part, fetching the package and starting a sandbox, comes before it. In that time the function reads both secrets, parses the
-keyring and connects to PostgreSQL, with TLS that verifies the server, and SCRAM. The programs are in the page cache. {result["rounds"]} rounds.
+What a new environment takes until it can handle its first event, as far as it is the function's own: from the process's start to its
+first request for an event. Lambda's part, fetching the package and starting a sandbox, comes before it. In that time the function reads
+both secrets, parses the keyring and connects to PostgreSQL, with TLS that verifies the server, and SCRAM. The programs are in the page
+cache. {result["rounds"]} rounds.
 
 {table(("", "ms", "× hello world", "CPU, ms"), starts)}
 
@@ -164,17 +165,18 @@ keyring and connects to PostgreSQL, with TLS that verifies the server, and SCRAM
 
 ![Cold starts](images/performance-cold.svg)
 
-Secrets come from a stand-in for Secrets Manager with TLS, which takes {ms["secret_ns"]:.2f} ms to answer a request. LocalStack is a program for
-development, whose own time would count as the function's: the bars are measured without it.
+Secrets come from a stand-in for Secrets Manager with TLS, which takes {ms["secret_ns"]:.2f} ms to answer a request. LocalStack is a
+program for development, whose own time would count as the function's: the bars are measured without it.
 
 What each millisecond is for, by starts that each do one thing more than the one before:
 
 {table(("what", "ms", "CPU, ms"), steps)}
 
-In the session with the database, the server starts a process of its own, which takes {ms["session_ns"]:.1f} ms until it asks for the password;
-salting that password in {SCRAM_ROUNDS:,} rounds, as SCRAM has the client do, takes {ms["scram_ns"]:.1f} ms in OpenSSL; then the server sets the
-session up. Reading the machine's roots is part of the SDK's client, and of TLS to the database if that reads them, too: with `SSL_CERT_FILE` naming
-a file of one root, the start is {spread(roots["ns"], "{:.1f}")} ms shorter, {spread(roots["cpu_ns"], "{:.1f}")} ms of them CPU."""
+In the session with the database, the server starts a process of its own, which takes {ms["session_ns"]:.1f} ms until it asks for the
+password; salting that password in {SCRAM_ROUNDS:,} rounds, as SCRAM has the client do, takes {ms["scram_ns"]:.1f} ms in OpenSSL; then the
+server sets the session up. Reading the machine's roots is part of the SDK's client, and of TLS to the database if that reads them, too:
+with `SSL_CERT_FILE` naming a file of one root, the start is {spread(roots["ns"], "{:.1f}")} ms shorter,
+{spread(roots["cpu_ns"], "{:.1f}")} ms of them CPU."""
 
 
 def ratios(samples: list[float], others: list[float]) -> list[float]:

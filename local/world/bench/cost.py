@@ -23,8 +23,8 @@ MILLION = 10**6
 EVENTS = 4
 SHOWN_BATCH = 1000
 
-# US East (N. Virginia), in dollars, without free tiers and without discounts for large volumes. Looked up on PRICED, in copies of the pages
-# that are some months old.
+# US East (N. Virginia), in dollars, without free tiers and without discounts for large volumes. Looked up on PRICED, in copies of the
+# pages that are some months old.
 PRICED = "2026-11-23"
 # https://aws.amazon.com/lambda/pricing/
 LAMBDA_MILLION_REQUESTS = 0.20
@@ -187,12 +187,12 @@ def text(result: dict, all_results: dict) -> str:
     idle = STARTS_AT * MONTH_SECONDS / LONG_POLL_SECONDS
     millisecond = invocations(1) * 0.001 * MEMORY / 1024 * LAMBDA_GB_SECOND["arm64"]
     return f"""\
-Dollars in US East (N. Virginia), without free tiers, at the prices of {PRICED}:
+Dollars in US East (N. Virginia), without free tiers, at prices looked up on {PRICED} in copies of the pages some months old:
 [Lambda](https://aws.amazon.com/lambda/pricing/) ${LAMBDA_MILLION_REQUESTS:.2f} a million requests,
 ${LAMBDA_GB_SECOND["arm64"]:.10f} a GB-s on arm64 and ${LAMBDA_GB_SECOND["x86_64"]:.10f} on x86_64;
 [SQS](https://aws.amazon.com/sqs/pricing/) ${SQS_MILLION_REQUESTS:.2f} a million requests;
-[CloudWatch](https://aws.amazon.com/cloudwatch/pricing/) ${LOG_GB:.2f} a GB of log. The database is left out, as it is paid for by the hour; so are
-the two secrets, alarms and the network. [deploy.md](deploy.md#what-it-costs) has those, by the month.
+[CloudWatch](https://aws.amazon.com/cloudwatch/pricing/) ${LOG_GB:.2f} a GB of log. The database is left out, as it is paid for by the
+hour; so are the two secrets, alarms and the network. [deploy.md](deploy.md#what-it-costs) has those, by the month.
 
 At {MEMORY} MB, by messages in a batch:
 
@@ -220,13 +220,13 @@ They are of this machine's architecture, and taken for both.
   [their form](https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html).
 - A message that fails logs {number(failed)} bytes more each time that it is received; a million of them cost
   ${MILLION * failed / 1e9 * LOG_GB:.2f} each time.
-- Messages are sent, received and deleted in tens, but received and deleted one by one in batches of one. Receives that are not full cost more:
-  with one message in each, ${SQS_MILLION_REQUESTS:.2f} a million messages in place of ${SQS_MILLION_REQUESTS / RECEIVED_AT_ONCE:.2f}.
+- Messages are sent, received and deleted in tens, but received and deleted one by one in batches of one. Receives that are not full cost
+  more: with one message in each, ${SQS_MILLION_REQUESTS:.2f} a million messages, not ${SQS_MILLION_REQUESTS / RECEIVED_AT_ONCE:.2f}.
   A quiet queue costs ${idle / MILLION * SQS_MILLION_REQUESTS:.2f} a month, as {STARTS_AT} readers ask every {LONG_POLL_SECONDS} s.
-- Not in the sums: the {result["metrics"]} metrics, {result["metrics"]} × ${METRIC_MONTH:.2f} = ${result["metrics"] * METRIC_MONTH:.2f} a month
-  however many messages come; and cold starts, one an environment.
-- The database is on this machine. Each millisecond that a farther one adds to an invocation costs ${millisecond:.4f} a million messages at {MEMORY} MB
-  on arm64 in batches of one, and a thousandth of that in batches of a thousand."""
+- Not in the sums: the {result["metrics"]} metrics, {result["metrics"]} × ${METRIC_MONTH:.2f} = ${result["metrics"] * METRIC_MONTH:.2f}
+  a month however many messages come; and cold starts, one an environment.
+- The database is on this machine. Each millisecond that a farther one adds to an invocation costs ${millisecond:.4f} a million messages
+  at {MEMORY} MB on arm64 in batches of one, and a thousandth of that in batches of a thousand."""
 
 
 def mean(result: dict, what: str) -> float:

@@ -170,9 +170,10 @@ def text(result: dict, all_results: dict) -> str:
         return f"Not measured: {result['skipped']}."
     chapters = [
         f"""\
-Environments that all have work at once, each with a connection of its own over TLS, and one PostgreSQL, on {result["cores"]} cores in all: the
-functions and the database share them, so the number of messages a second is this machine's, and what to read is where it bends. Shares of CPU are of
-all cores; others are the program that looks on, the kernel, and whatever else runs here. Waits for locks are a share of the looks at all sessions.
+Environments that all have work at once, each with a connection of its own over TLS, and one PostgreSQL, on {result["cores"]} cores in
+all: the functions and the database share them, so the number of messages a second is this machine's, and what to read is where it bends.
+Shares of CPU are of all cores; others are the program that looks on, the kernel, and whatever else runs here. Waits for locks are a share
+of the looks at all sessions.
 
 ![Messages a second and times of batches, by environments](images/performance-environments.svg)"""
     ]
@@ -222,7 +223,7 @@ def saturation(of_batch: dict[int, list[dict]]) -> str:
     runs = of_batch[enough]
     idle = statistics.median(one["cpu"]["idle"] for one in runs)
     seen = [(wait, share) for wait, share in shares(runs).items() if share >= 0.05]
-    doing = ";\n".join(f"{WAITS.get(wait, wait)} (`{wait}`) {100 * share:.0f} %" for wait, share in seen)
+    doing = "\n".join(f"- {WAITS.get(wait, wait)} (`{wait}`) {100 * share:.0f} %" for wait, share in seen)
     waiting = [wait for wait, _ in seen if wait not in (RUNNING, CLIENT)]
     if idle < BUSY:
         short = "What is short is CPU"
@@ -233,10 +234,12 @@ def saturation(of_batch: dict[int, list[dict]]) -> str:
     one, many = speeds[ENVIRONMENTS[0]], speeds[enough]
     more = "no more were tried"
     if enough < ENVIRONMENTS[-1]:
-        more = f"more of them bring less than {100 * (1 - SATURATED):.0f} % more, and longer batches"
+        more = f"more of them bring less than {100 * (1 - SATURATED):.0f} % more, and their batches take longer"
     return f"""\
 One environment handles {number(one)} messages a second, and {enough} handle {number(many)}, {many / one:.1f} times as many; {more}.
-There {100 * idle:.0f} % of the CPU is idle. {short}. What the sessions were seen doing: {doing}."""
+There {100 * idle:.0f} % of the CPU is idle. {short}. What the sessions were seen doing:
+
+{doing}"""
 
 
 def plots(result: dict, all_results: dict, directory: Path) -> None:

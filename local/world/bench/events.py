@@ -15,7 +15,7 @@ from world.localstack import REGION
 MOST = 7400
 # Bodies are taken from so many, which is cheaper than to make up each.
 BODIES = 50_000
-# Real ones have up to about 400 characters. With these a record has 805 bytes, and so many fit.
+# Characters; SQS's own are longer. With these a record has about 805 bytes, and so many fit.
 RECEIPT_HANDLE = 184
 # A queue that is sent ten thousand a second.
 MESSAGES_A_MILLISECOND = 10
@@ -61,7 +61,7 @@ class Events:
         With `first`, another event comes before them, of so many messages.
         """
         with path.open("wb") as file:
-            for messages in [*([first] if first else []), *[count] * events]:
-                event = self.event(messages)
+            for size in [*([first] if first else []), *[count] * events]:
+                event = self.event(size)
                 file.write(struct.pack("<Q", len(event)) + event)
             return file.tell()

@@ -156,13 +156,13 @@ def memory_text(held: dict | None) -> str:
         (name, *(spread([figures[moment] / 1e6 for figures in held[key]], "{:.1f}") for moment in range(4)))
         for key, name in (("hello", "hello world, Rust"), ("login-etl", "login-etl"))
     ]
-    rows.append(("Python with the same duties", spread([bytes / 1e6 for bytes in held["python"]], "{:.1f}"), "–", "–", "–"))
+    rows.append(("Python with the same duties", spread([most / 1e6 for most in held["python"]], "{:.1f}"), "–", "–", "–"))
     of_event = [figures[2] / size for figures, size in zip(held["login-etl"], held["event"], strict=True)]
     return f"""\
 ### Memory
 
-An event of {MOST:,} messages, {event / 1e6:.1f} MB, is about the largest that Lambda delivers. The most memory that a process has held, in MB, as the
-kernel counts it, so that the pages of its program's file are in it, too:
+An event of {MOST:,} messages, {event / 1e6:.1f} MB, is about the largest that Lambda delivers. The most memory that a process has held, in
+MB, as the kernel counts it, so that the pages of its program's file are in it, too:
 
 {table(("", "before its first event", "after one event", f"after {EVENTS} events", "of it, pages of files"), rows)}
 
@@ -193,11 +193,12 @@ def share_text(result: dict) -> str:
     return f"""\
 {heading}
 
-Lambda gives a function [a whole core](https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html) with {ONE_CORE_MB:,} MB of memory,
-and less of one with less: at {SMALLEST} MB a fourteenth. Here control groups hold the function to a memory size and its share. Its initialisation has
-a whole core, as [in Lambda](https://serverlessland.com/content/service/lambda/guides/effectively-running-java-on-serverless/init-heavy-lifting). Then
-events come one right after the other, so that no share is saved up between them. Milliseconds until the function asks for the next event, as Lambda
-bills them: mean, and longest in brackets, by batch.
+Lambda gives a function [a whole core](https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html) with {ONE_CORE_MB:,} MB of
+memory, and less of one with less: at {SMALLEST} MB a fourteenth. Here control groups hold the function to a memory size and its share. Its
+initialisation has a whole core, as
+[in Lambda](https://serverlessland.com/content/service/lambda/guides/effectively-running-java-on-serverless/init-heavy-lifting). Then events
+come one right after the other, so that no share is saved up between them. Milliseconds until the function asks for the next event, as
+Lambda bills them: mean, and longest in brackets, by batch.
 
 {table(("memory, MB", *(f"{batch:,}" for batch in THROTTLED)), rows)}
 
@@ -205,8 +206,8 @@ bills them: mean, and longest in brackets, by batch.
 
 With a fourteenth of a core instead of a whole one
 {growth}
-as only the function's own work takes longer, and not its wait for the database. Single durations jump: what fits into the rest of a period's share
-runs at full speed, and what does not waits for the next period."""
+as only the function's own work takes longer, and not its wait for the database. Single durations jump: what fits into the rest of a
+period's share runs at full speed, and what does not waits for the next period."""
 
 
 def packages_text(sizes: dict) -> str:
@@ -230,8 +231,8 @@ def observed_text(turns: dict | None) -> str:
 ### Metrics and logs
 
 A batch of {OBSERVED_BATCH} takes {spread([ns / 1e6 for ns in turns["batch"]])} ms, from the event's bytes through the commit to the
-answer's. What it tells of itself, a line of metrics and one of the log, takes {spread([ns / 1e3 for ns in turns["observing"]])} µs, written
-to a file.
+answer's. What it tells of itself, a line of metrics and one of the log, takes {spread([ns / 1e3 for ns in turns["observing"]])} µs,
+written to a file.
 
 {bars([(f"metrics and logs, of a batch of {OBSERVED_BATCH}", "< 3 %", spread(cost, "{:.1f}") + " %", statistics.median(cost) < 3)])}"""
 

@@ -126,8 +126,8 @@ def text(result: dict, all_results: dict) -> str:
     ]
     return f"""## {TITLE}
 
-The ledger has a key for each message of the last {RETENTION_DAYS} days, in an index, and inserts could touch pages all over it. Its keys begin
-with the time of sending, so that new ones go to its end.
+The ledger has a key for each message of the last {RETENTION_DAYS} days, in an index, and inserts could touch pages all over it. Its keys
+begin with the time of sending, so that new ones go to its end.
 
 ### A long ledger
 
@@ -148,9 +148,9 @@ Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pag
 ### Pruning
 
 Every 10,000 rows or so, the batch that is under way deletes expired keys before it answers, up to twice as many as rows were inserted.
-Below, no keys are expired; or as many as rows are inserted, which is so while traffic is steady; or twice as many, as when there are some to
-catch up with. The ledger is as long each time. Thousand messages a second over all batches, those that pruned and those that did not; the
-share of what it is with nothing expired; and the milliseconds of the slowest batch.
+Below, no keys are expired; or as many as rows are inserted, which is so while traffic is steady; or twice as many, as when there are some
+to catch up with. The ledger is as long each time. Thousand messages a second over all batches, those that pruned and those that did not;
+the share of what it is with nothing expired; and the milliseconds of the slowest batch.
 
 {table(("batch, pruning", "throughput", "share", "slowest"), pruning)}
 

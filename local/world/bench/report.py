@@ -12,11 +12,15 @@ from types import ModuleType
 import psutil
 from world import paths
 from world.bench.bench import Bench
+from world.bench.events import MOST, RECEIPT_HANDLE
 
 PAGE = paths.ROOT / "docs" / "performance.md"
+# The page's last section, which is written by hand; what is missed points to it.
 REMARKS = paths.ROOT / "benches" / "remarks.md"
-PACKAGES = ("orjson", "cryptography", "pycryptodome", "psycopg", "psycopg2-binary", "aws-lambda-powertools", "boto3")
-REACHED, MISSED = "reached", "**missed**"
+REMARKS_TITLE = "What was tried, and what the limits are"
+REMARKS_ANCHOR = "#what-was-tried-and-what-the-limits-are"
+PACKAGES = ("msgspec", "cryptography", "pycryptodome", "psycopg", "psycopg2-binary", "aws-lambda-powertools", "boto3")
+REACHED, MISSED = "reached", f"[**missed**]({REMARKS_ANCHOR})"
 # What plots have in common: small files that change only with the figures, and are to be read on dark pages, too.
 STYLE = {
     "svg.fonttype": "none",
@@ -54,21 +58,26 @@ costs. One command measures all of it, on any machine:
 
 ## How it is measured
 
-**Where.** {machine} The contender, PostgreSQL {postgres} and, for secrets, LocalStack share it, on loopback. PostgreSQL
-has its defaults: with `fsync`, `synchronous_commit` and `full_page_writes` on, each commit waits for the disk. {rustc}; Python {python}
-with {packages}.
+**Where.** {machine}
+The contender, PostgreSQL {postgres} and, for secrets, LocalStack share it, on loopback. PostgreSQL has its defaults: with `fsync`,
+`synchronous_commit` and `full_page_writes` on, each commit waits for the disk. {rustc}; Python {python} with
+{packages}.
 
 **What.** A contender is a process that lives on, as an execution environment does. It reads its secrets, connects, and then handles one
-event after the other. The clock runs from the event's bytes, as Lambda's runtime hands them over, through the commit to the answer's bytes;
-the runtime's client is not in it. Events have the shape and size of those of SQS, about 805 bytes a message. No message is ever sent twice,
-and their times of sending rise.
+event after the other. The clock runs from the event's bytes, as Lambda's runtime hands them over, through the commit to the answer's
+bytes; the runtime's client is not in it.
 
-**Rounds.** The contenders of a table take turns, one at a time, in an order that is shuffled in each round; a machine that becomes slower or
-faster in between does so for all. Before each turn the tables are emptied and a checkpoint is made, and a turn's first event does not count.
-After it the rows are counted, and one row too few or too many ends the run.
+**Events** have the shape of those of SQS. A receipt handle has {receipt_handle} characters, so that a message has about 805 bytes and
+{most:,} of them fill the 6 MB that Lambda delivers at most. SQS's own are longer, though at most
+[1,024 characters](https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-queue-message-identifiers.html): each
+character more is one more to read past, for every contender. No message is ever sent twice, and their times of sending rise.
 
-**Figures.** A turn's figure is the median of its events. A ratio is made of two turns of the same round. Shown is the median over the rounds
-and, in brackets, their first and third quartile. Absolute figures are this machine's; ratios carry over better.
+**Rounds.** The contenders of a table take turns, one at a time, in an order that is shuffled in each round; a machine that becomes slower
+or faster in between does so for all. Before each turn the tables are emptied and a checkpoint is made, and a turn's first event does not
+count. After it the rows are counted, and one row too few or too many ends the run.
+
+**Figures.** A turn's figure is the median of its events. A ratio is made of two turns of the same round. Shown is the median over the
+rounds and, in brackets, their first and third quartile. Absolute figures are this machine's; ratios carry over better.
 
 {measured}
 """
@@ -98,10 +107,11 @@ def write(sections: Sequence[ModuleType], measured: dict[str, dict], page: Path)
     head = HEAD.format(
         bars=(summary := summarise(chapters)),
         measured=when([(section, measured[section.NAME]) for section in sections]),
+        receipt_handle=RECEIPT_HANDLE,
+        most=MOST,
         **newest["machine"],
     )
-    remarks = [REMARKS.read_text().strip()] if REMARKS.exists() else []
-    page.write_text("\n\n".join([head.strip(), *chapters.values(), *remarks]) + "\n")
+    page.write_text("\n\n".join([head.strip(), *chapters.values(), REMARKS.read_text().strip()]) + "\n")
     return summary
 
 
@@ -113,8 +123,11 @@ def summarise(chapters: dict[str, str]) -> str:
             missed = [row for row in rows if row[3] == MISSED]
             counts.append((f"[{title}](#{anchor(title)})", f"{len(rows) - len(missed)} of {len(rows)}"))
             misses += [(title, *row[:3]) for row in missed]
-    missing = f"Not reached:\n\n{table(('section', 'what', 'bar', 'measured'), misses)}" if misses else "All are."
-    return f"{table(('section', 'bars reached'), counts)}\n\n{missing}"
+    reached = table(("section", "bars reached"), counts)
+    if not misses:
+        return f"{reached}\n\nAll are."
+    why = f"Not reached; [{REMARKS_TITLE.lower()}]({REMARKS_ANCHOR}) is at the end:"
+    return f"{reached}\n\n{why}\n\n{table(('section', 'what', 'bar', 'measured'), misses)}"
 
 
 def when(sections: list[tuple[ModuleType, dict]]) -> str:

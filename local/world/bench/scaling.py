@@ -60,8 +60,8 @@ OWN_LIMIT = "messages a second that the mapping's own limits allow"
 # The drain on this machine.
 DRAIN_BATCH = 100
 DRAIN_CONCURRENCY = (1, 2, 4)
-# Seconds that PostgreSQL is made to take longer over an insert: the messages to drain then, and on a small scale. Their batches come out even
-# for as many mappings as there are.
+# Seconds that PostgreSQL is made to take longer over an insert: the messages to drain then, and on a small scale. Their batches come out
+# even for as many mappings as there are.
 DRAIN_SLOWED = {0.0: (20_000, 3_200), 0.5: (4_800, 1_600)}
 CALIBRATION = 800
 EMULATOR = "LocalStack"
@@ -365,7 +365,8 @@ def instant(line: dict) -> float:
 def predicted(calibration: dict, real: dict) -> Drain:
     """What the simulation says of a drain, knowing from another one how long a turn of a mapping took.
 
-    If that one had fewer at once, more of them share LocalStack. It is one Python process: a core's worth of the CPU that it took for a batch.
+    If that one had fewer at once, more of them share LocalStack. It is one Python process: a core's worth of the CPU that it took for a
+    batch.
     """
     at_once = real["concurrency"]
     emulator = DRAIN_BATCH * calibration["batches"] / calibration["emulator_cpu"]
@@ -397,12 +398,14 @@ def rules(durations: Durations, database: DatabaseLimit) -> str:
     account = "https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"
     size = "https://docs.aws.amazon.com/lambda/latest/dg/invocation-eventsourcemapping.html#invocation-eventsourcemapping-batching"
     return f"""\
-How long the event source mapping takes over messages that wait already. Nothing here ran on AWS: it is simulated, second by second, from AWS's
-published rules and from times measured above.
+How long the event source mapping takes over messages that wait already. Nothing here ran on AWS: it is simulated, second by second, from
+AWS's published rules and from times measured above.
 
 - A mapping from a standard queue
   [starts with {STARTS_AT} invocations at once and adds up to {ADDED_A_MINUTE} a minute, to {MOST_INVOCATIONS:,} at most]({page}).
-  `MaximumConcurrency` bounds it, and [{ACCOUNT_INVOCATIONS:,} in an account]({account}) bound all its functions together.
+  `MaximumConcurrency` bounds it, and
+  [{ACCOUNT_INVOCATIONS:,} in an account]({account})
+  bound all its functions together.
 - A provisioned poller takes
   [{POLLER_INVOCATIONS} invocations at once, {POLLER_POLLS_A_SECOND} polls a second, or 1 MB a second]({page}),
   whatever comes first; a poll brings {RECEIVED_AT_ONCE} messages. They grow by up to {PROVISIONED_ADDED_A_MINUTE:,} invocations a minute,
@@ -413,10 +416,11 @@ published rules and from times measured above.
   [about {IN_FLIGHT:,} messages in flight]({quotas})
   at most, those among them that wait for their batch to be full.
 - An invocation at {MEMORY} MB takes: {service}.
-- The database takes {rates}: {measured}. A batch is reckoned to take it a time of its own and one for each message.
+- The database takes {rates}:
+  {measured}. A batch is reckoned to take it a time of its own and one for each message.
 
-Not published, and reckoned as nothing: what a mapping needs between two invocations, and how fast it reads without provisioned pollers. So these
-are the shortest times that the rules allow, for a database as near as this one."""
+Not published, and reckoned as nothing: what a mapping needs between two invocations, and how fast it reads without provisioned pollers. So
+these are the shortest times that the rules allow, for a database as near as this one."""
 
 
 def bounded_text(durations: Durations, database: DatabaseLimit) -> str:
@@ -436,10 +440,10 @@ def bounded_text(durations: Durations, database: DatabaseLimit) -> str:
 
 {table(header, rows)}
 
-After each time is what limits it for longest: *{GROWTH}* is the mapping's, *{CONCURRENCY}* is `MaximumConcurrency` or the account's, *{FLIGHT}* is
-the queue's quota, and *{DATABASE}* is how many rows it takes. Of {len(rows)} cases of {big(BACKLOGS[-1])} messages, {of_each}. Where it is the
-database, more concurrency only makes invocations wait inside it, and be paid for waiting; what helps is a larger batch, as far as the database gains
-by it, and then a larger database.
+After each time is what limits it for longest: *{GROWTH}* is the mapping's, *{CONCURRENCY}* is `MaximumConcurrency` or the account's,
+*{FLIGHT}* is the queue's quota, and *{DATABASE}* is how many rows it takes. Of {len(rows)} cases of {big(BACKLOGS[-1])} messages,
+{of_each}. Where it is the database, more concurrency only makes invocations wait inside it, and be paid for waiting; what helps is a larger
+batch, as far as the database gains by it, and then a larger database.
 
 ![Time to drain {big(BACKLOGS[1])} messages, and the drain on this machine](images/performance-scaling.svg)"""
 
@@ -495,20 +499,21 @@ def checked(result: dict) -> str:
     return f"""\
 {heading}
 
-The same simulation of a queue in LocalStack, beside a real drain of it: messages wait, LocalStack's own mappings hand them to the function in
-batches of {result["batch"]}, and it loads them into PostgreSQL. There a mapping has one invocation at once and does not grow, so for more at once there
-are copies of the function, each with a mapping of its own to the one queue. What the simulation knows is from a smaller drain of {CALIBRATION:,}
-messages: how long a mapping's turn takes, with the function, the receives and deletes, and the pause between two batches. From a drain with one at
-once it has to foretell what more of them do to each other: it is told how much CPU LocalStack, one Python process, took for a batch, and takes a
-core's worth of that for what all share. From a drain with as many at once it only has to go on.
+The same simulation of a queue in LocalStack, beside a real drain of it: messages wait, LocalStack's own mappings hand them to the function
+in batches of {result["batch"]}, and it loads them into PostgreSQL. There a mapping has one invocation at once and does not grow, so for
+more at once there are copies of the function, each with a mapping of its own to the one queue. What the simulation knows is from a smaller
+drain of {CALIBRATION:,} messages: how long a mapping's turn takes, with the function, the receives and deletes, and the pause between two
+batches. From a drain with one at once it has to foretell what more of them do to each other: it is told how much CPU LocalStack, one Python
+process, took for a batch, and takes a core's worth of that for what all share. From a drain with as many at once it only has to go on.
 
 {table(header, rows)}
 
 By the medians, the simulation from one at once is off {off}.
-From as many at once it is off by {as_many:.0f} % at most. With the function as it is, LocalStack works longer over a batch than the function does, so
-what is measured there is how several mappings wait for each other in LocalStack, on {result["cores"]} cores that it shares with the function and
-PostgreSQL. In the other cases PostgreSQL is made slower, by a trigger that sleeps, so that invocations are what takes the time. What this checks is
-the arithmetic of invocations at once, their durations, and a limit that they share. How AWS's mappings grow, and how fast SQS is, it cannot tell."""
+From as many at once it is off by {as_many:.0f} % at most. With the function as it is, LocalStack works longer over a batch than the
+function does, so what is measured there is how several mappings wait for each other in LocalStack, on {result["cores"]} cores that it
+shares with the function and PostgreSQL. In the other cases PostgreSQL is made slower, by a trigger that sleeps, so that invocations are
+what takes the time. What this checks is the arithmetic of invocations at once, their durations, and a limit that they share. How AWS's
+mappings grow, and how fast SQS is, it cannot tell."""
 
 
 @dataclass(frozen=True)

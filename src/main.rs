@@ -54,7 +54,7 @@ async fn init() -> Result<Arc<Handler>, Error> {
     };
     let reading_keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl);
     let (store, keyring) = tokio::join!(connected_store, reading_keyring);
-    let (store, keyring) = (store?, keyring?);
+    let (keyring, store) = (keyring?, store?);
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
     Ok(Arc::new(Handler::new(keyring, store, redelivery, config.app_version_encoding)))
 }

@@ -115,7 +115,7 @@ def test_sample_events_are_answered_as_lambda_wants_it(stack):
 
 
 def test_an_event_that_is_not_from_sqs_is_an_error_that_quotes_nothing(stack):
-    error, answer = invoke(stack, json.dumps({"Records": [{"messageId": "1", "body": {"ip": CANARY}}]}))
+    error, answer = invoke(stack, json.dumps({"Records": [{"messageId": "1", "attributes": {"SentTimestamp": {"ip": CANARY}}}]}))
     assert error
     assert answer["errorType"] == "InvalidEvent"
     assert CANARY not in json.dumps(answer)

@@ -60,9 +60,10 @@ class Bench:
         with self.postgres.connect(autocommit=True, cursor_factory=psycopg.RawCursor) as session:
             while not stop.is_set():
                 ids = [uuid.uuid4() for _ in range(BATCH_SIZE)]
-                columns = [str(id) for id in ids], ["ios"] * BATCH_SIZE, masks, masks, [None] * BATCH_SIZE, [230] * BATCH_SIZE
+                now = datetime.now(UTC)
+                columns = [str(id) for id in ids], ["ios"] * BATCH_SIZE, masks, masks, [None] * BATCH_SIZE, [230] * BATCH_SIZE, [now.date()] * BATCH_SIZE
                 began = time.monotonic()
-                inserted = session.execute(INSERT, [[datetime.now(UTC)] * BATCH_SIZE, ids, *columns], prepare=False).rowcount
+                inserted = session.execute(INSERT, [[now] * BATCH_SIZE, ids, *columns], prepare=True).rowcount
                 latencies.append(time.monotonic() - began)
                 assert inserted == BATCH_SIZE
         return latencies

@@ -13,7 +13,8 @@ import psycopg
 import pytest
 from world import paths
 
-INSERT, PRUNE = ((paths.ROOT / "src" / "store" / f"{name}.sql").read_text() for name in ("insert", "prune"))
+STORE = paths.ROOT / "src" / "store"
+INSERT, INSERT_UNKNOWN, PRUNE = ((STORE / f"{name}.sql").read_text() for name in ("insert", "insert_unknown", "prune"))
 PARTITIONS = (paths.ROOT / "schema" / "partitioning" / "partitions.sql").read_text()
 TABLES = ("user_logins", "user_logins_ledger")
 # For how long ahead partitions are made.
@@ -40,9 +41,13 @@ class Function:
         keys = sorted(keys)
         sent_at, ids = zip(*keys)
         users, devices, count = [str(id) for id in ids], [f"device {id}" for id in ids], len(ids)
-        columns = users, ["ios"] * count, [masked_ip] * count, devices, [None] * count, [230] * count
-        # Unnamed, as the function's: a prepared statement may lock the tables in another order.
-        return session.execute(INSERT, [list(sent_at), list(ids), *columns], prepare=False).rowcount
+        columns = users, ["ios"] * count, [masked_ip] * count, devices, [None] * count, [230] * count, [datetime.now(UTC).date()] * count
+        batch = [list(sent_at), list(ids), *columns]
+        # One prepared and the other not, as the function's: which it is may change the order in which tables are locked.
+        try:
+            return session.execute(INSERT, batch, prepare=True).rowcount
+        except psycopg.errors.UniqueViolation:
+            return session.execute(INSERT_UNKNOWN, batch, prepare=False).rowcount
 
     def run(self, number: int, stop: threading.Event) -> None:
         chance = random.Random(number)

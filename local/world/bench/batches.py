@@ -117,7 +117,7 @@ def measure(bench: Bench) -> dict:
             if bench.quick:
                 rounds = 2 if situation == BASE else 1
             else:
-                rounds = 9 if situation == BASE else 7
+                rounds = 7 if situation == BASE else 5
             result["situations"][situation] = batches = {}
             for batch in BATCHES:
                 most = (SLOW_QUICK_MOST if bench.quick else SLOW_MOST).get(situation, 0)

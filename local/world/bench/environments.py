@@ -21,7 +21,7 @@ ENVIRONMENTS = (1, 2, 4, 8, 16, 32)
 BATCHES = {10: 12_000, 1000: 800}
 # So many for each environment at least, so that all of them have work for most of the time.
 LEAST = 20
-ROUNDS = 5
+ROUNDS = 3
 # Of each environment before the clock runs: the first one prunes the ledger.
 WARMING = 3
 SAMPLE_SECONDS = 0.05

@@ -62,7 +62,7 @@ DRAIN_BATCH = 100
 DRAIN_CONCURRENCY = (1, 2, 4)
 # Seconds that PostgreSQL is made to take longer over an insert: the messages to drain then, and on a small scale. Their batches come out
 # even for as many mappings as there are.
-DRAIN_SLOWED = {0.0: (20_000, 3_200), 0.5: (4_800, 1_600)}
+DRAIN_SLOWED = {0.0: (12_000, 3_200), 0.5: (2_400, 1_600)}
 CALIBRATION = 800
 EMULATOR = "LocalStack"
 DRAIN_PATIENCE_SECONDS = 900
@@ -210,7 +210,7 @@ def measure(bench: Bench) -> dict:
         return {"skipped": f"no login-etl in {bench.binaries.name}"}
     drains = []
     with Copies(bench) as copies:
-        for turn in range(1 if bench.quick else 3):
+        for turn in range(1 if bench.quick else 2):
             for slowed, (usual, few) in DRAIN_SLOWED.items():
                 messages = few if bench.quick else usual
                 order = random.Random(f"{bench.seed} {turn}").sample(DRAIN_CONCURRENCY, len(DRAIN_CONCURRENCY))

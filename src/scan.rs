@@ -7,7 +7,6 @@
 pub const WORD: usize = 8;
 
 /// A place in a JSON text. Every step leads over white space, and is `None` where something else is there.
-#[derive(Debug)]
 pub struct Reader<'a> {
     text: &'a str,
     place: usize,

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import termios
 import time
@@ -71,8 +72,7 @@ class Terminal:
         self.ours, theirs = pty.openpty()
         self.unread = ""
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        # A session whose terminal it is, so that Ctrl-C reaches it.
-        session = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+        session = {"start_new_session": True, "preexec_fn": take_terminal}
         options["environment"] = {"TERM": "xterm-256color"} | options.get("environment", {})
         self.process = etlctl.start(*arguments, **streams, **session, **options)
         os.close(theirs)
@@ -173,3 +173,9 @@ class World(Etlctl):
 
     def put_keyring(self, keyring: dict) -> None:
         self.secrets.put_secret_value(SecretId=self.masking_secret, SecretString=json.dumps(keyring))
+
+
+def take_terminal() -> None:
+    """Makes standard input the terminal of this session, so that Ctrl-C reaches it; a shell lets its background jobs ignore that."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,9 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bytes::BytesMut;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use login_etl::{
-    event::{Message, messages},
+    event::messages,
     login::{AppVersionEncoding, Columns, Day, Login, Row},
     mask::Keyring,
 };
@@ -27,24 +28,23 @@ fn stages(criterion: &mut Criterion) {
     let today = Day::of(SystemTime::now());
     let text = sample::event(MESSAGES);
     let read = || messages(black_box(text.as_bytes())).unwrap();
-    let body = |message: &Message<'_>| message.body(&mut Vec::new()).unwrap().to_owned();
-    let bodies: Vec<_> = read().iter().map(body).collect();
-    let parse = || bodies.iter().map(|body| Login::parse(body, AppVersionEncoding::Digits).unwrap());
+    let bodies: Vec<_> = read().iter().map(|message| message.body().unwrap()).collect();
+    let parse = || bodies.iter().map(|body| Login::scan(body, AppVersionEncoding::Digits).unwrap().unwrap());
     let logins: Vec<_> = parse().collect();
-    let rows: Vec<Row> = logins.iter().map(|login| login.mask(&cbc, today).unwrap()).collect();
+    let mut buffer = BytesMut::new();
+    let rows: Vec<Row> = logins.iter().map(|login| login.mask(&cbc, today, &mut buffer).unwrap()).collect();
 
     let mut group = criterion.benchmark_group("of 100 messages");
     group.throughput(Throughput::Elements(MESSAGES as u64)).sample_size(50).measurement_time(Duration::from_secs(3));
     group.bench_function("read the event", |bencher| {
-        let mut buffer = Vec::new();
-        bencher.iter(|| read().iter().for_each(|message| assert!(black_box(message.body(&mut buffer)).is_ok())));
+        bencher.iter(|| black_box(read()).len());
     });
     group.bench_function("parse the bodies", |bencher| {
         bencher.iter(|| parse().for_each(|login| drop(black_box(login))))
     });
     for (name, keyring) in [("mask, aes-cbc", &cbc), ("mask, aes-siv", &siv)] {
         group.bench_function(name, |bencher| {
-            bencher.iter(|| logins.iter().for_each(|login| drop(black_box(login.mask(keyring, today)))));
+            bencher.iter(|| logins.iter().for_each(|login| drop(black_box(login.mask(keyring, today, &mut buffer)))));
         });
     }
     group.bench_function("turn rows into columns", |bencher| {

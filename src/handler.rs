@@ -9,14 +9,14 @@ use std::{
 };
 
 use aws_lambda_events::sqs::SqsBatchResponse;
+use bytes::BytesMut;
 use futures_util::FutureExt;
 use lambda_runtime::{Diagnostic, LambdaEvent};
 use tokio::time::Instant;
 
 use crate::{
     event::{self, Message, NotAnSqsEvent},
-    login::{AppVersionEncoding, Day, Invalid, Login, Row},
-    mask::Keyring,
+    login::{AppVersionEncoding, Day, Invalid, Row},
     metrics,
     redelivery::Redelivery,
     runtime::Event,
@@ -29,6 +29,9 @@ use crate::{
 const ANSWER_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(3);
 /// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
 const NO_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What rows are made in, a piece at a time; one has about 170 bytes.
+const ROWS_LEN: usize = 64 * 1024;
 
 /// Handles batches; one for the life of an execution environment.
 #[derive(Debug)]
@@ -192,7 +195,7 @@ impl Handler {
         let mut first_copies = Vec::with_capacity(messages.len());
         let mut known = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
-        let mut buffer = Vec::new();
+        let mut buffer = BytesMut::with_capacity(ROWS_LEN);
         for (place, message) in messages.iter().enumerate() {
             let key = LedgerKey::new(message.id().unwrap_or_default(), message.sent_timestamp(), horizon);
             let first = match known.entry(key.message_id) {
@@ -207,7 +210,9 @@ impl Handler {
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
                 Err(Failure::HeldBack)
             } else {
-                self.row(message, &keyring, today, &mut buffer).map_err(Failure::Invalid)
+                let body = message.body();
+                body.and_then(|body| Row::of(body, self.app_version_encoding, &keyring, today, &mut buffer))
+                    .map_err(Failure::Invalid)
             };
             match row {
                 Ok(row) => {
@@ -238,9 +243,5 @@ impl Handler {
             }
         }
         Ok(())
-    }
-
-    fn row(&self, message: &Message<'_>, keyring: &Keyring, today: Day, buffer: &mut Vec<u8>) -> Result<Row, Invalid> {
-        Login::parse(message.body(buffer)?, self.app_version_encoding)?.mask(keyring, today)
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{borrow::Cow, error::Error, fmt, net::IpAddr, time::SystemTime};
 
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
@@ -183,11 +183,20 @@ impl<'a> Login<'a> {
     /// # Errors
     /// [`Invalid`], the message's fault: the first broken rule, in the order of [`Field`]'s variants.
     pub fn parse(body: &'a str, encoding: AppVersionEncoding) -> Result<Self, Invalid> {
-        let scanned = scanned(body).map(Ok);
-        let Body(mut values) = scanned.unwrap_or_else(|| serde_json::from_str(body)).map_err(|error| {
+        let body = serde_json::from_str(body).map_err(|error| {
             // The error itself may quote the body, so only its kind is kept.
             if error.is_data() { Invalid::NotAnObject } else { Invalid::NotJson }
         })?;
+        Self::validate(body, encoding)
+    }
+
+    /// Parses and validates a body of the usual shape, as it stands in the event: `json` is a string with its quotes. `None` for
+    /// any other.
+    pub fn scan(json: &'a str, encoding: AppVersionEncoding) -> Option<Result<Self, Invalid>> {
+        scanned(json).map(|body| Self::validate(body, encoding))
+    }
+
+    fn validate(Body(mut values): Body<'a>, encoding: AppVersionEncoding) -> Result<Self, Invalid> {
         let mut take = |field: Field| std::mem::take(&mut values[field as usize]);
 
         let user_id = required(take(Field::UserId), Field::UserId, USER_ID_MAX)?;
@@ -203,20 +212,41 @@ impl<'a> Login<'a> {
         Ok(Self { user_id, app_version, device_type, ip, locale, device_id })
     }
 
-    /// Masks the personal fields, which yields the row of a login that is processed on `day`.
+    /// Masks the personal fields, which yields the row of a login that is processed on `day`. Rows that are made in one
+    /// `buffer` share its memory.
     ///
     /// # Errors
     /// [`Invalid`], the message's fault: a value that would not fit its column once masked.
-    pub fn mask(&self, keyring: &Keyring, day: Day) -> Result<Row, Invalid> {
-        let mut row = Row(Vec::with_capacity(ROW_LEN));
-        row.push(Some(self.user_id.as_bytes()));
-        row.push(Some(self.device_type.as_bytes()));
-        row.push_masked(keyring, Field::Ip, &self.ip)?;
-        row.push_masked(keyring, Field::DeviceId, &self.device_id)?;
-        row.push(self.locale.as_ref().map(|locale| locale.as_bytes()));
-        row.push(Some(&self.app_version.to_be_bytes()));
-        row.push(Some(&day.0.to_be_bytes()));
-        Ok(row)
+    pub fn mask(&self, keyring: &Keyring, day: Day, buffer: &mut BytesMut) -> Result<Row, Invalid> {
+        buffer.clear();
+        push(buffer, Some(self.user_id.as_bytes()));
+        push(buffer, Some(self.device_type.as_bytes()));
+        push_masked(buffer, keyring, Field::Ip, &self.ip)?;
+        push_masked(buffer, keyring, Field::DeviceId, &self.device_id)?;
+        push(buffer, self.locale.as_ref().map(|locale| locale.as_bytes()));
+        push(buffer, Some(&self.app_version.to_be_bytes()));
+        push(buffer, Some(&day.0.to_be_bytes()));
+        Ok(Row(buffer.split().freeze()))
+    }
+}
+
+impl Row {
+    /// The row of the login that a message's body is. `json` is that as it stands in the event: a string with its quotes.
+    ///
+    /// # Errors
+    /// [`Invalid`], as [`Login::parse`] and [`Login::mask`] have it.
+    pub fn of(
+        json: &str,
+        encoding: AppVersionEncoding,
+        keyring: &Keyring,
+        day: Day,
+        buffer: &mut BytesMut,
+    ) -> Result<Self, Invalid> {
+        if let Some(login) = Login::scan(json, encoding) {
+            return login?.mask(keyring, day, buffer);
+        }
+        let body: String = serde_json::from_str(json).map_err(|_| Invalid::NotJson)?;
+        Login::parse(&body, encoding)?.mask(keyring, day, buffer)
     }
 }
 
@@ -268,17 +298,19 @@ enum Value<'a> {
     Twice,
 }
 
-/// A body of known fields alone, each a string without escapes or null; `None` for any other.
-fn scanned(body: &str) -> Option<Body<'_>> {
-    let mut reader = Reader::new(body);
+/// The values of a body, an object of strings without escapes and of nulls; `None` for any other.
+fn scanned(json: &str) -> Option<Body<'_>> {
+    let mut reader = Reader::in_string(json)?;
     let mut values: [Option<Value<'_>>; Field::ALL.len()] = Default::default();
     reader.object(|reader, name| {
         let value = match reader.peek()? {
             b'n' => reader.null().map(|()| Value::Absent),
             _ => reader.string().map(|text| Value::Text(Cow::Borrowed(text))),
         };
-        let given = values[Field::named(name)? as usize].replace(value?);
-        given.is_none().then_some(())
+        match Field::named(name) {
+            Some(field) => values[field as usize].replace(value?).is_none().then_some(()),
+            None => value.map(drop),
+        }
     })?;
     reader.is_at_end().then(|| Body(values.map(Option::unwrap_or_default)))
 }
@@ -413,32 +445,28 @@ const COLUMNS: [Type; 7] = [
     Type::INT4_ARRAY, // app_version
     Type::DATE_ARRAY, // create_date
 ];
-/// Room for a row with no unusual values.
-const ROW_LEN: usize = 192;
 
 /// A row of `user_logins`, personal fields masked: its fields in PostgreSQL's binary format, each behind its length (a
 /// big-endian `i32`, -1 for null), as `COPY` and arrays have them alike. `Debug` prints the type's name alone.
-pub struct Row(Vec<u8>);
+pub struct Row(Bytes);
+
+fn push(row: &mut BytesMut, field: Option<&[u8]>) {
+    row.extend_from_slice(&field.map_or(-1, |field| field.len() as i32).to_be_bytes());
+    row.extend_from_slice(field.unwrap_or_default());
+}
+
+fn push_masked(row: &mut BytesMut, keyring: &Keyring, field: Field, value: &str) -> Result<(), Invalid> {
+    push(row, Some(&[]));
+    let start = row.len();
+    keyring.mask_onto(row, field.name(), &field.canonical(value)).map_err(|_| Invalid::Field(field, Fault::TooLong))?;
+    let len = (row.len() - start) as i32;
+    row[start - 4..start].copy_from_slice(&len.to_be_bytes());
+    Ok(())
+}
 
 impl Row {
-    fn push(&mut self, field: Option<&[u8]>) {
-        self.0.extend_from_slice(&field.map_or(-1, |field| field.len() as i32).to_be_bytes());
-        self.0.extend_from_slice(field.unwrap_or_default());
-    }
-
-    fn push_masked(&mut self, keyring: &Keyring, field: Field, value: &str) -> Result<(), Invalid> {
-        self.push(Some(&[]));
-        let start = self.0.len();
-        keyring
-            .mask_onto(&mut self.0, field.name(), &field.canonical(value))
-            .map_err(|_| Invalid::Field(field, Fault::TooLong))?;
-        let len = (self.0.len() - start) as i32;
-        self.0[start - 4..start].copy_from_slice(&len.to_be_bytes());
-        Ok(())
-    }
-
     fn fields(&self) -> impl Iterator<Item = Cell<'_>> {
-        let mut rest = self.0.as_slice();
+        let mut rest = &self.0[..];
         std::iter::from_fn(move || {
             let (len, fields) = rest.split_first_chunk()?;
             let field = usize::try_from(i32::from_be_bytes(*len)).ok().map(|len| fields.split_at(len));
@@ -589,12 +617,14 @@ mod tests {
 
     #[test]
     fn whatever_is_scanned_is_read_as_it_is_parsed() {
-        assert!(scanned(GOOD).is_some());
+        let json = |body: &str| serde_json::to_string(body).unwrap();
+        assert!(scanned(&json(GOOD)).is_some());
         // Each byte gone, or another one in its place.
         for place in 0..GOOD.len() {
             for put in ["", "\"", "\\", "{", "}", ",", ":", " ", "\n", "\0", "n", "0", "é"] {
                 let body = format!("{}{put}{}", &GOOD[..place], &GOOD[place + 1..]);
-                let Some(Body(values)) = scanned(&body) else { continue };
+                let json = json(&body);
+                let Some(Body(values)) = scanned(&json) else { continue };
                 let parsed: serde_json::Value = serde_json::from_str(&body).expect(&body);
                 for field in Field::ALL {
                     let text = match &values[field as usize] {

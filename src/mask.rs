@@ -16,6 +16,7 @@ use aes::{
 };
 use aes_siv::siv::{Aes128Siv, Aes256Siv};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use bytes::{BufMut, BytesMut};
 use serde::{Deserialize, de::IgnoredAny};
 use zeroize::Zeroizing;
 
@@ -145,7 +146,7 @@ impl Keyring {
     ///
     /// # Errors
     /// [`TooLong`], the message's fault; what `text` then ends with is no mask.
-    pub fn mask_onto(&self, text: &mut Vec<u8>, field: &str, value: &str) -> Result<(), TooLong> {
+    pub fn mask_onto(&self, text: &mut BytesMut, field: &str, value: &str) -> Result<(), TooLong> {
         append(text, &self.active, &self.active_key, field, value)
     }
 
@@ -178,12 +179,12 @@ fn split(masked: &str) -> (&str, &str) {
 }
 
 fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong> {
-    let mut text = Vec::with_capacity(MASKED_MAX);
+    let mut text = BytesMut::with_capacity(MASKED_MAX);
     append(&mut text, id, key, field, value)?;
-    String::from_utf8(text).map(Masked).map_err(|_| TooLong)
+    String::from_utf8(text.into()).map(Masked).map_err(|_| TooLong)
 }
 
-fn append(text: &mut Vec<u8>, id: &str, key: &Key, field: &str, value: &str) -> Result<(), TooLong> {
+fn append(text: &mut BytesMut, id: &str, key: &Key, field: &str, value: &str) -> Result<(), TooLong> {
     // No cipher shortens its input; this bounds the work that a hostile value can cause.
     if value.len() > MASKED_MAX {
         return Err(TooLong);
@@ -191,7 +192,7 @@ fn append(text: &mut Vec<u8>, id: &str, key: &Key, field: &str, value: &str) -> 
     let start = text.len();
     if !id.is_empty() {
         text.extend_from_slice(id.as_bytes());
-        text.push(b':');
+        text.put_u8(b':');
     }
     let mut buffer = [0; CIPHERTEXT_MAX];
     let ciphertext = key.0.encrypt(field, value.as_bytes(), &mut buffer);

@@ -3,11 +3,16 @@
 //! A general parser spends most of its time on what strings might hold. The one here knows strings without escapes,
 //! and gives up where something else comes: the caller then asks serde_json, which also says what is wrong.
 
+use wide::u8x16;
+
 /// The bytes that are looked at together.
-pub const WORD: usize = 8;
+const TOGETHER: usize = 16;
 
 /// A place in a JSON text. Every step leads over white space, and is `None` where something else is there.
-pub struct Reader<'a> {
+///
+/// With `QUOTED` the text is the content of a string: JSON in JSON, whose own quotes have a backslash before them. So a text
+/// need not be copied to be read.
+pub struct Reader<'a, const QUOTED: bool = false> {
     text: &'a str,
     place: usize,
 }
@@ -18,58 +23,14 @@ impl<'a> Reader<'a> {
         Self { text, place: 0 }
     }
 
-    /// Reads an object; `field` gets the name of each of its fields, and reads the value.
-    pub fn object(&mut self, mut field: impl FnMut(&mut Self, &'a str) -> Option<()>) -> Option<()> {
-        self.list(b'{', b'}', |reader| {
-            let name = reader.string()?;
-            reader.take(b':')?;
-            field(reader, name)
-        })
-    }
-
-    /// Reads an array; `element` reads each of its elements.
-    pub fn array(&mut self, element: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
-        self.list(b'[', b']', element)
-    }
-
-    fn list(&mut self, open: u8, close: u8, mut element: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
-        self.take(open)?;
-        if self.take(close).is_some() {
-            return Some(());
-        }
-        loop {
-            element(self)?;
-            if self.take(b',').is_none() {
-                return self.take(close);
-            }
-        }
-    }
-
-    /// The content of a string without escapes.
-    #[inline]
-    pub fn string(&mut self) -> Option<&'a str> {
-        self.take(b'"')?;
-        let start = self.place;
-        self.go_to_special()?;
-        let text = self.text.get(start..self.place);
-        self.take(b'"').and(text)
-    }
-
     /// Any string, as it stands there with its quotes.
     pub fn raw_string(&mut self) -> Option<&'a str> {
-        self.take(b'"')?;
-        let start = self.place - 1;
-        while self.go_to_special()? == b'\\' {
-            self.place += 2;
-        }
-        self.take(b'"')?;
+        self.peek()?;
+        let start = self.place;
+        self.take_quote()?;
+        self.place += end_of_string(&self.text.as_bytes()[self.place..]);
+        self.take_quote()?;
         self.text.get(start..self.place)
-    }
-
-    /// Reads `null`.
-    pub fn null(&mut self) -> Option<()> {
-        self.peek();
-        self.text.get(self.place..)?.starts_with("null").then(|| self.place += 4)
     }
 
     /// Goes over a value, which need not be JSON in every part.
@@ -102,6 +63,60 @@ impl<'a> Reader<'a> {
             }
         }
     }
+}
+
+impl<'a> Reader<'a, true> {
+    /// At the start of what `json`, a string, stands for.
+    pub fn in_string(json: &'a str) -> Option<Self> {
+        let text = json.strip_prefix('"')?.strip_suffix('"')?;
+        Some(Self { text, place: 0 })
+    }
+}
+
+impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
+    /// Reads an object; `field` gets the name of each of its fields, and reads the value.
+    pub fn object(&mut self, mut field: impl FnMut(&mut Self, &'a str) -> Option<()>) -> Option<()> {
+        self.list(b'{', b'}', |reader| {
+            let name = reader.string()?;
+            reader.take(b':')?;
+            field(reader, name)
+        })
+    }
+
+    /// Reads an array; `element` reads each of its elements.
+    pub fn array(&mut self, element: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
+        self.list(b'[', b']', element)
+    }
+
+    fn list(&mut self, open: u8, close: u8, mut element: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
+        self.take(open)?;
+        if self.take(close).is_some() {
+            return Some(());
+        }
+        loop {
+            element(self)?;
+            if self.take(b',').is_none() {
+                return self.take(close);
+            }
+        }
+    }
+
+    /// The content of a string without escapes.
+    #[inline]
+    pub fn string(&mut self) -> Option<&'a str> {
+        self.peek()?;
+        self.take_quote()?;
+        let start = self.place;
+        self.go_to_special()?;
+        let text = self.text.get(start..self.place);
+        self.take_quote().and(text)
+    }
+
+    /// Reads `null`.
+    pub fn null(&mut self) -> Option<()> {
+        self.peek();
+        self.text.get(self.place..)?.starts_with("null").then(|| self.place += 4)
+    }
 
     /// Whether nothing but white space is left.
     pub fn is_at_end(&mut self) -> bool {
@@ -124,22 +139,54 @@ impl<'a> Reader<'a> {
         (self.peek()? == byte).then(|| self.place += 1)
     }
 
+    /// Reads a quote, if it is the very next.
+    #[inline]
+    fn take_quote(&mut self) -> Option<()> {
+        let quote: &[u8] = if QUOTED { b"\\\"" } else { b"\"" };
+        self.text.as_bytes().get(self.place..)?.starts_with(quote).then(|| self.place += quote.len())
+    }
+
     /// Goes to the quote or backslash that comes first.
     #[inline]
     fn go_to_special(&mut self) -> Option<u8> {
-        let bytes = self.text.as_bytes();
-        while let Some(word) = bytes.get(self.place..)?.first_chunk() {
-            let plain = plain_bytes(*word);
-            self.place += plain;
-            if plain < WORD {
-                break;
-            }
-        }
-        while is_plain(*bytes.get(self.place)?) {
-            self.place += 1;
-        }
-        Some(bytes[self.place]).filter(|byte| matches!(byte, b'"' | b'\\'))
+        let rest = self.text.as_bytes().get(self.place..)?;
+        let (chunks, end) = rest.as_chunks();
+        // The next bytes are looked at before it is known where in these it is.
+        let found = chunks.iter().map(|chunk| Special::of(*chunk).any()).enumerate().find(|(_, special)| *special != 0);
+        let plain = match found {
+            Some((index, special)) => index * TOGETHER + special.trailing_zeros() as usize,
+            None => rest.len() - end.len() + end.iter().take_while(|byte| is_plain(**byte)).count(),
+        };
+        self.place += plain;
+        rest.get(plain).copied().filter(|byte| matches!(byte, b'"' | b'\\'))
     }
+}
+
+/// How many bytes come before the quote that ends a string, or before something that no string has.
+fn end_of_string(text: &[u8]) -> usize {
+    let mut place = 0;
+    // JSON in JSON has an escape every few bytes: a quote behind a backslash, of which no chunk needs a closer look.
+    let mut is_escaped = 0;
+    for chunk in text.as_chunks().0 {
+        let Special { quotes, backslashes, controls } = Special::of(*chunk);
+        let escaped = backslashes << 1 | is_escaped;
+        if backslashes & escaped != 0 {
+            break;
+        }
+        let found = quotes & !escaped | controls;
+        if found != 0 {
+            return place + found.trailing_zeros() as usize;
+        }
+        is_escaped = escaped >> TOGETHER;
+        place += TOGETHER;
+    }
+    let mut is_escaped = is_escaped != 0;
+    let ends = |byte: &u8| {
+        let ends = *byte < b' ' || *byte == b'"' && !is_escaped;
+        is_escaped = *byte == b'\\' && !is_escaped;
+        ends
+    };
+    place + text[place..].iter().position(ends).unwrap_or(text.len() - place)
 }
 
 /// Whether a byte stands for itself in a string.
@@ -147,22 +194,26 @@ fn is_plain(byte: u8) -> bool {
     byte >= b' ' && byte != b'"' && byte != b'\\'
 }
 
-/// How many of eight bytes come before the first that does not stand for itself in a string: a quote, a backslash, or a
-/// control character.
-///
-/// All eight at once: <https://graphics.stanford.edu/~seander/bithacks.html#ZeroInWord>.
-#[inline]
-pub fn plain_bytes(word: [u8; WORD]) -> usize {
-    const ONES: u64 = u64::from_le_bytes([1; WORD]);
-    const HIGH_BITS: u64 = u64::from_le_bytes([0x80; WORD]);
-    let each = |byte: u8| ONES * u64::from(byte);
-    // In each, the lowest bit that is set tells the first byte; those above may be wrong.
-    let zeros = |word: u64| word.wrapping_sub(ONES) & !word & HIGH_BITS;
+/// Which bytes do not stand for themselves in a string: a bit each, from the lowest on.
+struct Special {
+    quotes: u32,
+    backslashes: u32,
+    controls: u32,
+}
 
-    let word = u64::from_le_bytes(word);
-    let controls = word.wrapping_sub(each(b' ')) & !word & HIGH_BITS;
-    let special = zeros(word ^ each(b'"')) | zeros(word ^ each(b'\\')) | controls;
-    special.trailing_zeros() as usize / 8
+impl Special {
+    #[inline]
+    fn of(bytes: [u8; TOGETHER]) -> Self {
+        let bytes = u8x16::new(bytes);
+        let equal = |byte| bytes.simd_eq(u8x16::splat(byte)).to_bitmask();
+        let controls = bytes.min(u8x16::splat(b' ' - 1)).simd_eq(bytes).to_bitmask();
+        Self { quotes: equal(b'"'), backslashes: equal(b'\\'), controls }
+    }
+
+    #[inline]
+    fn any(&self) -> u32 {
+        self.quotes | self.backslashes | self.controls
+    }
 }
 
 #[cfg(test)]
@@ -171,13 +222,36 @@ mod tests {
 
     #[test]
     fn a_byte_that_does_not_stand_for_itself_is_found_at_every_place() {
-        for place in 0..WORD {
+        for place in 0..TOGETHER {
             for byte in 0..=u8::MAX {
                 for filler in [b' ', b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0xff] {
-                    let mut word = [filler; WORD];
-                    word[place] = byte;
-                    let expected = word.iter().take_while(|byte| is_plain(**byte)).count();
-                    assert_eq!(plain_bytes(word), expected, "{word:?}");
+                    let mut bytes = [filler; TOGETHER];
+                    bytes[place] = byte;
+                    let expected = bytes.iter().rev().fold(0, |bits, byte| bits << 1 | u32::from(!is_plain(*byte)));
+                    assert_eq!(Special::of(bytes).any(), expected, "{bytes:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_string_ends_at_the_first_quote_that_is_not_escaped() {
+        let parts = ["", "\"", "\\\"", "\\\\", "\\\\\"", "\\\\\\\"", "\\", "\\n", "\n", "a\\\"a"];
+        // At all places of a chunk, and over its end.
+        for (before, between) in (0..=TOGETHER).flat_map(|before| (0..=TOGETHER).map(move |between| (before, between)))
+        {
+            for (first, second) in parts.iter().flat_map(|first| parts.map(|second| (first, second))) {
+                for after in [0, 1, TOGETHER] {
+                    let plain = |len| "a".repeat(len);
+                    let text = format!("{}{first}{}{second}{}", plain(before), plain(between), plain(after));
+                    let mut escaped = false;
+                    let ends = |byte| {
+                        let ends = byte < b' ' || byte == b'"' && !escaped;
+                        escaped = byte == b'\\' && !escaped;
+                        ends
+                    };
+                    let end = text.bytes().position(ends).unwrap_or(text.len());
+                    assert_eq!(end_of_string(text.as_bytes()), end, "{text:?}");
                 }
             }
         }

@@ -3,6 +3,7 @@
 
 use std::{sync::LazyLock, time::SystemTime};
 
+use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
 
 use self::{
@@ -35,7 +36,7 @@ fuzz_target!(|body: &str| {
             if let Ok(login) = Login::parse(body, encoding) {
                 let shown = format!("{login:?}");
                 assert_eq!(shown, "Login { .. }");
-                let _ = login.mask(keyring, Day::of(SystemTime::now()));
+                let _ = login.mask(keyring, Day::of(SystemTime::now()), &mut BytesMut::new());
             }
         }
     }

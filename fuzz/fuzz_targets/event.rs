@@ -21,8 +21,7 @@ mod scan;
 fn content<'a>(messages: &'a [Message<'_>]) -> impl Iterator<Item = impl PartialEq + std::fmt::Debug + use<'a>> {
     messages.iter().map(|message| {
         let texts = [message.id(), message.receipt_handle(), message.queue_arn(), message.fifo_group()];
-        let body = message.body(&mut Vec::new()).map(ToOwned::to_owned);
-        (texts, body, message.sent_timestamp(), message.receive_count())
+        (texts, message.body(), message.sent_timestamp(), message.receive_count())
     })
 }
 
@@ -34,9 +33,6 @@ fuzz_target!(|event: &str| {
         let scanned = event::scanned_messages(&event);
         if let (Some(scanned), Ok(parsed)) = (&scanned, event::parsed_messages(event.as_bytes())) {
             assert!(content(scanned).eq(content(&parsed)));
-        }
-        for message in scanned.iter().flatten() {
-            let _ = message.body(&mut Vec::new());
         }
     }
 });

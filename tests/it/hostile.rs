@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use bytes::BytesMut;
 use login_etl::{
     login::{AppVersionEncoding, Day, Login},
     mask::Keyring,
@@ -133,7 +134,7 @@ fn is_login(body: &Value) -> bool {
 fn accepts(body: &str) -> bool {
     let keyring = Keyring::from_json(KEYRING).unwrap();
     Login::parse(body, AppVersionEncoding::Digits)
-        .is_ok_and(|login| login.mask(&keyring, Day::of(SystemTime::now())).is_ok())
+        .is_ok_and(|login| login.mask(&keyring, Day::of(SystemTime::now()), &mut BytesMut::new()).is_ok())
 }
 
 proptest! {

@@ -6,7 +6,7 @@ use std::{hint::black_box, time::SystemTime};
 use bytes::BytesMut;
 
 use self::{
-    event::{Message, NotAnSqsEvent, messages},
+    event::messages,
     login::{AppVersionEncoding, Columns, Day, Login, Row},
     mask::Keyring,
 };
@@ -35,7 +35,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let keyring = Keyring::from_json(KEYRING)?;
     let today = Day::of(SystemTime::UNIX_EPOCH);
 
-    let bodies = if stage == "read" { counted(|| read(&text)) } else { read(&text) }?;
+    let messages = if stage == "read" { counted(|| messages(text.as_bytes())) } else { messages(text.as_bytes()) }?;
+    let bodies: Vec<_> = messages.iter().filter_map(|message| message.body().ok()).collect();
     let logins = if stage == "parse" { counted(|| parse(&bodies)) } else { parse(&bodies) };
     let rows =
         if stage == "mask" { counted(|| mask(&logins, &keyring, today)) } else { mask(&logins, &keyring, today) };
@@ -50,19 +51,13 @@ fn counted<T>(work: impl FnOnce() -> T) -> T {
     black_box(work())
 }
 
-fn read(event: &str) -> Result<Vec<String>, NotAnSqsEvent> {
-    let mut buffer = Vec::new();
-    let bodies = messages(event.as_bytes())?;
-    let mut own = |message: &Message<'_>| message.body(&mut buffer).ok().map(ToOwned::to_owned);
-    Ok(bodies.iter().filter_map(&mut own).collect())
-}
-
-fn parse<'a>(bodies: &'a [String]) -> Vec<Login<'a>> {
-    bodies.iter().filter_map(|body| Login::parse(body, AppVersionEncoding::Digits).ok()).collect()
+fn parse<'a>(bodies: &[&'a str]) -> Vec<Login<'a>> {
+    bodies.iter().filter_map(|body| Login::scan(body, AppVersionEncoding::Digits)?.ok()).collect()
 }
 
 fn mask(logins: &[Login<'_>], keyring: &Keyring, today: Day) -> Vec<Row> {
-    logins.iter().filter_map(|login| login.mask(keyring, today).ok()).collect()
+    let mut buffer = BytesMut::new();
+    logins.iter().filter_map(|login| login.mask(keyring, today, &mut buffer).ok()).collect()
 }
 
 /// Into the arrays of a statement's parameters. Returns their bytes.

@@ -13,7 +13,7 @@ use fallible_iterator::FallibleIterator;
 use login_etl::{
     config,
     event::{Message, messages},
-    login::{AppVersionEncoding, Day, Login},
+    login::{AppVersionEncoding, Day, Row},
     mask::Keyring,
     store::LedgerKey,
 };
@@ -67,11 +67,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
 fn prepare(event: &[u8], keyring: &Keyring) -> Result<(BytesMut, usize), Box<dyn Error>> {
     let messages = messages(event)?;
     let today = Day::of(SystemTime::now());
+    let mut buffer = BytesMut::new();
     let row = |message: &Message<'_>| {
-        let mut buffer = Vec::new();
-        let login = Login::parse(message.body(&mut buffer).ok()?, AppVersionEncoding::Digits).ok()?;
+        let row = Row::of(message.body().ok()?, AppVersionEncoding::Digits, keyring, today, &mut buffer).ok()?;
         let key = LedgerKey::new(message.id()?, message.sent_timestamp(), SystemTime::UNIX_EPOCH);
-        Some((key, login.mask(keyring, today).ok()?))
+        Some((key, row))
     };
     let mut rows: Vec<_> = messages.iter().filter_map(row).collect();
     rows.sort_unstable_by_key(|(key, _)| *key);

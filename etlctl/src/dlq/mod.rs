@@ -11,6 +11,7 @@ use aws_sdk_sqs::{
     Client,
     types::{ChangeMessageVisibilityBatchRequestEntry, Message, MessageSystemAttributeName, QueueAttributeName},
 };
+use bytes::BytesMut;
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use login_etl::{
@@ -335,7 +336,8 @@ impl Validation {
     /// Why the function refuses this body; never any of its content.
     fn reason(&self, body: &str) -> Option<String> {
         let today = Day::of(SystemTime::now());
-        let row = Login::parse(body, self.encoding).and_then(|login| login.mask(&self.keyring, today));
+        let row =
+            Login::parse(body, self.encoding).and_then(|login| login.mask(&self.keyring, today, &mut BytesMut::new()));
         row.err().map(|invalid| invalid.to_string())
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     redelivery::Redelivery,
     runtime::Event,
     secrets::FreshKeyring,
-    store::{DatabaseError, Entry, LedgerKey, Store, StoreError},
+    store::{DatabaseError, Entries, Entry, LedgerKey, Store, StoreError},
 };
 
 /// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
@@ -187,7 +187,6 @@ impl Handler {
         let keyring = self.keyring.current(deadline).await;
         let horizon = self.store.horizon();
         let today = Day::of(SystemTime::now());
-        let mut entries = Vec::with_capacity(messages.len());
         // By the message's place in the batch: of those that are in an entry, and of those that failed.
         let mut places = Vec::with_capacity(messages.len());
         let mut failures = HashMap::new();
@@ -196,7 +195,7 @@ impl Handler {
         let mut known = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
         let mut buffer = BytesMut::with_capacity(ROWS_LEN);
-        for (place, message) in messages.iter().enumerate() {
+        let entries = messages.iter().enumerate().filter_map(|(place, message)| {
             let key = LedgerKey::new(message.id().unwrap_or_default(), message.sent_timestamp(), horizon);
             let first = match known.entry(key.message_id) {
                 hash_map::Entry::Occupied(first) => *first.get(),
@@ -204,7 +203,7 @@ impl Handler {
             };
             first_copies.push(first);
             if first != place {
-                continue;
+                return None;
             }
             let group = message.fifo_group();
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
@@ -216,17 +215,18 @@ impl Handler {
             };
             match row {
                 Ok(row) => {
-                    entries.push(Entry { key, group, row });
                     places.push(place);
+                    Some(Entry { key, group, row })
                 }
                 Err(failure) => {
                     stopped_groups.extend(group);
                     failures.insert(place, failure);
+                    None
                 }
             }
-        }
+        });
 
-        let outcome = self.store.insert(&entries, deadline).await?;
+        let outcome = self.store.insert(Entries::new(messages.len(), entries), deadline).await?;
         report.inserted = outcome.inserted;
         let refused = outcome.refused.into_iter().map(|(index, error)| (index, Failure::Refused(error)));
         let held_back = outcome.held_back.into_iter().map(|index| (index, Failure::HeldBack));

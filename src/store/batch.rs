@@ -4,13 +4,14 @@ use std::{pin::pin, time::SystemTime};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
+use tokio::task::yield_now;
 use tokio_postgres::{
     Client, CopyInSink, Error, Statement,
     types::{ToSql, Type},
 };
 use uuid::Uuid;
 
-use super::{Entry, LedgerKey};
+use super::{Entries, Entry, LedgerKey};
 use crate::login::{Columns, Row};
 
 const INSERT: &str = include_str!("insert.sql");
@@ -21,6 +22,8 @@ const COPY_ROWS: &str = include_str!("copy_rows.sql");
 /// What begins and ends the binary format: <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>.
 const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const COPY_TRAILER: i16 = -1;
+/// Rows that are made, and then sent, before the next are.
+const ROWS_TOGETHER: usize = 256;
 
 /// The statements that a connection keeps prepared, which spares the server to plan them again and again.
 pub(super) struct Statements {
@@ -46,15 +49,11 @@ pub(super) struct Batch<'a> {
 impl<'a> Batch<'a> {
     pub(super) fn new(mut entries: Vec<&'a Entry<'_>>) -> Self {
         // Two sessions that hold the same keys then lock them in the same order, and cannot deadlock.
-        entries.sort_unstable_by_key(|entry| entry.key);
+        entries.sort_by_key(|entry| entry.key);
         Self {
             keys: entries.iter().map(|entry| entry.key).collect(),
             rows: entries.iter().map(|entry| &entry.row).collect(),
         }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.rows.len()
     }
 
     /// Writes all of it in one round trip, or fails with a unique violation if the ledger has one of the messages. Returns the
@@ -80,55 +79,74 @@ impl<'a> Batch<'a> {
         let parameters: Vec<_> = arrays.parameters().collect();
         client.execute_typed(statement, &parameters).await
     }
+}
 
-    /// As [`insert`](Self::insert), in three round trips, or four where no statements are kept.
-    ///
-    /// A connection on which it failed is not to be used again: after a `COPY` that the server refuses at its start the driver
-    /// takes one answer for another (<https://github.com/sfackler/rust-postgres/issues/789>).
-    pub(super) async fn copy(&self, client: &Client, kept: Option<&Statements>) -> Result<u64, Error> {
-        // What goes ahead of an answer spares a round trip.
-        let begin = client.batch_execute("begin");
-        let (entering, copy_rows) = match kept {
-            Some(kept) => {
-                let (begun, entering) = tokio::join!(begin, client.copy_in(&kept.copy_ledger));
-                begun?;
-                (entering?, kept.copy_rows.clone())
-            }
-            None => {
-                let (begun, copy_ledger, copy_rows) =
-                    tokio::join!(begin, client.prepare(COPY_LEDGER), client.prepare(COPY_ROWS));
-                begun?;
-                (client.copy_in(&copy_ledger?).await?, copy_rows?)
-            }
-        };
-        let (entered, copying) = tokio::join!(copy(entering, self.keys_data()), client.copy_in(&copy_rows));
-        entered?;
-        let copying = copying?;
-        // One that is not kept is closed within its transaction, as a pooler may give the next to another connection.
-        drop(copy_rows);
-        let (copied, committed) = tokio::join!(copy(copying, self.rows_data()), client.batch_execute("commit"));
-        let copied = copied?;
-        committed?;
-        Ok(copied)
-    }
-
-    fn keys_data(&self) -> Bytes {
-        let mut data = BytesMut::from(COPY_HEADER);
-        for key in &self.keys {
-            key.copy(&mut data);
+/// Writes all entries as [`Batch::insert`] does, in three round trips, or four where no statements are kept. They are taken
+/// while the server works on those before.
+///
+/// A connection on which it failed is not to be used again: after a `COPY` that the server refuses at its start the driver
+/// takes one answer for another (<https://github.com/sfackler/rust-postgres/issues/789>).
+pub(super) async fn copy(client: &Client, kept: Option<&Statements>, entries: &mut Entries<'_>) -> Result<u64, Error> {
+    // What goes ahead of an answer spares a round trip.
+    let begin = client.batch_execute("begin");
+    let (copying, copy_ledger) = match kept {
+        Some(kept) => {
+            let (begun, copying) = tokio::join!(begin, client.copy_in(&kept.copy_rows));
+            begun?;
+            (copying?, kept.copy_ledger.clone())
         }
-        data.put_i16(COPY_TRAILER);
-        data.freeze()
-    }
-
-    fn rows_data(&self) -> Bytes {
-        let mut data = BytesMut::from(COPY_HEADER);
-        for row in &self.rows {
-            row.copy(&mut data);
+        None => {
+            let (begun, copy_rows, copy_ledger) =
+                tokio::join!(begin, client.prepare(COPY_ROWS), client.prepare(COPY_LEDGER));
+            begun?;
+            (client.copy_in(&copy_rows?).await?, copy_ledger?)
         }
-        data.put_i16(COPY_TRAILER);
-        data.freeze()
+    };
+    // The rows come first, as the keys are only known with them. Where the ledger has one of the keys they are written in vain.
+    let (copied, entering) = tokio::join!(copy_rows(copying, entries), client.copy_in(&copy_ledger));
+    let copied = copied?;
+    let entering = entering?;
+    // One that is not kept is closed within its transaction, as a pooler may give the next to another connection.
+    drop(copy_ledger);
+    let (entered, committed) = tokio::join!(copy_keys(entering, entries.all()), client.batch_execute("commit"));
+    entered?;
+    committed?;
+    Ok(copied)
+}
+
+async fn copy_rows(sink: CopyInSink<Bytes>, entries: &mut Entries<'_>) -> Result<u64, Error> {
+    let mut sink = pin!(sink);
+    let mut data = BytesMut::from(COPY_HEADER);
+    let mut sent = 0;
+    loop {
+        let rows = entries.next(sent, ROWS_TOGETHER);
+        for entry in rows {
+            entry.row.copy(&mut data);
+        }
+        sent += rows.len();
+        if rows.is_empty() {
+            data.put_i16(COPY_TRAILER);
+            sink.feed(data.freeze()).await?;
+            return sink.finish().await;
+        }
+        sink.feed(data.split().freeze()).await?;
+        // The connection's task gets to send them.
+        yield_now().await;
     }
+}
+
+async fn copy_keys(sink: CopyInSink<Bytes>, entries: &[Entry<'_>]) -> Result<u64, Error> {
+    let mut sink = pin!(sink);
+    let mut keys: Vec<_> = entries.iter().map(|entry| entry.key).collect();
+    // As in a batch.
+    keys.sort();
+    let mut data = BytesMut::from(COPY_HEADER);
+    for key in &keys {
+        key.copy(&mut data);
+    }
+    data.put_i16(COPY_TRAILER);
+    sink.feed(data.freeze()).await?;
+    sink.finish().await
 }
 
 /// A batch as a statement's parameters.
@@ -152,10 +170,4 @@ impl<'a> Arrays<'a> {
             [(&self.sent_at, Type::TIMESTAMPTZ_ARRAY), (&self.message_id, Type::UUID_ARRAY)];
         ledger.into_iter().chain(self.columns.parameters())
     }
-}
-
-async fn copy(sink: CopyInSink<Bytes>, data: Bytes) -> Result<u64, Error> {
-    let mut sink = pin!(sink);
-    sink.feed(data).await?;
-    sink.finish().await
 }

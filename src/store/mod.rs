@@ -72,6 +72,38 @@ impl fmt::Debug for Entry<'_> {
     }
 }
 
+/// A batch's entries, made as they are taken: while PostgreSQL works on the first, the next are made.
+pub struct Entries<'a> {
+    taken: Vec<Entry<'a>>,
+    others: Box<dyn Iterator<Item = Entry<'a>> + Send + 'a>,
+    most: usize,
+}
+
+impl<'a> Entries<'a> {
+    /// The entries of a batch of so many messages.
+    pub fn new(messages: usize, entries: impl Iterator<Item = Entry<'a>> + Send + 'a) -> Self {
+        Self { taken: Vec::with_capacity(messages), others: Box::new(entries), most: messages }
+    }
+
+    /// The next of them from `index` on, up to `count`.
+    fn next(&mut self, index: usize, count: usize) -> &[Entry<'a>] {
+        let missing = (index + count).saturating_sub(self.taken.len());
+        self.taken.extend(self.others.by_ref().take(missing));
+        &self.taken[index..self.taken.len().min(index + count)]
+    }
+
+    fn all(&mut self) -> &[Entry<'a>] {
+        self.taken.extend(self.others.by_ref());
+        &self.taken
+    }
+}
+
+impl fmt::Debug for Entries<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entries").field("most", &self.most).finish_non_exhaustive()
+    }
+}
+
 /// What became of a batch's entries, by their index. Those in neither list are in the database.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -88,6 +120,7 @@ pub struct Outcome {
 pub struct Store {
     session: Mutex<Session>,
     retention: Duration,
+    copy_threshold: usize,
     counts: Arc<Counts>,
 }
 
@@ -112,6 +145,7 @@ impl Store {
         let credentials = credentials?;
         connector.host(&credentials)?;
         let retention = connector.ledger_retention();
+        let copy_threshold = connector.copy_threshold();
         // An environment that lives for few rows prunes, too.
         let unpruned = PRUNE_EVERY;
         let counts = Arc::<Counts>::default();
@@ -124,7 +158,7 @@ impl Store {
             unpruned,
             counts: Arc::clone(&counts),
         };
-        Ok(Self { session: Mutex::new(session), retention, counts })
+        Ok(Self { session: Mutex::new(session), retention, copy_threshold, counts })
     }
 
     /// Connects ahead of the first batch, which would do so itself.
@@ -155,9 +189,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
     /// tried again, though some of it may be written already.
-    pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Outcome, StoreError> {
+    pub async fn insert(&self, mut entries: Entries<'_>, deadline: Instant) -> Result<Outcome, StoreError> {
+        let by_copy = entries.most >= self.copy_threshold;
+        if !by_copy {
+            // They go all at once, so the connection is free for others until they are there.
+            entries.all();
+        }
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
-        let result = timeout_at(deadline, session.insert(entries)).await.unwrap_or(Err(StoreError::Deadline));
+        let result =
+            timeout_at(deadline, session.insert(&mut entries, by_copy)).await.unwrap_or(Err(StoreError::Deadline));
         if result.is_err() {
             // A statement may still be under way on it.
             session.connection = None;
@@ -167,6 +207,14 @@ impl Store {
         }
         result
     }
+}
+
+/// What one transaction writes.
+enum Work<'a, 'b> {
+    /// All of a batch, by `COPY`, while it is made.
+    Stream(&'a mut Entries<'b>),
+    /// All or a part of one that is made.
+    Batch(Batch<'a>),
 }
 
 struct Session {
@@ -184,10 +232,18 @@ struct Session {
 impl Session {
     /// Inserts the entries together; where PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
     /// Earlier entries go first, so that a refused row holds back the rest of its group and nothing else.
-    async fn insert(&mut self, entries: &[Entry<'_>]) -> Result<Outcome, StoreError> {
+    async fn insert(&mut self, entries: &mut Entries<'_>, by_copy: bool) -> Result<Outcome, StoreError> {
+        let mut by_insert_unknown = false;
+        if by_copy {
+            match self.write(&mut Work::Stream(entries), &mut by_insert_unknown).await {
+                Ok(inserted) => return Ok(Outcome { inserted, ..Outcome::default() }),
+                Err(_) if by_insert_unknown => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let entries = entries.all();
         let mut outcome = Outcome::default();
         let mut stopped = HashSet::new();
-        let mut by_insert_unknown = false;
         let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(mut part) = pending.pop() {
             part.retain(|&index| {
@@ -201,7 +257,7 @@ impl Session {
                 continue;
             }
             let batch = Batch::new(part.iter().map(|&index| &entries[index]).collect());
-            match self.insert_together(&batch, &mut by_insert_unknown).await {
+            match self.write(&mut Work::Batch(batch), &mut by_insert_unknown).await {
                 Ok(inserted) => outcome.inserted += inserted,
                 Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
                     if let [index] = part[..] {
@@ -221,15 +277,14 @@ impl Session {
     /// One transaction, tried again where that can help. Returns how many rows it inserted.
     ///
     /// `by_insert_unknown` says that the faster ways are not for this batch, and is set once that shows.
-    async fn insert_together(&mut self, batch: &Batch<'_>, by_insert_unknown: &mut bool) -> Result<u64, StoreError> {
-        let by_copy = batch.len() >= self.connector.copy_threshold();
+    async fn write(&mut self, work: &mut Work<'_, '_>, by_insert_unknown: &mut bool) -> Result<u64, StoreError> {
         let mut wait = FIRST_WAIT;
         let mut tries = 1;
         loop {
-            let result = match (*by_insert_unknown, by_copy) {
-                (true, _) => self.insert_unknown(batch).await,
-                (false, true) => self.copy(batch).await,
-                (false, false) => self.insert_all(batch).await,
+            let result = match work {
+                Work::Stream(entries) => self.copy(entries).await,
+                Work::Batch(batch) if *by_insert_unknown => self.insert_unknown(batch).await,
+                Work::Batch(batch) => self.insert_all(batch).await,
             };
             let error = match result {
                 Err(StoreError::Insert(error)) if error.is_of_a_statement_s_name() && self.keeps_statements => {
@@ -238,10 +293,13 @@ impl Session {
                     self.connection = None;
                     continue;
                 }
-                // Some of the messages came before; or the table is one that `COPY` cannot write, and `INSERT` may.
-                Err(StoreError::Insert(error))
-                    if !*by_insert_unknown && (error.is_unique_violation() || by_copy && error.is_answer()) =>
-                {
+                // Some of the messages came before, or a row is refused, or the table is one that `COPY` cannot write and
+                // `INSERT` may.
+                Err(StoreError::Insert(error)) if matches!(work, Work::Stream(_)) && error.is_answer() => {
+                    *by_insert_unknown = true;
+                    return Err(StoreError::Insert(error));
+                }
+                Err(StoreError::Insert(error)) if !*by_insert_unknown && error.is_unique_violation() => {
                     *by_insert_unknown = true;
                     continue;
                 }
@@ -279,13 +337,13 @@ impl Session {
         inserted.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
     }
 
-    async fn copy(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
+    async fn copy(&mut self, entries: &mut Entries<'_>) -> Result<u64, StoreError> {
         // It goes back only after a transaction that has ended well.
         let mut connection = self.take_connected().await?;
         let keeps_statements = self.keeps_statements;
         let copying = async {
             let (client, kept) = connection.prepared(keeps_statements).await?;
-            batch.copy(client, kept).await
+            batch::copy(client, kept, entries).await
         };
         let copied = copying.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))?;
         self.connection = Some(connection);

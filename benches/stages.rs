@@ -31,7 +31,7 @@ fn stages(criterion: &mut Criterion) {
     let bodies: Vec<_> = read().iter().map(|message| message.body().unwrap()).collect();
     let parse = || bodies.iter().map(|body| Login::scan(body, AppVersionEncoding::Digits).unwrap().unwrap());
     let logins: Vec<_> = parse().collect();
-    let mut buffer = BytesMut::new();
+    let mut buffer = BytesMut::with_capacity(64 * 1024);
     let rows: Vec<Row> = logins.iter().map(|login| login.mask(&cbc, today, &mut buffer).unwrap()).collect();
 
     let mut group = criterion.benchmark_group("of 100 messages");

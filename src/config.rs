@@ -44,14 +44,14 @@ pub struct DatabaseConfig {
     pub ledger_retention: Duration,
     /// `PREPARED_STATEMENTS`: whether a connection keeps statements prepared.
     pub prepared_statements: bool,
-    /// `COPY_THRESHOLD`: the number of rows from which on a batch is written by `COPY`.
+    /// `COPY_THRESHOLD`: the number of messages from which on a batch is written by `COPY`.
     pub copy_threshold: usize,
     /// Longest time to wait for a connection.
     pub connect_timeout: Duration,
 }
 
 const DAY: Duration = Duration::from_secs(86_400);
-/// `COPY` is faster, but waits for two more answers. It gains from some 2,000 rows on, whether the database is on the same
+/// `COPY` is faster, but waits for two more answers. It gains from some 2,000 messages on, whether the database is on the same
 /// machine or its answers take half a millisecond.
 const COPY_THRESHOLD: usize = 2_000;
 

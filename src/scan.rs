@@ -107,7 +107,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         self.peek()?;
         self.take_quote()?;
         let start = self.place;
-        self.go_to_special()?;
+        self.go_to_special();
         let text = self.text.get(start..self.place);
         self.take_quote().and(text)
     }
@@ -146,26 +146,25 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         self.text.as_bytes().get(self.place..)?.starts_with(quote).then(|| self.place += quote.len())
     }
 
-    /// Goes to the quote or backslash that comes first.
+    /// Goes to the first byte that does not stand for itself in a string, or to the end.
     #[inline]
-    fn go_to_special(&mut self) -> Option<u8> {
-        let rest = self.text.as_bytes().get(self.place..)?;
+    fn go_to_special(&mut self) {
+        let rest = self.text.as_bytes().get(self.place..).unwrap_or_default();
         let (chunks, end) = rest.as_chunks();
-        // The next bytes are looked at before it is known where in these it is.
+        // Where in its chunk the byte is, is asked once only, at the end: the processor need not wait for it before it reads on.
         let found = chunks.iter().map(|chunk| Special::of(*chunk).any()).enumerate().find(|(_, special)| *special != 0);
-        let plain = match found {
+        self.place += match found {
             Some((index, special)) => index * TOGETHER + special.trailing_zeros() as usize,
             None => rest.len() - end.len() + end.iter().take_while(|byte| is_plain(**byte)).count(),
         };
-        self.place += plain;
-        rest.get(plain).copied().filter(|byte| matches!(byte, b'"' | b'\\'))
     }
 }
 
 /// How many bytes come before the quote that ends a string, or before something that no string has.
 fn end_of_string(text: &[u8]) -> usize {
     let mut place = 0;
-    // JSON in JSON has an escape every few bytes: a quote behind a backslash, of which no chunk needs a closer look.
+    // JSON in JSON has an escape every few bytes, a quote behind a backslash. Chunks with those alone are looked at whole; from a
+    // backslash on that is itself escaped, which is rare, the rest goes byte by byte.
     let mut is_escaped = 0;
     for chunk in text.as_chunks().0 {
         let Special { quotes, backslashes, controls } = Special::of(*chunk);

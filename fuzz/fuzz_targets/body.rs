@@ -1,4 +1,4 @@
-//! Any body: refused, or masked; and its content never shows.
+//! Any body: refused, or masked; its content never shows; and the same comes of it however it stands in the event.
 #![no_main]
 
 use std::{sync::LazyLock, time::SystemTime};
@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
 
 use self::{
-    login::{AppVersionEncoding, Day, Login},
+    login::{AppVersionEncoding, Day, Login, Row},
     mask::Keyring,
 };
 
@@ -30,14 +30,28 @@ static KEYRINGS: LazyLock<[Keyring; 2]> = LazyLock::new(|| {
     .map(|text| Keyring::from_json(text).expect("a keyring"))
 });
 
-fuzz_target!(|body: &str| {
-    for encoding in [AppVersionEncoding::Digits, AppVersionEncoding::Ordered] {
-        for keyring in &*KEYRINGS {
-            if let Ok(login) = Login::parse(body, encoding) {
-                let shown = format!("{login:?}");
-                assert_eq!(shown, "Login { .. }");
-                let _ = login.mask(keyring, Day::of(SystemTime::now()), &mut BytesMut::new());
+fuzz_target!(|text: &str| {
+    // As a body, and as what stands between the quotes of one.
+    for json in [serde_json::to_string(text).expect("a string"), format!("\"{text}\"")] {
+        let Ok(body) = serde_json::from_str::<String>(&json) else { continue };
+        for encoding in [AppVersionEncoding::Digits, AppVersionEncoding::Ordered] {
+            for keyring in &*KEYRINGS {
+                check(&body, &json, encoding, keyring);
             }
         }
     }
 });
+
+fn check(body: &str, json: &str, encoding: AppVersionEncoding, keyring: &Keyring) {
+    let (today, mut buffer) = (Day::of(SystemTime::UNIX_EPOCH), BytesMut::new());
+    let content = |row: Row| {
+        let mut content = BytesMut::new();
+        row.copy(&mut content);
+        content
+    };
+    let login = Login::parse(body, encoding).and_then(|login| {
+        assert_eq!(format!("{login:?}"), "Login { .. }");
+        login.mask(keyring, today, &mut buffer)
+    });
+    assert_eq!(Row::of(json, encoding, keyring, today, &mut buffer).map(content), login.map(content));
+}

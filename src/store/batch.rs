@@ -89,15 +89,16 @@ impl<'a> Batch<'a> {
 pub(super) async fn copy(client: &Client, kept: Option<&Statements>, entries: &mut Entries<'_>) -> Result<u64, Error> {
     // What goes ahead of an answer spares a round trip.
     let begin = client.batch_execute("begin");
+    // Biased, as `begin` has to go first: what is copied before it would stay, whatever comes after.
     let (copying, copy_ledger) = match kept {
         Some(kept) => {
-            let (begun, copying) = tokio::join!(begin, client.copy_in(&kept.copy_rows));
+            let (begun, copying) = tokio::join!(biased; begin, client.copy_in(&kept.copy_rows));
             begun?;
             (copying?, kept.copy_ledger.clone())
         }
         None => {
             let (begun, copy_rows, copy_ledger) =
-                tokio::join!(begin, client.prepare(COPY_ROWS), client.prepare(COPY_LEDGER));
+                tokio::join!(biased; begin, client.prepare(COPY_ROWS), client.prepare(COPY_LEDGER));
             begun?;
             (client.copy_in(&copy_rows?).await?, copy_ledger?)
         }

@@ -138,7 +138,7 @@ impl DatabaseError {
         self.code() == "23505"
     }
 
-    /// The server answered: the connection stands, and the transaction has failed.
+    /// The server answered, with its last word on the connection perhaps: the transaction has failed.
     pub(super) fn is_answer(&self) -> bool {
         matches!(self.0, Cause::Sqlstate { .. })
     }

@@ -1,6 +1,6 @@
 -- Inserts the rows and enters their messages in the ledger, in one atomic statement, which fails if the ledger has one of
--- them. Takes one array a column, all of one length; in a select list they need no place between array and table. Returns the
--- number of messages.
+-- them. Takes one array a column, all of one length; from a select list their elements go to the table one by one, and not to
+-- a tuplestore first. Returns the number of messages.
 with logins as (
     insert into user_logins (user_id, device_type, masked_ip, masked_device_id, locale, app_version, create_date)
     select

@@ -82,7 +82,7 @@ pub struct Entries<'a> {
 impl<'a> Entries<'a> {
     /// The entries of a batch of so many messages.
     pub fn new(messages: usize, entries: impl Iterator<Item = Entry<'a>> + Send + 'a) -> Self {
-        Self { taken: Vec::with_capacity(messages), others: Box::new(entries), most: messages }
+        Self { taken: Vec::with_capacity(messages), others: Box::new(entries.fuse()), most: messages }
     }
 
     /// The next of them from `index` on, up to `count`.
@@ -190,7 +190,8 @@ impl Store {
     /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
     /// tried again, though some of it may be written already.
     pub async fn insert(&self, mut entries: Entries<'_>, deadline: Instant) -> Result<Outcome, StoreError> {
-        let by_copy = entries.most >= self.copy_threshold;
+        // Where no message is valid, nothing is asked of the database.
+        let by_copy = entries.most >= self.copy_threshold && !entries.next(0, 1).is_empty();
         if !by_copy {
             // They go all at once, so the connection is free for others until they are there.
             entries.all();
@@ -237,7 +238,14 @@ impl Session {
         if by_copy {
             match self.write(&mut Work::Stream(entries), &mut by_insert_unknown).await {
                 Ok(inserted) => return Ok(Outcome { inserted, ..Outcome::default() }),
-                Err(_) if by_insert_unknown => {}
+                // Some of the messages came before, or a row is refused, or the table is one that `COPY` cannot write and
+                // `INSERT` may.
+                Err(StoreError::Insert(error)) if error.is_answer() => {
+                    if !error.is_unique_violation() {
+                        tracing::warn!(%error, "COPY failed: going on with INSERT");
+                    }
+                    by_insert_unknown = true;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -293,13 +301,12 @@ impl Session {
                     self.connection = None;
                     continue;
                 }
-                // Some of the messages came before, or a row is refused, or the table is one that `COPY` cannot write and
-                // `INSERT` may.
-                Err(StoreError::Insert(error)) if matches!(work, Work::Stream(_)) && error.is_answer() => {
-                    *by_insert_unknown = true;
+                // `INSERT` is for that.
+                Err(StoreError::Insert(error)) if error.is_answer() && matches!(work, Work::Stream(_)) => {
                     return Err(StoreError::Insert(error));
                 }
-                Err(StoreError::Insert(error)) if !*by_insert_unknown && error.is_unique_violation() => {
+                // Some of the messages came before.
+                Err(StoreError::Insert(error)) if error.is_unique_violation() && !*by_insert_unknown => {
                     *by_insert_unknown = true;
                     continue;
                 }

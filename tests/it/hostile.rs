@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use bytes::BytesMut;
 use login_etl::{
-    login::{AppVersionEncoding, Day, Login},
+    login::{AppVersionEncoding, Day, Login, Row},
     mask::Keyring,
 };
 use proptest::{collection::vec, prelude::*};
@@ -131,10 +131,35 @@ fn is_login(body: &Value) -> bool {
     body.is_object() && text("user_id", 128) && text("device_type", 32) && masked && locale && version
 }
 
+/// Whether a body is a login; however its text is spelt in the event, it is the same one.
 fn accepts(body: &str) -> bool {
     let keyring = Keyring::from_json(KEYRING).unwrap();
-    Login::parse(body, AppVersionEncoding::Digits)
-        .is_ok_and(|login| login.mask(&keyring, Day::of(SystemTime::now()), &mut BytesMut::new()).is_ok())
+    let (encoding, day) = (AppVersionEncoding::Digits, Day::of(SystemTime::now()));
+    let content = |row: Row| {
+        let mut content = BytesMut::new();
+        row.copy(&mut content);
+        content
+    };
+    let mut buffer = BytesMut::new();
+    let login = Login::parse(body, encoding).and_then(|login| login.mask(&keyring, day, &mut buffer)).map(content);
+    for json in spellings(body) {
+        assert_eq!(Row::of(&json, encoding, &keyring, day, &mut buffer).map(content), login, "{json}");
+    }
+    login.is_ok()
+}
+
+/// A text as strings of JSON: with no more escapes than it needs, with others for its quotes, and of escapes alone.
+fn spellings(text: &str) -> [String; 3] {
+    let spelling = |escaped: fn(char) -> bool| {
+        let characters = text.chars().map(|character| {
+            let units: String =
+                character.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect();
+            let json = serde_json::to_string(&character).unwrap();
+            if escaped(character) { units } else { json[1..json.len() - 1].to_owned() }
+        });
+        format!("\"{}\"", characters.collect::<String>())
+    };
+    [spelling(|_| false), spelling(|character| character == '"'), spelling(|_| true)]
 }
 
 proptest! {

@@ -6,8 +6,12 @@ use login_etl::handler::Handler;
 
 use crate::{
     proxy::{Mode, Proxy},
-    world::{World, bodies, event, failed, invoke, invoke_within, variable},
+    world::{World, bodies, event, failed, invoke, invoke_within, message_id, variable},
 };
+
+/// A function that lets a transaction wait for as long as another session holds a lock.
+const STOP: &str = "create function stop() returns trigger language plpgsql as
+    'begin perform pg_advisory_xact_lock_shared(1); return new; end';";
 
 #[tokio::test]
 async fn a_connection_that_was_ended_between_invocations_is_replaced() {
@@ -37,6 +41,39 @@ async fn a_connection_that_is_ended_during_the_insert_is_replaced_and_the_batch_
     );
     assert!(failed(&response.unwrap()).is_empty());
     assert_eq!(world.count("user_logins").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_batch_whose_connection_breaks_half_way_is_written_once() {
+    let mut world = World::new().await;
+    let proxy = Proxy::start(variable("DATABASE_PORT").parse().unwrap()).await;
+    world.settings.insert("DATABASE_PORT", proxy.port.to_string());
+    // At a row in the middle.
+    let stop = format!(
+        "{STOP}
+        create trigger stop before insert on user_logins for each row
+            when (new.user_id in ('user-2000', 'user-12000')) execute function stop()"
+    );
+    world.admin.batch_execute(&stop).await.unwrap();
+    let handler = world.handler().await;
+    for (first, is_told) in [(0, true), (10_000, false)] {
+        let event = event(first, bodies(first as usize..first as usize + 4000));
+        world.admin.batch_execute("select pg_advisory_lock(1)").await.unwrap();
+        let breaking = async {
+            world.until(&format!("{} = 1", world.waiting())).await;
+            if is_told {
+                world.terminate_sessions().await;
+                world.until(&format!("{} = 1", world.waiting())).await;
+            } else {
+                proxy.turn(Mode::CutAnswer);
+            }
+            world.admin.batch_execute("select pg_advisory_unlock(1)").await.unwrap();
+        };
+        let ((), response) = tokio::join!(breaking, invoke(&handler, &event));
+        assert!(failed(&response.unwrap()).is_empty());
+    }
+    assert_eq!(world.count("user_logins").await, 8000);
+    assert_eq!(world.count("user_logins_ledger").await, 8000);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -127,6 +164,33 @@ async fn a_commit_whose_answer_is_lost_is_not_repeated() {
     proxy.turn(Mode::CutAnswer);
     assert!(failed(&invoke(&handler, &event(1, bodies(1..11))).await.unwrap()).is_empty());
     assert_eq!(world.count("user_logins").await, 11);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_batch_whose_commit_s_answer_is_lost_is_not_repeated() {
+    let mut world = World::new().await;
+    let (proxy, handler) = behind_a_proxy(&mut world).await;
+    world
+        .admin
+        .batch_execute(&format!(
+            "{STOP}
+        create constraint trigger stop after insert on user_logins_ledger deferrable initially deferred for each row
+            when (new.message_id = '{}') execute function stop()",
+            message_id(2000)
+        ))
+        .await
+        .unwrap();
+    world.admin.batch_execute("select pg_advisory_lock(1)").await.unwrap();
+    let losing = async {
+        // It is at its commit, and has had all other answers.
+        world.until(&format!("{} = 1", world.waiting())).await;
+        proxy.turn(Mode::CutAnswer);
+        world.admin.batch_execute("select pg_advisory_unlock(1)").await.unwrap();
+    };
+    let event = event(1, bodies(1..3001));
+    let ((), response) = tokio::join!(losing, invoke(&handler, &event));
+    assert!(failed(&response.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 3001);
 }
 
 #[tokio::test]
@@ -253,6 +317,9 @@ async fn a_database_that_is_not_there_fails_the_batch() {
     world.settings.insert("DATABASE_PORT", free.to_string());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseUnavailable");
+    // Which is no matter of messages that are not valid.
+    let bad = ["bad"; 3000];
+    assert_eq!(failed(&invoke(&world.handler().await, &event(0, bad)).await.unwrap()).len(), 3000);
 }
 
 #[tokio::test]

@@ -117,6 +117,38 @@ async fn rows_that_postgresql_refuses_are_found_and_fail_alone() {
 }
 
 #[tokio::test]
+async fn in_a_large_batch_each_message_has_its_own_fate() {
+    let world = World::new().await;
+    world
+        .admin
+        .batch_execute("alter table user_logins add check (user_id not in ('user-300', 'user-2999'))")
+        .await
+        .unwrap();
+    let handler = world.handler().await;
+    let event = |bad: &[u128]| {
+        let mut bodies = bodies(0..3000);
+        for place in bad {
+            bodies[*place as usize] = "bad".to_owned();
+        }
+        let mut event: Value = serde_json::from_str(&event(0, bodies)).unwrap();
+        // Second copies: of a message that is bad, and of a good one.
+        for (copy, first) in [(1000, 5), (2000, 10)] {
+            event["Records"][copy] = event["Records"][first].clone();
+        }
+        event.to_string()
+    };
+    // Nothing that PostgreSQL would refuse; then that, too, and what is there already.
+    let all_bad = [5, 300, 700, 2500, 2999];
+    let response = invoke(&handler, &event(&all_bad)).await.unwrap();
+    assert_eq!(failed(&response), all_bad.map(message_id));
+    assert_eq!(world.count("user_logins").await, 2993);
+    let response = invoke(&handler, &event(&[700])).await.unwrap();
+    assert_eq!(failed(&response), [300, 700, 2999].map(message_id));
+    assert_eq!(world.count("user_logins").await, 2995);
+    assert_eq!(world.count("user_logins_ledger").await, 2995);
+}
+
+#[tokio::test]
 async fn a_refused_batch_leaves_no_transaction_open() {
     let mut world = World::new().await;
     world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-7')").await.unwrap();

@@ -239,6 +239,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_given_twice_is_left_to_the_parser() {
+        for twice in [
+            r#"{"Records": [], "Records": []}"#,
+            r#"{"Records": [{"body": "a", "body": "b"}]}"#,
+            r#"{"Records": [{"attributes": {"SentTimestamp": "1", "SentTimestamp": "2"}}]}"#,
+        ] {
+            assert!(scanned_messages(twice).is_none() && messages(twice.as_bytes()).is_err(), "{twice}");
+        }
+    }
+
+    #[test]
     fn whatever_is_scanned_is_read_as_it_is_parsed() {
         let message =
             r#"{"messageId": "m", "body": "b", "attributes": {"SentTimestamp": "1"}, "other": [1, {"a": "]}"}]}"#;

@@ -548,7 +548,12 @@ mod tests {
     const GOOD: &str = r#"{"user_id":"u","app_version":"2.3.0","device_type":"ios","ip":"199.172.111.135","locale":null,"device_id":"593-47-5928"}"#;
 
     fn rejected(body: &str) -> Option<String> {
-        Login::parse(body, AppVersionEncoding::Digits).err().map(|invalid| invalid.to_string())
+        let invalid = Login::parse(body, AppVersionEncoding::Digits).err();
+        let json = serde_json::to_string(body).unwrap();
+        if let Some(login) = Login::scan(&json, AppVersionEncoding::Digits) {
+            assert_eq!(login.err(), invalid, "{body}");
+        }
+        invalid.map(|invalid| invalid.to_string())
     }
 
     /// The good body with one field's value replaced by `value` (JSON text), or the field gone.

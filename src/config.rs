@@ -125,10 +125,10 @@ impl Config {
                     Some("false") => false,
                     Some(_) => return Err(invalid("PREPARED_STATEMENTS", "true or false")),
                 },
-                copy_threshold: match optional("COPY_THRESHOLD").map(|rows| rows.parse()) {
+                copy_threshold: match optional("COPY_THRESHOLD").map(|messages| messages.parse()) {
                     None => COPY_THRESHOLD,
-                    Some(Ok(rows @ 1..)) => rows,
-                    Some(_) => return Err(invalid("COPY_THRESHOLD", "a number of rows from 1 up")),
+                    Some(Ok(messages @ 1..)) => messages,
+                    Some(_) => return Err(invalid("COPY_THRESHOLD", "a number of messages from 1 up")),
                 },
                 connect_timeout: Duration::from_secs(5),
             },
@@ -201,7 +201,11 @@ mod tests {
             ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
             ("PREPARED_STATEMENTS", "on", "set PREPARED_STATEMENTS to true or false: its value is not one of these"),
-            ("COPY_THRESHOLD", "0", "set COPY_THRESHOLD to a number of rows from 1 up: its value is not one of these"),
+            (
+                "COPY_THRESHOLD",
+                "0",
+                "set COPY_THRESHOLD to a number of messages from 1 up: its value is not one of these",
+            ),
             (
                 "OUTAGE_DELAY",
                 "241",

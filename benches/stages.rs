@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use login_etl::{
     event::messages,
-    login::{AppVersionEncoding, Columns, Day, Login, Row},
+    login::{AppVersionEncoding, Columns, Day, Login, ROWS_CAPACITY, Row},
     mask::Keyring,
 };
 use login_etl_benches::sample;
@@ -31,7 +31,7 @@ fn stages(criterion: &mut Criterion) {
     let bodies: Vec<_> = read().iter().map(|message| message.body().unwrap()).collect();
     let parse = || bodies.iter().map(|body| Login::scan(body, AppVersionEncoding::Digits).unwrap().unwrap());
     let logins: Vec<_> = parse().collect();
-    let mut buffer = BytesMut::with_capacity(64 * 1024);
+    let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
     let rows: Vec<Row> = logins.iter().map(|login| login.mask(&cbc, today, &mut buffer).unwrap()).collect();
 
     let mut group = criterion.benchmark_group("of 100 messages");

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::{
     event::{self, Message, NotAnSqsEvent},
-    login::{AppVersionEncoding, Day, Invalid, Row},
+    login::{AppVersionEncoding, Day, Invalid, ROWS_CAPACITY, Row},
     metrics,
     redelivery::Redelivery,
     runtime::Event,
@@ -29,9 +29,6 @@ use crate::{
 const ANSWER_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(3);
 /// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
 const NO_DEADLINE: Duration = Duration::from_secs(30);
-
-/// What rows are made in, a piece at a time; one has about 170 bytes.
-const ROWS_LEN: usize = 64 * 1024;
 
 /// Handles batches; one for the life of an execution environment.
 #[derive(Debug)]
@@ -194,7 +191,8 @@ impl Handler {
         let mut first_copies = Vec::with_capacity(messages.len());
         let mut known = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
-        let mut buffer = BytesMut::with_capacity(ROWS_LEN);
+        let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
+        // Made as the store takes them, all of them where it succeeds: what they leave here is complete only then.
         let entries = messages.iter().enumerate().filter_map(|(place, message)| {
             let key = LedgerKey::new(message.id().unwrap_or_default(), message.sent_timestamp(), horizon);
             let first = match known.entry(key.message_id) {

@@ -446,6 +446,8 @@ const COLUMNS: [Type; 7] = [
     Type::INT4_ARRAY, // app_version
     Type::DATE_ARRAY, // create_date
 ];
+/// Bytes of a buffer that rows are made in, some four hundred of them, before the next piece of memory is taken.
+pub const ROWS_CAPACITY: usize = 64 * 1024;
 
 /// A row of `user_logins`, personal fields masked: its fields in PostgreSQL's binary format, each behind its length (a
 /// big-endian `i32`, -1 for null), as `COPY` and arrays have them alike. `Debug` prints the type's name alone.

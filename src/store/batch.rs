@@ -139,7 +139,7 @@ async fn copy_rows(sink: CopyInSink<Bytes>, entries: &mut Entries<'_>) -> Result
 async fn copy_keys(sink: CopyInSink<Bytes>, entries: &[Entry<'_>]) -> Result<u64, Error> {
     let mut sink = pin!(sink);
     let mut keys: Vec<_> = entries.iter().map(|entry| entry.key).collect();
-    // As in a batch.
+    // In the order in which a batch has them, for the same reason.
     keys.sort();
     let mut data = BytesMut::from(COPY_HEADER);
     for key in &keys {

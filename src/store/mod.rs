@@ -72,7 +72,8 @@ impl fmt::Debug for Entry<'_> {
     }
 }
 
-/// A batch's entries, made as they are taken: while PostgreSQL works on the first, the next are made.
+/// A batch's entries, made as they are taken: while PostgreSQL works on the first, the next are made. Those taken are kept, for
+/// when all have to be written anew.
 pub struct Entries<'a> {
     taken: Vec<Entry<'a>>,
     others: Box<dyn Iterator<Item = Entry<'a>> + Send + 'a>,
@@ -184,7 +185,7 @@ impl Store {
         SystemTime::now() - self.retention
     }
 
-    /// Inserts the rows of the messages that were not inserted before.
+    /// Inserts the rows of the messages that were not inserted before. Where it succeeds it has taken all entries.
     ///
     /// # Errors
     /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be

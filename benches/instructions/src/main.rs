@@ -7,7 +7,7 @@ use bytes::BytesMut;
 
 use self::{
     event::messages,
-    login::{AppVersionEncoding, Columns, Day, Login, Row},
+    login::{AppVersionEncoding, Columns, Day, Login, ROWS_CAPACITY, Row},
     mask::Keyring,
 };
 
@@ -27,8 +27,6 @@ mod sample;
 mod scan;
 
 const MESSAGES: usize = 1_000;
-/// As the function makes them.
-const ROWS_LEN: usize = 64 * 1024;
 const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"}"#;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -58,7 +56,7 @@ fn parse<'a>(bodies: &[&'a str]) -> Vec<Login<'a>> {
 }
 
 fn mask(logins: &[Login<'_>], keyring: &Keyring, today: Day) -> Vec<Row> {
-    let mut buffer = BytesMut::with_capacity(ROWS_LEN);
+    let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
     logins.iter().filter_map(|login| login.mask(keyring, today, &mut buffer).ok()).collect()
 }
 

@@ -13,7 +13,7 @@ use fallible_iterator::FallibleIterator;
 use login_etl::{
     config,
     event::{Message, messages},
-    login::{AppVersionEncoding, Day, Row},
+    login::{AppVersionEncoding, Day, ROWS_CAPACITY, Row},
     mask::Keyring,
     store::LedgerKey,
 };
@@ -67,7 +67,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 fn prepare(event: &[u8], keyring: &Keyring) -> Result<(BytesMut, usize), Box<dyn Error>> {
     let messages = messages(event)?;
     let today = Day::of(SystemTime::now());
-    let mut buffer = BytesMut::new();
+    let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
     let row = |message: &Message<'_>| {
         let row = Row::of(message.body().ok()?, AppVersionEncoding::Digits, keyring, today, &mut buffer).ok()?;
         let key = LedgerKey::new(message.id()?, message.sent_timestamp(), SystemTime::UNIX_EPOCH);

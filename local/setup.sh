@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the programs beside it. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS); `set_up`
-# then sees to the programs that everything here needs. Bash 3.2 will do, as macOS has it.
+# Sourced by the programs beside it. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS).
+# `arguments` answers `--help` and wrong arguments at once; `set_up` then installs what everything here needs. Runs on Bash 3.2, which macOS has.
 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 LOCAL=$ROOT/target/local
@@ -32,20 +32,74 @@ die() {
     exit 1
 }
 
-# set_up: everything that is needed to build, deploy and run; quiet and quick once it is there. LocalStack and what drives the world live in VENV,
-# whose python that of ./world is; SAM CLI, cargo-lambda and the linters live in TOOLS, which comes first on PATH.
+# arguments PROGRAM ARGUMENT...: answers `--help`, or ends with what is wrong, before anything is installed.
+arguments() {
+    find_python || PYTHON=python3
+    local status=0
+    PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$ROOT/local/world/arguments.py" "$@" || status=$?
+    [ "$status" = "$ARGUMENTS_FIT" ] || exit "$status"
+}
+# What arguments.py ends with if there is something to run.
+ARGUMENTS_FIT=3
+
+# set_up: everything that is needed to build, deploy and run, and what requirements/$ALSO.txt says; quick once it is there. LocalStack and the Python code in ./world run in
+# VENV; SAM CLI, cargo-lambda and the linters are in TOOLS, which comes first on PATH.
 set_up() {
     mkdir -p "$LOCAL"
     need_cargo
     need_build_tools
     need_python
     lock
+    say_what_it_takes
     need_environment "$VENV" localstack "LocalStack"
     need_executor
     need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and the linters"
+    need_zig
+    [ -z "${ALSO:-}" ] || need_environment "$LOCAL/$ALSO-venv" "$ALSO" "what ./local/${0##*/} uses besides"
     unlock
+    need_openssl
+    move_in
     export PATH=$TOOLS/bin:$PATH
 }
+
+# Figures of x86_64 Linux: `du -sm` of target after ./local/demo, and after ./local/test.
+say_what_it_takes() {
+    [ ! -e "$VENV" ] || return 0
+    printf '%s\n' "The first run downloads about 400 MB (Python packages and crates) and puts about 3 GB under target/; all checks of ./local/test" \
+        "need about 9 GB. Nothing else is written but the caches of cargo and pip. ./local/clean deletes all of it."
+}
+
+# Whatever looks for a home, a cache or a place for temporary files finds one inside the checkout. Cargo's own homes stay: crates are shared.
+move_in() {
+    local home=${HOME:-/nonexistent} directory
+    export CARGO_HOME=${CARGO_HOME:-$home/.cargo}
+    [ ! -d "${RUSTUP_HOME:-$home/.rustup}" ] || export RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}
+    unset "${!XDG_@}"
+    for directory in home tmp cache; do mkdir -p "$LOCAL/$directory"; done
+    export HOME=$LOCAL/home TMPDIR=$LOCAL/tmp XDG_CACHE_HOME=$LOCAL/cache
+    export CARGO_ZIGBUILD_CACHE_DIR=$LOCAL/cache/zigbuild ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
+}
+
+# cargo-lambda calls `zig` for each of OpenSSL's thousand files. Not finding it on PATH, it would start a Python each time, to start zig.
+need_zig() {
+    local zig
+    [ ! -e "$TOOLS/bin/zig" ] || return 0
+    for zig in "$TOOLS"/lib/python3*/site-packages/ziglang/zig; do
+        [ ! -x "$zig" ] || ln -s "$zig" "$TOOLS/bin/zig"
+    done
+}
+
+# The demo and the library's tests take the system's OpenSSL where its headers are: building one takes two minutes. What is deployed has its own.
+need_openssl() {
+    have_openssl || apt_install libssl-dev pkg-config || true
+    if have_openssl; then
+        export SYSTEM_OPENSSL=1
+    else
+        printf '%s\n' "OpenSSL will be built from source, which takes two minutes more: its headers (libssl-dev, openssl-devel) are not here."
+    fi
+}
+
+have_openssl() { pkg-config --exists 'openssl >= 1.1.1' 2>/dev/null; }
 
 need_cargo() {
     command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
@@ -151,11 +205,30 @@ need_environment() {
     stamped "$directory/requirements.stamp" "$wanted" && "$directory/bin/python" -c '' 2>/dev/null && return
     rm -rf "$directory"
     "$PYTHON" -m venv "$directory"
-    # The requirements name every dependency; left to find that out, the pip of older Pythons fails on one with extras.
-    with_progress "Installing $3 into target/local (once)" \
-        "$directory/bin/python" -m pip install --no-deps --require-hashes --progress-bar off --requirement "$requirements" ||
+    with_progress "Installing $3 into target/local (once)" install_requirements "$directory" "$requirements" ||
         die "The installation failed; all of its output is in $SETUP_LOG."
     stamp "$directory/requirements.stamp" "$wanted"
+}
+
+# By uv, which takes a tenth of pip's time; by pip where uv cannot be had, or does not reach the index as pip does. The requirements name every
+# dependency; left to find that out, the pip of older Pythons fails on one with extras.
+install_requirements() {
+    local options=(install --no-deps --require-hashes --requirement "$2")
+    if need_uv && uv pip "${options[@]}" --python "$1/bin/python"; then return; fi
+    "$1/bin/python" -m pip "${options[@]}" --progress-bar off
+}
+
+need_uv() {
+    [ ! -x "$LOCAL/uv/bin/uv" ] || return 0
+    rm -rf "$LOCAL/uv"
+    "$PYTHON" -m venv "$LOCAL/uv" &&
+        "$LOCAL/uv/bin/python" -m pip install --no-deps --require-hashes --progress-bar off --requirement "$ROOT/local/requirements/uv.txt"
+}
+
+uv() {
+    local index
+    index=${PIP_INDEX_URL:-$("$LOCAL/uv/bin/python" -m pip config get global.index-url 2>/dev/null)} || index=
+    env ${index:+"UV_DEFAULT_INDEX=$index"} UV_CACHE_DIR="$LOCAL/cache/uv" UV_PYTHON_DOWNLOADS=never "$LOCAL/uv/bin/uv" "$@"
 }
 
 need_executor() {
@@ -167,7 +240,7 @@ need_executor() {
     mkdir "$copy"
     cp -R "$executor/pyproject.toml" "$executor/process_executor" "$copy"
     with_progress "Installing the Lambda executor for LocalStack" \
-        "$VENV/bin/python" -m pip install --force-reinstall --no-deps --no-build-isolation "$copy" ||
+        "$VENV/bin/python" -m pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation "$copy" ||
         die "The installation failed; all of its output is in $SETUP_LOG."
     rm -rf "$copy"
     stamp "$VENV/executor.stamp" "$wanted"
@@ -181,21 +254,25 @@ digest() {
     "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(b"\0".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())' "$@"
 }
 
-# with_progress WHAT COMMAND...: says what is being done and, every ten seconds, for how long; the command's output goes to SETUP_LOG, and its
-# end to the terminal if it fails.
+# with_progress WHAT COMMAND...: says what is being done and for how long, on one line of a terminal, or once a minute in a log; the command's output
+# goes to SETUP_LOG, and its end to the terminal if it fails.
 with_progress() {
-    local what=$1 ticker status=0 start=$SECONDS
+    local what=$1 ticker status=0 start=$SECONDS every=60 format='  ... %s s\n'
     shift
-    printf '%s ...\n' "$what"
+    if [ -t 1 ]; then every=1 format='\r'$what' ... %s s'; fi
+    printf '%s ...' "$what"
+    [ -t 1 ] || printf '\n'
     (
-        while sleep 10 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
-            printf '  ... %s s\n' $((SECONDS - start))
+        while sleep "$every" >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+            # shellcheck disable=SC2059
+            printf "$format" $((SECONDS - start))
         done
     ) 9>&- &
     ticker=$!
     "$@" >"$SETUP_LOG" 2>&1 </dev/null || status=$?
     kill "$ticker" 2>/dev/null || true
     wait "$ticker" 2>/dev/null || true
+    [ ! -t 1 ] || printf '\r%s: %s s   \n' "$what" $((SECONDS - start))
     [ "$status" = 0 ] || tail -n 20 "$SETUP_LOG" >&2
     return "$status"
 }

@@ -1,18 +1,17 @@
-"""Stops what a kept demo runs, or what a killed run left, and deletes its data; the logs stay. Nothing happens if nothing is there."""
+"""What ./local/down does: it stops the servers of every local world and deletes their data."""
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 
-from world import paths
+from world import arguments, paths
 from world.localstack import LocalStack
 from world.postgres import Postgres, PostgresError
 from world.servers import alone
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="./local/down", description=__doc__).parse_args()
+    arguments.parse("down")
     for world in (paths.WORLD, paths.TEST_WORLD, paths.SOAK_WORLD, paths.ROTATION_WORLD, paths.INCIDENTS_WORLD, paths.BENCH_WORLD):
         if world.exists():
             with alone(world):

@@ -1,9 +1,5 @@
-"""Measures how fast `etlctl keys remask` rewrites a table of many rows, and what that does to the function's inserts meanwhile.
+"""What ./local/rotation does, after its arguments are read."""
 
-Ends with status 0 only if every row is under the active key then, masks what it masked, and none is lost or doubled.
-"""
-
-import argparse
 import json
 import os
 import random
@@ -18,7 +14,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import psycopg
-from world import down, paths
+from world import arguments, build, down, paths
+from world.command import CommandFailed
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 from world.soak.checker import mask
@@ -38,16 +35,11 @@ MASKED = {"masked_ip": "ip", "masked_device_id": "device_id"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./local/rotation", description=__doc__)
-    parser.add_argument("--rows", type=int, default=2_000_000, metavar="N", help="fill the table with N rows (default: 2000000)")
-    parser.add_argument("--rate", type=int, default=5000, metavar="N", help="the last remask's rows a second (default: 5000)")
-    parser.add_argument("--seconds", type=float, default=30, metavar="S", help="insert for S seconds, alone and beside each remask (default: 30)")
-    parser.add_argument("--etlctl", type=Path, metavar="PATH", help="measure this one, instead of building it")
-    options = parser.parse_args()
+    options = arguments.parse("rotation")
     with alone(WORLD):
         down.stop(WORLD)
         if not options.etlctl:
-            subprocess.run(["cargo", "build", "--package", "etlctl", "--locked", "--quiet"], cwd=paths.ROOT, check=True)
+            build.programs()
         with Servers(WORLD) as servers:
             etlctl = options.etlctl or paths.ROOT / "target" / "debug" / "etlctl"
             return Bench(servers, etlctl.resolve(), options.rows).run(options.seconds, options.rate)
@@ -196,7 +188,7 @@ class Bench:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, subprocess.CalledProcessError) as error:
+    except (PostgresError, CommandFailed, subprocess.CalledProcessError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

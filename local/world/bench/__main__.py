@@ -1,7 +1,4 @@
-"""Measures the function beside other ways of doing its work, and what it needs and costs, and writes docs/performance.md with its plots.
-
-What is measured goes to target/local/bench/results.json, each section with its time and commit; the page is made from that.
-"""
+"""What ./local/bench does, after its arguments are read."""
 
 import argparse
 import json
@@ -11,7 +8,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from world import down, paths
+from world import arguments, down, paths
 from world.bench import batches, cold, cost, environments, footprint, ledger, profile, report, scaling
 from world.bench.batches import Wrong
 from world.bench.bench import Bench, ContenderFailed
@@ -24,7 +21,7 @@ SECTIONS = (batches, ledger, profile, cold, footprint, environments, scaling, co
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = arguments.parse("bench")
     results = WORLD / ("results-quick.json" if options.quick else "results.json")
     page = WORLD / "quick" / "performance.md" if options.quick else report.PAGE
     measured = json.loads(results.read_text()) if results.exists() else {}
@@ -39,17 +36,6 @@ def main() -> int:
         sys.exit(f"Nothing is measured yet: {results.relative_to(paths.ROOT)} is not there.")
     print(f"\n{report.write(SECTIONS, measured, page)}\n\n{page.relative_to(paths.ROOT)} is written.")
     return 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./local/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [section.NAME for section in SECTIONS]
-    parser.add_argument("--quick", action="store_true", help="measure less, in a few minutes; the page goes to target/local/bench/quick")
-    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"measure this section, of {', '.join(names)}")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="make up other messages, and other turns (default: 1)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, and write the page from what was measured")
-    parser.add_argument("--binaries", type=Path, metavar="DIR", help="measure the programs there, instead of building them")
-    return parser.parse_args()
 
 
 def build() -> None:

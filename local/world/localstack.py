@@ -1,6 +1,7 @@
 """LocalStack in host mode: one process, on loopback only, with its state under a directory of ours."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import boto3
 import psutil
+import trustme
 from botocore.config import Config
+
+from world import paths
 
 REGION = "us-east-1"
 ACCOUNT = "000000000000"
@@ -83,15 +87,23 @@ class LocalStack:
         """
         if self._find():
             raise RuntimeError(f"LocalStack already runs in {self.directory} (pid {self.pid})")
+        # Two that start at once would choose the same port.
+        with (paths.LOCAL / "localstack.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._start()
+
+    def _start(self) -> None:
         if self.port is None:
             self.port = USUAL_PORT if is_free(USUAL_PORT) else free_port()
             if self.port != USUAL_PORT:
                 print(f"Port {USUAL_PORT} is taken; LocalStack listens on {self.port}.", flush=True)
         elif not is_free(self.port):
             raise RuntimeError(f"port {self.port} is taken; LocalStack cannot listen there")
-        for directory in (self.directory / "volume", self.directory / "tmp", self.function_logs):
+        for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
+        # LocalStack's own way of making one fails with pyOpenSSL 26.
+        trustme.CA(organization_name="login-etl").issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self._certificate)
         with self.log.open("wb") as output:
             self._process = child = psutil.Popen(
                 [self.python, "-m", "localstack.runtime.main"],
@@ -127,6 +139,10 @@ class LocalStack:
         self._state.unlink(missing_ok=True)
 
     @property
+    def _certificate(self) -> Path:
+        return self.directory / "volume" / "server.pem"
+
+    @property
     def _state(self) -> Path:
         return self.directory / "localstack.json"
 
@@ -143,7 +159,7 @@ class LocalStack:
 
     def _environment(self) -> dict[str, str]:
         # Nothing else of ours goes in: an AWS profile or a DEBUG=1 of the user's would change what LocalStack does.
-        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "USER", "LANG") if name in os.environ}
+        inherited = {name: os.environ[name] for name in ("PATH", "USER", "LANG") if name in os.environ}
         return inherited | {
             # The default server ignores GATEWAY_LISTEN and binds every address.
             "GATEWAY_SERVER": "hypercorn",
@@ -158,9 +174,16 @@ class LocalStack:
             "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
             # The newer engine does not update a stack whose template has Fn::FindInMap with parameters.
             "PROVIDER_OVERRIDE_CLOUDFORMATION": "engine-legacy",
-            "LOCALSTACK_VOLUME_DIR": str(self.directory / "volume"),
+            # It looks for signs of a container, and would then keep its state in /var/lib/localstack.
+            "OVERRIDE_IN_DOCKER": "0",
+            # Under it lies all that would be in /var/lib, /usr/lib and /etc.
+            "FILESYSTEM_ROOT": str(self.directory / "volume"),
+            "HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "tmp"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),
+            "CUSTOM_SSL_CERT_PATH": str(self._certificate),
+            # Its usual S3 keeps objects in /tmp/localstack-s3-storage, which belongs to the first user of the machine.
+            "PROVIDER_OVERRIDE_S3": "private",
             "LAMBDA_RUNTIME_EXECUTOR": "process",
             "LAMBDA_PROCESS_LOG_DIR": str(self.function_logs),
             # Seconds between two batches of an event source mapping, and the most between two looks at an empty queue.

@@ -8,7 +8,7 @@ LOCAL = ROOT / "target" / "local"
 # LocalStack and this package run in VENV; SAM CLI, cargo-lambda and the linters are in TOOLS.
 VENV = LOCAL / "venv"
 TOOLS = LOCAL / "tools"
-CHECKOV = LOCAL / "checkov"
+CHECKOV = LOCAL / "checkov-venv"
 WORLD = LOCAL / "world"
 TEST_WORLD = LOCAL / "test"
 SOAK_WORLD = LOCAL / "soak"
@@ -17,6 +17,9 @@ INCIDENTS_WORLD = LOCAL / "incidents"
 BENCH_WORLD = LOCAL / "bench"
 # What the other contenders and the plots need.
 BENCH_VENV = LOCAL / "bench-venv"
+# The function as it is deployed, and as the demo has it.
 SAM_BUILD = LOCAL / "sam"
+SAM_DEMO = LOCAL / "sam-demo"
+LOGS = LOCAL / "logs"
 # How to reach a kept world, in dotenv form.
 ENV = LOCAL / "env"

@@ -6,7 +6,6 @@ who ask for it. Nothing of the machine's own PostgreSQL is used but its programs
 
 import contextlib
 import glob
-import hashlib
 import os
 import pwd
 import re
@@ -23,10 +22,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import psycopg
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+import trustme
 
 OLDEST = 10
 USUAL_PORT = 5432
@@ -83,8 +79,8 @@ class PostgresError(Exception):
 class Postgres:
     """Owns one server and its data, kept in `directory`.
 
-    Run by root, the server runs as the user `postgres` or `nobody`, as PostgreSQL demands; if that user cannot reach `directory`, the data lies
-    under /var/tmp in a place that follows from the directory's path, so that any later process finds it.
+    Run by root, the server runs as the user `postgres` or `nobody`, as PostgreSQL demands. Where that user cannot reach `directory`, as in root's
+    home, it gets the capability to.
     """
 
     host = "localhost"
@@ -119,11 +115,11 @@ class Postgres:
     @property
     def ca_file(self) -> Path:
         """The certificate (PEM) of the authority that vouches for the server as `localhost`, and not as `127.0.0.1`."""
-        return self._home / "ca.pem"
+        return self.directory / "ca.pem"
 
     @property
     def admin_password(self) -> str:
-        return (self._home / "password").read_text().strip()
+        return (self.directory / "password").read_text().strip()
 
     def url(self, database: str, user: str, password: str) -> str:
         """A libpq URL, also understood by tokio-postgres; it leaves TLS to the client's default."""
@@ -190,33 +186,17 @@ class Postgres:
     def remove(self) -> None:
         """Stops the server and deletes its data; the log stays, in `directory`."""
         self.stop()
-        home = self._home
         self._discard_unfinished()
         if self._data.exists():
             shutil.rmtree(self._data)
         for file in ("password", "ca.pem", "server.pem", "server.key"):
-            (home / file).unlink(missing_ok=True)
-        if home == self._refuge:
-            home.rmdir()
+            (self.directory / file).unlink(missing_ok=True)
 
     # The place of the data.
 
     @property
-    def _refuge(self) -> Path:
-        """Under root, where the data goes if the server's user cannot reach `directory`."""
-        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:12]
-        return Path("/var/tmp") / f"login-etl-postgres-{digest}"
-
-    @property
-    def _home(self) -> Path:
-        # Anyone may make a directory in /var/tmp; only one of root's is ours.
-        if os.geteuid() == 0 and self._refuge.is_dir() and self._refuge.lstat().st_uid == 0:
-            return self._refuge
-        return self.directory
-
-    @property
     def _data(self) -> Path:
-        return self._home / "data"
+        return self.directory / "data"
 
     @property
     def _lock_file(self) -> Path:
@@ -235,29 +215,31 @@ class Postgres:
         raise PostgresError("PostgreSQL does not run as root, and there is neither a user `postgres` nor `nobody` to run it as")
 
     @property
-    def _as_account(self) -> dict:
-        """That user, in subprocess's words."""
+    def _as_account(self) -> list[str | Path]:
+        """The beginning of a command that is to run as that user."""
         account = self._account
-        return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if account else {}
+        if not account:
+            return []
+        words = ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
+        if subprocess.run([*words, "test", "-x", self.directory], cwd="/", capture_output=True).returncode == 0:
+            return words
+        capability = "+dac_override"
+        return [*words, f"--inh-caps={capability}", f"--ambient-caps={capability}"]
 
     def _create(self) -> None:
         # pg_ctl hands the path to a shell, in double quotes.
         if set(str(self._data)) & set('"$`\\'):
             raise PostgresError(f"PostgreSQL's pg_ctl does not bear {self.directory}: please use a path without \", $, ` and \\")
-        if self._home != self._refuge and not self._reachable():
-            self._refuge.mkdir(mode=0o711)
-            self._refuge.chmod(0o711)
-            print(f"PostgreSQL's data goes to {self._refuge}, as user `{self._account.pw_name}` cannot reach {self.directory}")
         self._write("password", secrets.token_urlsafe(24).encode(), mode=0o600)
         self._make_certificates()
         # Under a name of its own: the initdb of a killed run may still be writing to the last one.
         self._discard_unfinished()
-        unfinished = Path(tempfile.mkdtemp(prefix="data.", dir=self._home))
+        unfinished = Path(tempfile.mkdtemp(prefix="data.", dir=self.directory))
         if account := self._account:
             os.chown(unfinished, account.pw_uid, account.pw_gid)
         self.log_file.write_bytes(b"")
         if not self._run(
-            *("initdb", "--pgdata", str(unfinished), "--username", "postgres", "--pwfile", str(self._home / "password")),
+            *("initdb", "--pgdata", str(unfinished), "--username", "postgres", "--pwfile", str(self.directory / "password")),
             *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"),
         ):
             raise PostgresError(f"PostgreSQL's initdb failed{self._log_tail()}")
@@ -265,15 +247,12 @@ class Postgres:
         unfinished.rename(self._data)
 
     def _discard_unfinished(self) -> None:
-        for unfinished in self._home.glob("data.*"):
+        for unfinished in self.directory.glob("data.*"):
             shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _reachable(self) -> bool:
-        return subprocess.run(["test", "-x", self.directory], cwd="/", **self._as_account).returncode == 0
 
     def _write(self, name: str, content: bytes, mode: int) -> None:
         """A file beside the data; one that not everyone may read belongs to the server's user."""
-        path = self._home / name
+        path = self.directory / name
         path.unlink(missing_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
@@ -283,48 +262,12 @@ class Postgres:
 
     def _make_certificates(self) -> None:
         """An authority, whose key nobody keeps, and the server's certificate for DNS:localhost alone: tests need a name it does not have."""
-        now = datetime.now(UTC)
-
-        def certificate(name, public_key, issuer, signing_key):
-            return (
-                x509.CertificateBuilder()
-                .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-                .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-                .public_key(public_key)
-                .serial_number(x509.random_serial_number())
-                .not_valid_before(now - timedelta(days=1))
-                # macOS refuses server certificates that are valid for more than 825 days.
-                .not_valid_after(now + timedelta(days=800))
-                .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-                .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()), critical=False)
-            )
-
-        def key_usage(*uses):
-            every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-            every += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
-            return x509.KeyUsage(**{use: use in uses for use in every})
-
-        authority, authority_key = "login-etl local authority", ec.generate_private_key(ec.SECP256R1())
-        authority_certificate = (
-            certificate(authority, authority_key.public_key(), authority, authority_key)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True)
-            .sign(authority_key, hashes.SHA256())
-        )
-        server_key = ec.generate_private_key(ec.SECP256R1())
-        server_certificate = (
-            certificate(self.host, server_key.public_key(), authority, authority_key)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(key_usage("digital_signature"), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(self.host)]), critical=False)
-            .sign(authority_key, hashes.SHA256())
-        )
-        pem = serialization.Encoding.PEM
-        self._write("ca.pem", authority_certificate.public_bytes(pem), mode=0o644)
-        self._write("server.pem", server_certificate.public_bytes(pem), mode=0o644)
-        key_format = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        self._write("server.key", server_key.private_bytes(pem, *key_format), mode=0o600)
+        authority = trustme.CA(organization_name="login-etl local authority")
+        # macOS refuses server certificates that are valid for more than 825 days.
+        server = authority.issue_cert(self.host, not_after=datetime.now(UTC) + timedelta(days=800))
+        self._write("ca.pem", authority.cert_pem.bytes(), mode=0o644)
+        self._write("server.pem", server.cert_chain_pems[0].bytes(), mode=0o644)
+        self._write("server.key", server.private_key_pem.bytes(), mode=0o600)
 
     # The process.
 
@@ -367,14 +310,13 @@ class Postgres:
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         with open(self.log_file, "ab") as log:
             process = subprocess.Popen(
-                [self._programs[0] / program, *arguments],
+                [*self._as_account, self._programs[0] / program, *arguments],
                 cwd="/",
                 env=environment | {"LC_ALL": "C", "TZ": "UTC"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                **self._as_account,
             )
             try:
                 return process.wait() == 0
@@ -416,8 +358,8 @@ class Postgres:
         if not all((directory / program).exists() for program in ("initdb", "pg_ctl", "postgres")):
             return 0
         try:
-            answer = subprocess.run([directory / "postgres", "--version"], cwd="/", capture_output=True, text=True, **self._as_account)
-        except PermissionError:
+            answer = subprocess.run([*self._as_account, directory / "postgres", "--version"], cwd="/", capture_output=True, text=True)
+        except (FileNotFoundError, PermissionError):
             return 0
         major = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)
         return int(major[1]) if major else 0

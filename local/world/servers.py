@@ -39,6 +39,7 @@ class Servers:
     """A PostgreSQL with the schema applied, and a LocalStack with the secret of the function's credentials."""
 
     def __init__(self, directory: Path):
+        self.name = directory.name
         self.postgres = Postgres(directory / "postgres")
         self.localstack = LocalStack(directory / "localstack", Path(sys.executable))
 

@@ -1,10 +1,5 @@
-"""From login events in a queue to masked rows in PostgreSQL, on this machine.
+"""What ./local/demo does, after its arguments are read."""
 
-Builds the function, deploys the stack into LocalStack, sends login messages, delivers some of them twice, waits until the queue is empty and
-shows what became of each. Ends with status 0 only if all of it adds up.
-"""
-
-import argparse
 import base64
 import json
 import statistics
@@ -18,47 +13,40 @@ from pathlib import Path
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import unpad
 
-from world import delivery, down, messages, paths, stack
+from world import arguments, build, delivery, down, messages, paths, stack
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
 # Beyond it nothing more will come: each bad message is received three times, seconds apart.
 QUIET_SECONDS = 120
 SHOWN = 5
+NEXT = """What to try next
+  ./local/demo --keep          leave it running, and look around with psql and etlctl
+  ./local/demo --input FILE    send your own messages, one a line
+  ./local/test                 every check and test"""
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = arguments.parse("demo")
+    started = time.monotonic()
     bodies = read_lines(options.input) if options.input else messages.make(options.messages)
     with ExitStack() as cleanup:
         cleanup.enter_context(alone(paths.WORLD))
         down.stop(paths.WORLD)
+        function = build.function(quick=True)
         print("Starting PostgreSQL and LocalStack ...")
         servers = cleanup.enter_context(Servers(paths.WORLD))
         print(f"LocalStack listens on {servers.localstack.endpoint}")
-        stack.build()
-        deployed = stack.deploy(servers)
+        deployed = stack.deploy(servers, build=function)
         adds_up = run(servers, deployed, bodies)
         if options.keep:
             cleanup.pop_all()
             keep(servers, deployed)
-    print("\nAll of it adds up." if adds_up else "\nIt does not add up.")
+    heading(f"All of it adds up, after {time.monotonic() - started:.0f} s." if adds_up else "It does not add up.")
+    if adds_up:
+        print("  Sent through a real queue, masked, written to PostgreSQL once each, though some were delivered twice.\n")
+        print(NEXT)
     return 0 if adds_up else 1
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./local/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--messages", type=positive, default=100, metavar="N", help="send N made-up messages (default: 100)")
-    source.add_argument("--input", type=Path, metavar="FILE", help="send the lines of FILE, each one message's body, instead")
-    parser.add_argument("--keep", action="store_true", help="leave everything running and say how to reach it, until ./local/down or the next demo")
-    return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("a number from 1 up is wanted")
-    return int(text)
 
 
 def read_lines(file: Path) -> list[str]:

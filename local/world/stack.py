@@ -2,23 +2,17 @@
 
 import json
 import os
-import platform
-import signal
-import subprocess
 import time
 from pathlib import Path
 
-from world import paths
+from world import command, paths
+from world.build import architecture
+from world.command import CommandFailed
 from world.servers import Servers
 
 NAME = "login-etl"
 # Short, so that a bad message reaches the dead-letter queue while somebody watches.
 PARAMETERS = {"FunctionTimeout": 1, "BatchWindow": 1, "MaxReceiveCount": 3}
-TICK_SECONDS = 10
-
-
-class CommandFailed(Exception):
-    """A tool failed; the text has its command and the end of its output."""
 
 
 class Stack:
@@ -75,25 +69,18 @@ class Stack:
             time.sleep(0.1)
 
 
-def build() -> None:
-    """Builds the function for this machine, as `sam build` builds it for production."""
-    run(
-        *("sam", "build", "--template-file", paths.ROOT / "template.yaml", "--build-dir", paths.SAM_BUILD),
-        *("--parameter-overrides", f"Architecture={architecture()}"),
-        what="Building the function (some minutes the first time)",
-    )
-
-
-def deploy(servers: Servers, name: str = NAME, **parameters: object) -> Stack:
-    """Deploys what was built; `parameters` are the template's, beyond those that say where the servers are."""
+def deploy(servers: Servers, name: str = NAME, build: Path | None = None, quiet: bool = False, **parameters: object) -> Stack:
+    """Deploys what was built (as for production, if it is not said); `parameters` are the template's, beyond those that say where the servers are."""
     parameters = parameters_for(servers) | parameters
-    run(
-        *("sam", "deploy", "--template-file", paths.SAM_BUILD / "template.yaml", "--stack-name", name),
+    command.run(
+        *("sam", "deploy", "--template-file", (build or paths.SAM_BUILD) / "template.yaml", "--stack-name", name),
         *("--resolve-s3", "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
         *("--parameter-overrides", *(f"{key}={value}" for key, value in parameters.items())),
         what="Deploying the stack",
+        log=paths.LOGS / f"deploy-{servers.name}-{name}.log",
         # SAM CLI looks every five seconds whether CloudFormation is done.
         environment=os.environ | servers.environment() | {"SAM_CLI_POLL_DELAY": "0.5"},
+        quiet=quiet,
     )
     return Stack(servers, name)
 
@@ -110,38 +97,3 @@ def parameters_for(servers: Servers) -> dict[str, object]:
         "DatabaseCaFile": settings["DATABASE_CA_FILE"],
         **PARAMETERS,
     }
-
-
-def architecture() -> str:
-    return "arm64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
-
-
-def run(*command: str | Path, what: str, environment: dict[str, str] | None = None) -> None:
-    """Runs a command, saying what it does and, while it lasts, that it goes on. Raises `CommandFailed`."""
-    print(f"{what} ...")
-    log = paths.LOCAL / f"{command[0]}-{command[1]}.log"
-    started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=paths.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            while True:
-                try:
-                    status = process.wait(TICK_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    print(f"  ... {time.monotonic() - started:.0f} s  {last_line(log)}")
-        except BaseException:
-            # With all it started: a build goes on without its `sam`.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-    if status != 0:
-        tail = "\n  ".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise CommandFailed(f"{' '.join(map(str, command[:2]))} failed (status {status}); the end of {log}:\n  {tail}")
-
-
-def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:80] if lines else ""

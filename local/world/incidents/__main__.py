@@ -1,20 +1,17 @@
-"""Plays five incidents on the real local world, shows what an engineer would see, and does what the runbook says.
+"""What ./local/incidents does, after its arguments are read."""
 
-A minute of CloudWatch's is played in two seconds. Ends with status 0 only if every message of every incident is accounted for in the end.
-"""
-
-import argparse
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from world import down, paths, stack
+from world import arguments, build, down, paths
 from world.incidents import page
 from world.incidents.page import Page
 from world.incidents.plays import HEALTHY, INCIDENTS
 from world.incidents.scene import Play, Scene, WentWrong
+from world.command import CommandFailed
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -22,7 +19,7 @@ WORLD = paths.INCIDENTS_WORLD
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = arguments.parse("incidents")
     plays = [play for play in [*INCIDENTS, HEALTHY] if play.name in options.only] if options.only else list(INCIDENTS)
     if options.write and not options.only:
         plays.append(HEALTHY)
@@ -32,9 +29,9 @@ def main() -> int:
         if options.build:
             paths.SAM_BUILD = options.build.resolve()
         else:
-            stack.build()
+            build.function()
         if not options.etlctl:
-            subprocess.run(["cargo", "build", "--package", "etlctl", "--locked", "--quiet"], cwd=paths.ROOT, check=True)
+            build.programs()
         etlctl = (options.etlctl or paths.ROOT / "target" / "debug" / "etlctl").resolve()
         with Servers(WORLD) as servers:
             # Puts on record what is there.
@@ -43,16 +40,6 @@ def main() -> int:
             went_well = [run(servers, etlctl, play, options.write) for play in plays]
     print(f"\n{sum(went_well)} of {len(plays)} went as the runbook says, in {time.monotonic() - started:.0f} s")
     return 0 if all(went_well) else 1
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./local/incidents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [play.name for play in [*INCIDENTS, HEALTHY]]
-    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"play this one, of {', '.join(names)}")
-    parser.add_argument("--write", action="store_true", help="put what is seen into docs/runbook.md and docs/images")
-    parser.add_argument("--build", type=Path, metavar="DIR", help="deploy what `sam build` put there, instead of building")
-    parser.add_argument("--etlctl", type=Path, metavar="PATH", help="ask this one, instead of building it")
-    return parser.parse_args()
 
 
 def run(servers: Servers, etlctl: Path, play: Play, write: bool) -> bool:
@@ -78,7 +65,7 @@ def run(servers: Servers, etlctl: Path, play: Play, write: bool) -> bool:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, stack.CommandFailed, subprocess.CalledProcessError) as error:
+    except (PostgresError, CommandFailed, subprocess.CalledProcessError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

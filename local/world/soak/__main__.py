@@ -1,22 +1,17 @@
-"""Sends messages through the whole local world while everything in it breaks, and then accounts for every one of them.
-
-The network, PostgreSQL, and the function with its queues each break on their own schedule, so that any two may break at once. Ends with status 0
-only if no message was lost, doubled or misplaced, no mask is wrong, and no personal value, key or password is in any log.
-"""
+"""What ./local/soak does, after its arguments are read."""
 
 import argparse
 import json
-import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-from world import down, paths, stack
+from world import arguments, build, down, paths
+from world.command import CommandFailed
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 from world.soak import checker, faults, load, rehearsal
@@ -30,38 +25,18 @@ QUICK = {"messages": 2000, "faults": 27, "minutes": 0.6}
 
 
 def main() -> int:
-    options = parse_arguments()
+    options = arguments.parse("soak")
+    if options.quick:
+        vars(options).update(QUICK)
     print(f"Seed {options.seed}: {options.messages} messages, {options.faults} faults")
     with alone(WORLD):
         down.stop(WORLD)
         if options.build:
             paths.SAM_BUILD = options.build.resolve()
         else:
-            stack.build()
+            build.function()
         with Servers(WORLD) as servers:
             return run(servers, options)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./local/soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=at_least(500), default=20_000, metavar="N", help="send N messages (default: 20000)")
-    parser.add_argument("--faults", type=at_least(1), default=210, metavar="N", help="inject N faults (default: 210)")
-    parser.add_argument("--seed", type=int, default=random.randrange(10_000), metavar="S", help="replay this seed's messages and schedule")
-    parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="let the attack last M minutes (default: 5), the run about two more")
-    parser.add_argument("--quick", action="store_const", const=QUICK, default={}, help="a small attack, of about a minute and a half in all")
-    parser.add_argument("--build", type=Path, metavar="DIR", help="deploy what `sam build` put there, instead of building")
-    options = parser.parse_args()
-    vars(options).update(options.quick)
-    return options
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"a number from {least} up is wanted")
-        return int(text)
-
-    return number
 
 
 def run(servers: Servers, options: argparse.Namespace) -> int:
@@ -146,7 +121,7 @@ def show(figures: dict) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, stack.CommandFailed) as error:
+    except (PostgresError, CommandFailed) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

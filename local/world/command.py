@@ -1,0 +1,163 @@
+"""Runs other programs: output to a log, progress on the terminal, nothing left behind."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from world import paths
+
+LOG_TICK_SECONDS = 60
+TERMINAL_TICK_SECONDS = 0.5
+TAIL_LINES = 30
+# What cargo itself shows on a terminal, `Building [===> ] 12/345: crate`, and what others say in its way.
+COUNTED = re.compile(r"(\d+)/(\d+)")
+ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# cargo counts crates aloud in a log, too.
+COUNT_ALOUD = {"CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100", "CARGO_TERM_COLOR": "never"}
+
+
+RUNNING: set[subprocess.Popen] = set()
+STOPPING = threading.Event()
+LOCK = threading.Lock()
+
+
+class CommandFailed(Exception):
+    """A program failed; the text says which, shows the end of its output and names the log."""
+
+
+class Interrupted(Exception):
+    """Everything is being stopped."""
+
+
+def run(
+    *words: str | Path,
+    what: str,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    progress: Callable[[], str] | None = None,
+    quiet: bool = False,
+    nice: int = 0,
+) -> str:
+    """Runs a program in the checkout's root, saying `what` it does and how far it is, and gives its output, which is in `log`, too.
+
+    How far it is, `progress` says, or its own output. `quiet` says nothing. `nice` lowers its priority. Raises `CommandFailed`. If it is
+    interrupted, the program ends with all the programs that it started; so it does in every thread when `stop_all` is called, and `Interrupted`
+    is raised there.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log.open("wb") as output, shown(what, quiet) as say:
+        process = start(
+            words,
+            output,
+            (os.environ if environment is None else environment) | COUNT_ALOUD,
+            nice,
+        )
+        try:
+            while (status := wait(process, TERMINAL_TICK_SECONDS)) is None:
+                say(f"{time.monotonic() - started:.0f} s", progress() if progress else counted(log))
+        except BaseException:
+            kill(process)
+            raise
+        finally:
+            RUNNING.discard(process)
+    if STOPPING.is_set():
+        raise Interrupted
+    text = without_progress(log.read_text(errors="replace"))
+    if status != 0:
+        tail = "\n  ".join(text.splitlines()[-TAIL_LINES:])
+        raise CommandFailed(f"  {tail}\n`{' '.join(map(str, words))[:200]}` failed (status {status}); all of its output is in {shorten(log)}")
+    if not quiet:
+        print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
+    return text
+
+
+@contextlib.contextmanager
+def shown(what: str, quiet: bool):
+    """Gives what shows the progress: on one line of a terminal, or on a line a minute in a log."""
+    if quiet:
+        yield lambda *_: None
+    elif sys.stdout.isatty():
+        with Console().status(f"{what} ...") as status:
+            yield lambda *parts: status.update(f"{what} ...  {'  '.join(filter(None, parts))}")
+    else:
+        print(f"{what} ...", flush=True)
+        last = time.monotonic()
+
+        def say(*parts: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LOG_TICK_SECONDS:
+                last = time.monotonic()
+                print(f"  ... {'  '.join(filter(None, parts))}", flush=True)
+
+        yield say
+
+
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
+
+
+def start(words: tuple[str | Path, ...], output, environment: dict[str, str], nice: int) -> subprocess.Popen:
+    """Starts a program in a session of its own, so that Ctrl-C in the terminal is for us, who end it in order."""
+    with LOCK:
+        if STOPPING.is_set():
+            raise Interrupted
+        process = subprocess.Popen(
+            [*(["nice", f"-n{nice}"] if nice else []), *map(str, words)],
+            cwd=paths.ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        RUNNING.add(process)
+        return process
+
+
+def stop_all() -> None:
+    """Ends the programs that other threads run, and lets them start no more."""
+    with LOCK:
+        STOPPING.set()
+    for process in list(RUNNING):
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends a program with all those in its session, as a build goes on without the one that began it; one that has servers may stop them first."""
+    for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        if wait(process, seconds) is not None:
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def counted(log: Path) -> str:
+    """The last count in a program's output: 12 of 345."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 2000))
+        found = COUNTED.findall(file.read().decode(errors="replace"))
+    return "{} of {}".format(*found[-1]) if found else ""
+
+
+def without_progress(text: str) -> str:
+    """What is left on a terminal, where a carriage return begins the line again."""
+    lines = ESCAPE.sub("", text).replace("\r\n", "\n").split("\n")
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines)
+
+
+def shorten(path: Path) -> str:
+    return str(path.relative_to(paths.ROOT)) if path.is_relative_to(paths.ROOT) else str(path)

@@ -1,204 +1,282 @@
-"""Every check and test there is, one after the other; ends with status 0 only if all pass."""
+"""What ./local/test does, after its arguments are read: it builds, and runs the checks, several at once where one waits for what another does not need."""
 
-import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from world import instructions, paths, stack, template
+from rich.console import Console
+
+from world import arguments, build, command, fresh, fuzz, instructions, paths, stack, template
+from world.command import CommandFailed, Interrupted
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
 WORLD = paths.TEST_WORLD
-TICK_SECONDS = 20
-# Where a tool is not on PyPI, cargo builds it; without optimisation in a third of the time.
-CARGO_DENY = "cargo-deny@0.20.2"
+TICK_SECONDS = 60
+# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them.
+NICE = 10
+PYTEST_PROCESSES = 3
+# Checks that run one after the other, each row beside the others; a row that compiles is one, as cargo builds one thing at a time.
+ROWS = (
+    ("format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
+    ("workflows", "template", "executor", "fresh", "deployed"),
+    ("function", "soak", "incidents"),
+)
+NEEDS_FUNCTION = {"fresh", "deployed", "soak", "incidents"}
+NEEDS_PROGRAMS = {"function", "deployed", "incidents"}
 
 
-class Failed(Exception):
-    """A check did not pass; its output has been shown."""
+class Run:
+    """One run of some checks: what they wait for, what runs now, and how each ended."""
+
+    def __init__(self, wanted: list[str]):
+        self.wanted = wanted
+        self.started = time.monotonic()
+        self.running: dict[str, float] = {}
+        self.passed: dict[str, bool] = {}
+        self.left_out: list[str] = []
+        self.built = {"function": Future(), "programs": Future()}
+        self.lock = threading.Lock()
+
+    def all(self) -> bool:
+        """Whether all checks passed."""
+        with ThreadPoolExecutor() as threads:
+            rows = [threads.submit(self.row, row) for row in (*self.builds(), *ROWS)]
+            try:
+                self.watch(rows)
+            finally:
+                if not all(row.done() for row in rows):
+                    command.stop_all()
+        for row in rows:
+            row.result()
+        return all(self.passed.values())
+
+    def builds(self) -> list[tuple[str, ...]]:
+        wanted = set(self.wanted)
+        return [row for row, needed in ((("build function",), NEEDS_FUNCTION), (("build programs",), NEEDS_PROGRAMS)) if wanted & needed]
+
+    def row(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if name.startswith("build "):
+                self.build(name)
+            elif name in self.wanted:
+                self.check(name)
+
+    def build(self, name: str) -> None:
+        what = name.removeprefix("build ")
+        try:
+            passed = self.one(name, partial(getattr(build, what), quiet=True)) is not False
+        except BaseException as error:
+            self.built[what].set_exception(error)
+            raise
+        self.built[what].set_result(passed)
+
+    def check(self, name: str) -> None:
+        for what, needed in (("function", NEEDS_FUNCTION), ("programs", NEEDS_PROGRAMS)):
+            if name in needed and not self.built[what].result():
+                self.passed[name] = False
+                self.say(f"FAILED   {name}: the build failed")
+                return
+        left_out = self.one(name, CHECKS[name])
+        if isinstance(left_out, str):
+            self.left_out.append(f"{name}: {left_out}")
+
+    def one(self, name: str, step: Callable[[], str | None]) -> str | bool:
+        """Runs a step; gives whether it passed, or what it left out."""
+        self.running[name] = started = time.monotonic()
+        answer: str | bool | None = None
+        failure = ""
+        try:
+            answer = step()
+        except (CommandFailed, PostgresError, RuntimeError, instructions.TooMany) as error:
+            failure = str(error)
+        finally:
+            del self.running[name]
+        seconds = f"{time.monotonic() - started:4.0f} s"
+        self.passed[name] = not failure
+        self.say(f"FAILED   {name:14} {seconds}\n{failure}\n" if failure else f"passed   {name:14} {seconds}")
+        return answer if isinstance(answer, str) else not failure
+
+    def say(self, text: str) -> None:
+        with self.lock:
+            print(text, flush=True)
+
+    def watch(self, rows: list[Future]) -> None:
+        """Returns when all rows are done; meanwhile says what runs."""
+        status = Console().status("") if sys.stdout.isatty() else None
+        if status:
+            status.start()
+        last = time.monotonic()
+        try:
+            while not all(row.done() for row in rows):
+                time.sleep(0.5)
+                running = ", ".join(f"{name} {progress(name)}".strip() for name in list(self.running))
+                text = f"{time.monotonic() - self.started:.0f} s: {running}"
+                if status:
+                    status.update(text)
+                elif time.monotonic() - last >= TICK_SECONDS:
+                    last = time.monotonic()
+                    self.say(f"  ... {text}")
+        finally:
+            if status:
+                status.stop()
+
+
+def progress(name: str) -> str:
+    """How far a step is, as far as its log counts."""
+    with suppress(OSError):
+        return command.counted(paths.LOGS / f"{name.replace(' ', '-')}.log")
+    return ""
 
 
 def main() -> int:
-    options = parse_arguments()
-    started = time.monotonic()
+    options = arguments.parse("test")
+    wanted = options.check or list(CHECKS)
+    print(f"Running {len(wanted)} checks; their output goes to {command.shorten(paths.LOGS)}/", flush=True)
     with alone(WORLD):
-        results = {name: run(name, check) for name, check in CHECKS.items() if not options.check or name in options.check}
-    print("\n" + "\n".join(f"  {'passed' if passed else 'FAILED'}  {name}" for name, passed in results.items()))
-    print(f"\nchecks: {sum(results.values())} passed, {len(results) - sum(results.values())} failed")
-    print(f"in {time.monotonic() - started:.0f} s")
-    return 0 if all(results.values()) else 1
+        run = Run(wanted)
+        passed = run.all()
+    results = {name: run.passed.get(name, False) for name in CHECKS if name in wanted}
+    failed = [name for name, well in results.items() if not well]
+    print(f"\nchecks: {len(results) - len(failed)} passed, {len(failed)} failed")
+    print(f"in {time.monotonic() - run.started:.0f} s")
+    if failed:
+        print(f"Failed: {', '.join(failed)}. Again, alone: ./local/test {' '.join(failed)}")
+    for left_out in run.left_out:
+        print(f"Left out: {left_out}")
+    return 0 if passed else 1
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./local/test", description=__doc__)
-    parser.add_argument("check", nargs="*", choices=[*CHECKS, []], metavar="CHECK", help=f"run these only; of {', '.join(CHECKS)}")
-    return parser.parse_args()
-
-
-def run(name: str, check: Callable[[], None]) -> bool:
-    print(f"\n--- {name}")
-    started = time.monotonic()
-    try:
-        check()
-    except (Failed, PostgresError, RuntimeError, instructions.TooMany, stack.CommandFailed) as error:
-        print(error)
-        return False
-    print(f"passed in {time.monotonic() - started:.0f} s")
-    return True
-
-
-def command(*words: str | Path, show: bool = False, **environment: str) -> None:
-    """Runs a command of a check; shows its output as it comes, or only if it fails."""
-    process = subprocess.Popen(
-        words,
-        cwd=paths.ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=None if show else subprocess.PIPE,
-        stderr=None if show else subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    started = time.monotonic()
-    while True:
-        try:
-            output, _ = process.communicate(timeout=TICK_SECONDS)
-            break
-        except subprocess.TimeoutExpired:
-            if not show:
-                print(f"  ... {time.monotonic() - started:.0f} s")
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode != 0:
-        raise Failed(f"{output or ''}`{' '.join(map(str, words))}` failed (status {process.returncode})")
+def quietly(name: str, *words: str | Path, nice: int = 0, **environment: str) -> str:
+    """Runs a command of a check, its output into the check's log."""
+    settings = build.environment() | environment
+    return command.run(*words, what=name, log=paths.LOGS / f"{name}.log", environment=settings, quiet=True, nice=nice)
 
 
 def check_format() -> None:
-    command("cargo", "fmt", "--all", "--check")
+    quietly("format", "cargo", "fmt", "--all", "--check")
 
 
 def check_clippy() -> None:
-    command("cargo", "clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "--deny", "warnings")
+    quietly("clippy", "cargo", "clippy", "--workspace", "--all-targets", "--locked", "--", "--deny", "warnings", nice=NICE)
 
 
 def check_docs() -> None:
-    flags = "--deny warnings"
-    command("cargo", "doc", "--workspace", "--no-deps", "--document-private-items", "--locked", "--quiet", RUSTDOCFLAGS=flags)
+    words = ("cargo", "doc", "--workspace", "--no-deps", "--document-private-items", "--locked")
+    quietly("docs", *words, nice=NICE, RUSTDOCFLAGS="--deny warnings")
 
 
-def check_dependencies() -> None:
+def check_dependencies() -> str | None:
     """Licences, bans and sources; known vulnerabilities where their database can be reached."""
-    tool = paths.LOCAL / "cargo" / "bin" / "cargo-deny"
-    if not tool.exists():
-        print(f"  building {CARGO_DENY} (once)")
-        command("cargo", "install", CARGO_DENY, "--locked", "--debug", "--quiet", "--root", paths.LOCAL / "cargo")
-    command(tool, "--locked", "check", "licenses", "bans", "sources")
+    if not shutil.which("cargo-deny"):
+        return "cargo-deny is not here (cargo install cargo-deny); the workflow has it"
+    quietly("dependencies", "cargo", "deny", "--locked", "check", "licenses", "bans", "sources")
     try:
-        command(tool, "--locked", "check", "advisories")
-    except Failed as failure:
+        quietly("dependencies-advisories", "cargo", "deny", "--locked", "check", "advisories")
+    except CommandFailed as failure:
         if "failed to fetch advisory database" not in str(failure):
             raise
-        print("  the advisory database cannot be reached: known vulnerabilities were not looked up")
+        return "the database of known vulnerabilities cannot be reached"
+    return None
 
 
 def check_template() -> None:
     """SAM's linter, which sees what is SAM's, and two that read what SAM makes of the template: each misses what others find."""
-    command("sam", "validate", "--lint", "--region", "us-east-1")
+    quietly("template-sam", "sam", "validate", "--lint", "--region", "us-east-1")
     key = "arn:aws:kms:us-east-1:123456789012:key/1"
+    expanded = []
     for name, parameters in {
         "standard": {},
         "fifo": {"QueueType": "fifo", "KmsKeyArn": key, "LogKmsKeyArn": key, "SecretsKmsKeyArn": key},
         "gradual": {"GradualDeployment": "true", "MaximumPollers": "2"},
     }.items():
-        expanded = paths.LOCAL / f"template.{name}.json"
-        expanded.write_text(json.dumps(template.expand(parameters), indent=2))
-        # SAM has used up the parameter with which no condition is made.
-        command("cfn-lint", "--ignore-checks", "W2001", "--", expanded)
-        checkov = paths.CHECKOV / "bin" / "checkov"
-        command(checkov, "--skip-download", "--framework", "cloudformation", "--compact", "--quiet", "--file", expanded)
-    pytest("tests/template")
+        file = paths.LOCAL / f"template.{name}.json"
+        file.write_text(json.dumps(template.expand(parameters), indent=2))
+        expanded.append(file)
+    # SAM has used up the parameter with which no condition is made.
+    quietly("template-cfn-lint", "cfn-lint", "--ignore-checks", "W2001", "--", *expanded)
+    files = [word for file in expanded for word in ("--file", file)]
+    quietly("template-checkov", paths.CHECKOV / "bin" / "checkov", "--skip-download", "--framework", "cloudformation", "--compact", "--quiet", *files)
+    pytest("template", "tests/template")
 
 
 def check_workflows() -> None:
     """actionlint on whether they would run, zizmor on what an attacker could do with them, shellcheck on what they and the user run."""
     workflows = sorted((paths.ROOT / ".github" / "workflows").glob("*.yml"))
-    command("actionlint", "-shellcheck", "shellcheck", "-pyflakes", "", *workflows)
-    command("zizmor", "--offline", "--quiet", "--strict-collection", ".github")
+    quietly("workflows-actionlint", "actionlint", "-shellcheck", "shellcheck", "-pyflakes", "", *workflows)
+    quietly("workflows-zizmor", "zizmor", "--offline", "--quiet", "--strict-collection", ".github")
     if shutil.which("shellcheck"):
         scripts = [file for file in (paths.ROOT / "local").iterdir() if file.is_file() and file.read_bytes().startswith((b"#!/usr/bin/env bash", b"# shellcheck"))]
-        command("shellcheck", "--external-sources", "--source-path", "SCRIPTDIR", *scripts)
+        quietly("workflows-shellcheck", "shellcheck", "--external-sources", "--source-path", "SCRIPTDIR", *scripts)
+
+
+def check_fresh() -> str | None:
+    return fresh.check()
 
 
 def check_function() -> None:
-    """The library's tests, the deployed stack's, etlctl's and the schema's, on servers of their own."""
-    with Servers(WORLD) as servers:
-        command("cargo", "test", "--workspace", "--locked", "--no-run")
-        command("cargo", "build", "--package", "etlctl", "--locked")
+    """The library's tests on a PostgreSQL and a LocalStack of their own: as usual, by `COPY`, and by `COPY` as behind a pooler."""
+    with Servers(paths.LOCAL / "test-function") as servers:
         environment = {"PYTHON": sys.executable, **servers.environment()}
-        command("cargo", "test", "--workspace", "--locked", show=True, **environment)
-        # Once more with every batch written by `COPY`, and as behind a pooler.
+        quietly("function", "cargo", "test", "--workspace", "--locked", **environment)
         for statements in ("true", "false"):
-            print(f"  by COPY, PREPARED_STATEMENTS={statements}")
             ways = {"COPY_THRESHOLD": "1", "PREPARED_STATEMENTS": statements}
-            command("cargo", "test", "--test", "it", "--locked", show=True, **environment, **ways)
-        stack.build()
+            quietly(f"function-copy-{statements}", "cargo", "test", "--workspace", "--test", "it", "--locked", **environment, **ways)
+
+
+def check_deployed() -> None:
+    """The deployed stack's tests, etlctl's and the schema's."""
+    with Servers(WORLD) as servers:
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
-        stack.deploy(servers, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
+        stack.deploy(servers, quiet=True, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
         # What needs no servers has been checked with the template.
-        pytest("tests", "--ignore=tests/template", LOGIN_ETL_WORLD=str(WORLD))
+        processes = ("-n", str(PYTEST_PROCESSES), "--dist", "loadgroup")
+        pytest("deployed", "tests", "--ignore=tests/template", *processes, LOGIN_ETL_WORLD=str(WORLD))
 
 
-def check_instructions() -> None:
+def check_instructions() -> str | None:
     """The instructions that the function's own work takes, which do not wobble as times do, against recorded ceilings."""
-    instructions.check()
+    if not shutil.which("valgrind"):
+        return "valgrind is not here (apt-get install valgrind)"
+    return instructions.check()
 
 
 def check_fuzz() -> None:
-    command(sys.executable, "-m", "world.fuzz", "--quick", "10", show=True)
+    fuzz.check(10)
 
 
 def check_soak() -> None:
     """The same schedule each time; `./local/soak` takes a new one."""
-    command(sys.executable, "-m", "world.soak", "--quick", "--seed", "1", show=True)
+    quietly("soak", sys.executable, "-m", "world.soak", "--quick", "--seed", "1", "--build", paths.SAM_BUILD)
 
 
 def check_incidents() -> None:
     """Two of the five, one of the database's and one of the secrets'; `./local/incidents` plays all."""
-    command(sys.executable, "-m", "world.incidents", "--only", "database-down", "--only", "keyring-broken", show=True)
+    only = ("--only", "database-down", "--only", "keyring-broken")
+    etlctl = paths.ROOT / "target" / "debug" / "etlctl"
+    quietly("incidents", sys.executable, "-m", "world.incidents", *only, "--build", paths.SAM_BUILD, "--etlctl", etlctl)
 
 
 def check_executor() -> None:
-    pytest("local/executor/tests")
+    pytest("executor", "local/executor/tests")
 
 
-def pytest(*arguments: str, **environment: str) -> None:
-    command(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, show=True, **environment)
+def pytest(name: str, *words: str, **environment: str) -> None:
+    quietly(name, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=25", *words, **environment)
 
 
-CHECKS = {
-    "format": check_format,
-    "clippy": check_clippy,
-    "docs": check_docs,
-    "dependencies": check_dependencies,
-    "template": check_template,
-    "workflows": check_workflows,
-    "executor": check_executor,
-    "function": check_function,
-    "instructions": check_instructions,
-    "incidents": check_incidents,
-    "soak": check_soak,
-    "fuzz": check_fuzz,
-}
+CHECKS = {name: globals()[f"check_{name}"] for name in arguments.CHECKS}
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         sys.exit("\nInterrupted; everything is stopped.")

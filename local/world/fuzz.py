@@ -1,55 +1,75 @@
-"""Coverage-guided fuzzing of what takes in foreign text, from the kept corpus on; ends with status 0 if nothing was found.
+"""Fuzzes what takes in foreign text, guided by the code that an input reaches."""
 
-What is new goes to target/fuzz/corpus; an input that breaks a target goes to target/fuzz/artifacts.
-"""
-
-import argparse
 import os
-import subprocess
+import re
 import sys
+from pathlib import Path
 
-from world import paths
+from world import arguments, command, paths
+from world.command import CommandFailed
 
 TARGETS = ("body", "event", "keyring")
-# cargo builds it, as PyPI has none; without optimisation in a third of the time.
-CARGO_FUZZ = "cargo-fuzz@0.13.2"
 FUZZ = paths.ROOT / "target" / "fuzz"
 # Longer inputs find nothing more in parsers without length fields, and cost speed.
 LONGEST_BYTES = 4096
+# It has no deadline; tests that run beside it have.
+NICE = 10
+# What `cargo fuzz build --sanitizer none` gives the compiler, on x86_64 and arm64: https://github.com/rust-fuzz/cargo-fuzz. Our code has no `unsafe`,
+# so sanitizers, which need a nightly compiler, would watch others' code only.
+COVERAGE = (
+    *("--cfg", "fuzzing", "-Cpasses=sancov-module", "-Cllvm-args=-sanitizer-coverage-level=4", "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters"),
+    *("-Cllvm-args=-sanitizer-coverage-pc-table", "-Cllvm-args=-sanitizer-coverage-trace-compares", "-Ccodegen-units=1"),
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./local/fuzz", description=__doc__)
-    parser.add_argument("seconds", nargs="?", type=int, default=600, help="for each target; 600 if not given")
-    parser.add_argument("--quick", action="store_true", help="build without optimisation, which is sooner ready and runs slower")
-    options = parser.parse_args()
-    tool = paths.LOCAL / "cargo" / "bin" / "cargo-fuzz"
-    if not tool.exists():
-        print(f"Building {CARGO_FUZZ} (once) ...")
-        subprocess.run(["cargo", "install", CARGO_FUZZ, "--locked", "--debug", "--quiet", "--root", paths.LOCAL / "cargo"], check=True)
+    options = arguments.parse("fuzz")
+    profile = build(quick=options.quick, quiet=False)
     for target in TARGETS:
-        print(f"Fuzzing {target} for {options.seconds} s, after building it ...")
-        status = fuzz(tool, target, options.seconds, options.quick)
-        if status != 0:
-            print(f"{target}: failed (status {status}); see above, and target/fuzz/artifacts/{target}")
-            return 1
+        print(f"{target}: {run(profile, target, options.seconds, quiet=False)} inputs", flush=True)
     return 0
 
 
-def fuzz(tool: os.PathLike, target: str, seconds: int, quick: bool) -> int:
+def check(seconds: int) -> None:
+    """Fuzzes each target for a while; raises `CommandFailed` if one breaks."""
+    profile = build(quick=True, quiet=True)
+    for target in TARGETS:
+        run(profile, target, seconds, quiet=True)
+
+
+def build(quick: bool, quiet: bool) -> Path:
+    """Builds the targets, and gives the directory that they are in."""
+    words = ("cargo", "build", "--manifest-path", paths.ROOT / "fuzz" / "Cargo.toml", "--locked", "--bins", *(() if quick else ("--release",)))
+    # With a target named, build scripts and macros are built without coverage.
+    words += ("--target", host(), "--target-dir", FUZZ)
+    environment = os.environ | {"CARGO_ENCODED_RUSTFLAGS": "\x1f".join(COVERAGE), "CARGO_PROFILE_DEV_OPT_LEVEL": "1"}
+    log = paths.LOGS / "fuzz-build.log"
+    command.run(*words, what="Building the fuzz targets", log=log, environment=environment, quiet=quiet, nice=NICE)
+    return FUZZ / host() / ("debug" if quick else "release")
+
+
+def host() -> str:
+    """This machine's target triple."""
+    version = command.run("rustc", "-vV", what="rustc", log=paths.LOGS / "fuzz-rustc.log", quiet=True)
+    return re.search(r"^host: (.+)$", version, re.M)[1]
+
+
+def run(profile: Path, target: str, seconds: int, quiet: bool) -> str:
+    """Fuzzes one target, and gives how many inputs it was given."""
     corpus, artifacts = FUZZ / "corpus" / target, FUZZ / "artifacts" / target
     corpus.mkdir(parents=True, exist_ok=True)
     artifacts.mkdir(parents=True, exist_ok=True)
-    # Our code has no `unsafe`, so sanitizers, which need a nightly compiler, would watch others' only.
-    build = ["--sanitizer", "none", "--target-dir", FUZZ, *(["--dev"] if quick else [])]
     limits = [f"-max_total_time={seconds}", f"-max_len={LONGEST_BYTES}", f"-artifact_prefix={artifacts}/", "-print_final_stats=1"]
-    command = [tool, "fuzz", "run", *build, target, corpus, paths.ROOT / "fuzz" / "corpus" / target, "--", *limits]
-    process = subprocess.run(command, cwd=paths.ROOT / "fuzz", stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    lines = process.stderr.splitlines()
-    shown = lines if process.returncode else [line for line in lines if line.startswith("stat::number_of_executed_units")]
-    print("\n".join(shown[-40:]))
-    return process.returncode
+    words = (profile / target, corpus, paths.ROOT / "fuzz" / "corpus" / target, *limits)
+    log = paths.LOGS / f"fuzz-{target}.log"
+    output = command.run(*words, what=f"Fuzzing {target} for {seconds} s", log=log, quiet=quiet, nice=NICE)
+    return re.search(r"stat::number_of_executed_units:\s*(\d+)", output)[1]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CommandFailed as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; everything is stopped.")

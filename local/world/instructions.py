@@ -2,15 +2,14 @@
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 
-from world import paths
+from world import command, paths
 
 CEILINGS = paths.ROOT / "benches" / "instructions" / "ceilings.json"
 PACKAGE = "login-etl-instructions"
 MESSAGES = 1000
+NICE = 10
 # Between counts of one program there is no difference; a ceiling this much above the count lets other versions of Rust in.
 HEADROOM = 1.03
 
@@ -25,7 +24,6 @@ def check() -> None:
     counts = count(list(ceilings))
     over = []
     for stage, ceiling in ceilings.items():
-        print(f"  {stage:8} {counts[stage]:6} instructions a message, ceiling {ceiling}")
         if counts[stage] > ceiling:
             over.append(f"{stage} by {counts[stage] / ceiling - 1:.1%}")
     if over:
@@ -47,22 +45,20 @@ def record() -> None:
 
 def count(stages: list[str]) -> dict[str, int]:
     """Instructions a message of each stage of a batch."""
-    if not shutil.which("valgrind"):
-        raise RuntimeError("valgrind is not here. Install it, then try again:\n  Debian, Ubuntu   sudo apt-get install valgrind")
     # Debug information of dependencies would be valgrind's to read, which takes it minutes.
-    build = ["cargo", "build", "--release", "--locked", "--quiet", "--message-format", "json-render-diagnostics", "--package", PACKAGE]
-    output = subprocess.run(build, cwd=paths.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    [program] = filter(None, (json.loads(line).get("executable") for line in output.splitlines()))
+    build = ["cargo", "build", "--release", "--locked", "--message-format", "json-render-diagnostics", "--package", PACKAGE]
+    output = command.run(*build, what="Building what callgrind counts", log=paths.LOGS / "instructions.log", quiet=True, nice=NICE)
+    [program] = filter(None, (json.loads(line).get("executable") for line in output.splitlines() if line.startswith("{")))
     return {stage: instructions(program, stage) // MESSAGES for stage in stages}
 
 
 def instructions(program: str, stage: str) -> int:
     profile = paths.LOCAL / f"callgrind.{stage}"
     words = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", "--toggle-collect=*counted*", program, stage]
-    run = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    found = re.search(r"^(?:totals|summary): (\d+)", profile.read_text(), re.M) if run.returncode == 0 else None
+    said = command.run(*words, what=f"Counting {stage}", log=paths.LOGS / f"instructions-{stage}.log", quiet=True, nice=NICE)
+    found = re.search(r"^(?:totals|summary): (\d+)", profile.read_text(), re.M)
     if not found or not int(found[1]):
-        raise RuntimeError(f"callgrind counted nothing:\n{run.stderr}")
+        raise RuntimeError(f"callgrind counted nothing:\n{said}")
     return int(found[1])
 
 

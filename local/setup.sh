@@ -34,8 +34,9 @@ die() {
 
 # arguments PROGRAM ARGUMENT...: answers `--help`, or ends with what is wrong, before anything is installed.
 arguments() {
-    find_python || PYTHON=python3
     local status=0
+    # An older Python will do for this. Where there is none, `set_up` says what to do.
+    find_python || PYTHON=$(command -v python3) || return 0
     PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$ROOT/local/world/arguments.py" "$@" || status=$?
     [ "$status" = "$ARGUMENTS_FIT" ] || exit "$status"
 }
@@ -54,10 +55,10 @@ set_up() {
     need_environment "$VENV" localstack "LocalStack"
     need_executor
     need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and the linters"
-    need_zig
     [ -z "${ALSO:-}" ] || need_environment "$LOCAL/$ALSO-venv" "$ALSO" "what ./local/${0##*/} uses besides"
     unlock
     need_openssl
+    find_zig
     move_in
     export PATH=$TOOLS/bin:$PATH
 }
@@ -80,12 +81,11 @@ move_in() {
     export CARGO_ZIGBUILD_CACHE_DIR=$LOCAL/cache/zigbuild ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
 }
 
-# cargo-lambda calls `zig` for each of OpenSSL's thousand files. Not finding it on PATH, it would start a Python each time, to start zig.
-need_zig() {
+# cargo-lambda would start a Python to start zig, for each of OpenSSL's thousand files. It looks for that first, and in vain.
+find_zig() {
     local zig
-    [ ! -e "$TOOLS/bin/zig" ] || return 0
     for zig in "$TOOLS"/lib/python3*/site-packages/ziglang/zig; do
-        [ ! -x "$zig" ] || ln -s "$zig" "$TOOLS/bin/zig"
+        [ ! -x "$zig" ] || export CARGO_ZIGBUILD_ZIG_PATH=$zig CARGO_ZIGBUILD_PYTHON_PATH=/nonexistent
     done
 }
 
@@ -269,7 +269,14 @@ with_progress() {
         done
     ) 9>&- &
     ticker=$!
-    "$@" >"$SETUP_LOG" 2>&1 </dev/null || status=$?
+    # In a process group of its own, so that all of it can be ended.
+    set -m
+    "$@" >"$SETUP_LOG" 2>&1 </dev/null &
+    set +m
+    # shellcheck disable=SC2064
+    trap "kill -- -$! $ticker 2>/dev/null; exit 130" INT TERM HUP
+    wait $! || status=$?
+    trap - INT TERM HUP
     kill "$ticker" 2>/dev/null || true
     wait "$ticker" 2>/dev/null || true
     [ ! -t 1 ] || printf '\r%s: %s s   \n' "$what" $((SECONDS - start))

@@ -4,7 +4,10 @@ Needs nothing but Python itself, so that `--help` and wrong arguments are answer
 PROGRAMS and arguments, it ends with FIT if they are right.
 """
 
+from __future__ import annotations
+
 import argparse
+import inspect
 import random
 import sys
 from pathlib import Path
@@ -115,8 +118,7 @@ PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, b
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the program local/NAME; those of this process if none are given. Ends the process if they are wrong."""
     declare = PROGRAMS[name]
-    description = "\n".join(line.removeprefix("    ") for line in declare.__doc__.strip().splitlines())
-    parser = argparse.ArgumentParser(prog=f"./local/{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=f"./local/{name}", description=inspect.getdoc(declare), formatter_class=argparse.RawDescriptionHelpFormatter)
     declare(parser)
     return parser.parse_args(arguments)
 

@@ -1,10 +1,12 @@
 """Builds the product: the function as it is deployed, the function for a quick look, and the programs that the tests use."""
 
+import json
 import os
 import platform
 import subprocess
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from world import command, paths
 
@@ -26,7 +28,7 @@ def environment() -> dict[str, str]:
     return os.environ | ({"OPENSSL_NO_VENDOR": "1"} if "SYSTEM_OPENSSL" in os.environ else {})
 
 
-def function(quick: bool = False, quiet: bool = False) -> Path:
+def function(quick: bool = False, quiet: bool = False, nice: int = 0) -> Path:
     """Builds the function by `sam build`, and gives the directory that can be deployed.
 
     It is what production gets; or, if that is `quick`, the same source without optimisation and with this machine's libraries.
@@ -41,19 +43,38 @@ def function(quick: bool = False, quiet: bool = False) -> Path:
         environment=(environment() | QUICK if quick else dict(os.environ)) | {"CARGO_TARGET_DIR": str(target)},
         progress=partial(crates_of, target, crates()),
         quiet=quiet,
+        nice=nice,
     )
     return directory
 
 
-def programs(quiet: bool = False) -> None:
-    """Builds all programs and tests of the workspace with one set of features: another one would compile the AWS SDK again."""
-    command.run(
-        *("cargo", "build", "--workspace", "--bins", "--tests", "--locked"),
-        what="Building the tests and etlctl",
+class TestProgram(NamedTuple):
+    """A program of tests, and the directory of its package, which is where it runs."""
+
+    name: str
+    program: Path
+    directory: Path
+
+
+@cache
+def programs(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
+    """Builds etlctl and all tests of the product with one set of features, as another one would compile the AWS SDK again; gives the tests."""
+    output = command.run(
+        *("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--tests", "--locked"),
+        *("--message-format", "json-render-diagnostics"),
+        what="Building etlctl and the tests",
         log=paths.LOGS / "build-programs.log",
-        environment=environment(),
+        # A build from nothing is sooner done without what makes the next one quicker; on a fresh machine of CI there is no next one.
+        environment=environment() | ({"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {}),
         quiet=quiet,
+        nice=nice,
     )
+    messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [
+        TestProgram(f"{message['target']['name']}-{message['target']['kind'][0]}", Path(message["executable"]), Path(message["manifest_path"]).parent)
+        for message in messages
+        if message.get("executable") and message["profile"]["test"]
+    ]
 
 
 def crates() -> int:

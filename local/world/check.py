@@ -24,14 +24,18 @@ TICK_SECONDS = 60
 # Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them.
 NICE = 10
 PYTEST_PROCESSES = 3
-# Checks that run one after the other, each row beside the others; a row that compiles is one, as cargo builds one thing at a time.
+# Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
 ROWS = (
-    ("format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
+    ("build function",),
+    ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
     ("workflows", "template", "executor", "fresh", "deployed"),
     ("function", "soak", "incidents"),
 )
-NEEDS_FUNCTION = {"fresh", "deployed", "soak", "incidents"}
-NEEDS_PROGRAMS = {"function", "deployed", "incidents"}
+NEEDS = {
+    "build function": {"fresh", "deployed", "soak", "incidents"},
+    "build programs": {"function", "deployed", "incidents"},
+}
+BUILDS = {"build function": partial(build.function, quiet=True, nice=NICE), "build programs": partial(build.programs, quiet=True, nice=NICE)}
 
 
 class Run:
@@ -43,13 +47,13 @@ class Run:
         self.running: dict[str, float] = {}
         self.passed: dict[str, bool] = {}
         self.left_out: list[str] = []
-        self.built = {"function": Future(), "programs": Future()}
+        self.built = {name: Future() for name in BUILDS}
         self.lock = threading.Lock()
 
     def all(self) -> bool:
         """Whether all checks passed."""
         with ThreadPoolExecutor() as threads:
-            rows = [threads.submit(self.row, row) for row in (*self.builds(), *ROWS)]
+            rows = [threads.submit(self.row, row) for row in ROWS]
             try:
                 self.watch(rows)
             finally:
@@ -59,32 +63,26 @@ class Run:
             row.result()
         return all(self.passed.values())
 
-    def builds(self) -> list[tuple[str, ...]]:
-        wanted = set(self.wanted)
-        return [row for row, needed in ((("build function",), NEEDS_FUNCTION), (("build programs",), NEEDS_PROGRAMS)) if wanted & needed]
-
     def row(self, names: tuple[str, ...]) -> None:
         for name in names:
-            if name.startswith("build "):
-                self.build(name)
+            if name in BUILDS:
+                if NEEDS[name] & set(self.wanted):
+                    self.build(name)
             elif name in self.wanted:
                 self.check(name)
 
     def build(self, name: str) -> None:
-        what = name.removeprefix("build ")
         try:
-            passed = self.one(name, partial(getattr(build, what), quiet=True)) is not False
+            self.built[name].set_result(self.one(name, BUILDS[name]) is not False)
         except BaseException as error:
-            self.built[what].set_exception(error)
+            self.built[name].set_exception(error)
             raise
-        self.built[what].set_result(passed)
 
     def check(self, name: str) -> None:
-        for what, needed in (("function", NEEDS_FUNCTION), ("programs", NEEDS_PROGRAMS)):
-            if name in needed and not self.built[what].result():
-                self.passed[name] = False
-                self.say(f"FAILED   {name}: the build failed")
-                return
+        if not all(self.built[needed].result() for needed in BUILDS if name in NEEDS[needed]):
+            self.passed[name] = False
+            self.say(f"FAILED   {name}: what it needs was not built")
+            return
         left_out = self.one(name, CHECKS[name])
         if isinstance(left_out, str):
             self.left_out.append(f"{name}: {left_out}")
@@ -155,10 +153,10 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def quietly(name: str, *words: str | Path, nice: int = 0, **environment: str) -> str:
+def quietly(name: str, *words: str | Path, nice: int = 0, directory: Path = paths.ROOT, **environment: str) -> str:
     """Runs a command of a check, its output into the check's log."""
     settings = build.environment() | environment
-    return command.run(*words, what=name, log=paths.LOGS / f"{name}.log", environment=settings, quiet=True, nice=nice)
+    return command.run(*words, what=name, log=paths.LOGS / f"{name}.log", environment=settings, quiet=True, nice=nice, directory=directory)
 
 
 def check_format() -> None:
@@ -224,12 +222,16 @@ def check_fresh() -> str | None:
 
 def check_function() -> None:
     """The library's tests on a PostgreSQL and a LocalStack of their own: as usual, by `COPY`, and by `COPY` as behind a pooler."""
-    with Servers(paths.LOCAL / "test-function") as servers:
+    with Servers(paths.FUNCTION_WORLD) as servers:
         environment = {"PYTHON": sys.executable, **servers.environment()}
-        quietly("function", "cargo", "test", "--workspace", "--locked", **environment)
+        # The answer of the build that was waited for. Cargo itself would wait for what it builds for another check.
+        tests = BUILDS["build programs"]()
+        for test in tests:
+            quietly(f"function-{test.name}", test.program, directory=test.directory, **environment)
+        [it] = [test for test in tests if test.name == "it-test"]
         for statements in ("true", "false"):
             ways = {"COPY_THRESHOLD": "1", "PREPARED_STATEMENTS": statements}
-            quietly(f"function-copy-{statements}", "cargo", "test", "--workspace", "--test", "it", "--locked", **environment, **ways)
+            quietly(f"function-copy-{statements}", it.program, directory=it.directory, **environment, **ways)
 
 
 def check_deployed() -> None:

@@ -46,8 +46,9 @@ def run(
     progress: Callable[[], str] | None = None,
     quiet: bool = False,
     nice: int = 0,
+    directory: Path = paths.ROOT,
 ) -> str:
-    """Runs a program in the checkout's root, saying `what` it does and how far it is, and gives its output, which is in `log`, too.
+    """Runs a program in `directory`, saying `what` it does and how far it is, and gives its output, which is in `log`, too.
 
     How far it is, `progress` says, or its own output. `quiet` says nothing. `nice` lowers its priority. Raises `CommandFailed`. If it is
     interrupted, the program ends with all the programs that it started; so it does in every thread when `stop_all` is called, and `Interrupted`
@@ -61,6 +62,7 @@ def run(
             output,
             (os.environ if environment is None else environment) | COUNT_ALOUD,
             nice,
+            directory,
         )
         try:
             while (status := wait(process, TERMINAL_TICK_SECONDS)) is None:
@@ -108,14 +110,14 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
     return None
 
 
-def start(words: tuple[str | Path, ...], output, environment: dict[str, str], nice: int) -> subprocess.Popen:
+def start(words: tuple[str | Path, ...], output, environment: dict[str, str], nice: int, directory: Path) -> subprocess.Popen:
     """Starts a program in a session of its own, so that Ctrl-C in the terminal is for us, who end it in order."""
     with LOCK:
         if STOPPING.is_set():
             raise Interrupted
         process = subprocess.Popen(
             [*(["nice", f"-n{nice}"] if nice else []), *map(str, words)],
-            cwd=paths.ROOT,
+            cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -14,6 +14,7 @@ from Crypto.Cipher import AES
 from Crypto.Util.Padding import unpad
 
 from world import arguments, build, delivery, down, messages, paths, stack
+from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -220,7 +221,7 @@ def keep(servers: Servers, deployed: stack.Stack) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, stack.CommandFailed) as error:
+    except (PostgresError, LocalStackError, stack.CommandFailed) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

@@ -12,7 +12,7 @@ from world.servers import alone
 
 def main() -> None:
     arguments.parse("down")
-    for world in (paths.WORLD, paths.TEST_WORLD, paths.SOAK_WORLD, paths.ROTATION_WORLD, paths.INCIDENTS_WORLD, paths.BENCH_WORLD):
+    for world in paths.WORLDS:
         if world.exists():
             with alone(world):
                 stop(world)

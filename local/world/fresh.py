@@ -17,7 +17,6 @@ from world import command, delivery, messages, paths, stack
 from world.command import CommandFailed
 from world.servers import Servers
 
-WORLD = paths.LOCAL / "fresh"
 PATIENCE_SECONDS = 60
 CANNOT = "this machine does not let its users make a mount namespace (unshare)"
 
@@ -83,7 +82,7 @@ def script(hidden: list[Path], kept: list[Path]) -> str:
 
 def inside() -> None:
     """Deploys the stack, sends a message, and waits for its row."""
-    with Servers(WORLD) as servers:
+    with Servers(paths.FRESH_WORLD) as servers:
         deployed = stack.deploy(servers, name="fresh", quiet=True)
         [body] = messages.make(1)
         delivery.send(deployed, [body])

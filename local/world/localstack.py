@@ -27,6 +27,10 @@ READY_SECONDS = 60
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+class LocalStackError(RuntimeError):
+    """LocalStack cannot be started, or is not there; the text says why, for the person at the terminal."""
+
+
 class LocalStack:
     """Owns one LocalStack process and the directory with its log, its state and its temporary files.
 
@@ -44,11 +48,11 @@ class LocalStack:
     def attach(cls, directory: Path) -> "LocalStack":
         """The LocalStack that another process started in ``directory``.
 
-        Raises ``RuntimeError`` if none runs there.
+        Raises ``LocalStackError`` if none runs there.
         """
         localstack = cls(directory)
         if not localstack._find():
-            raise RuntimeError(f"no LocalStack runs in {directory}")
+            raise LocalStackError(f"no LocalStack runs in {directory}")
         return localstack
 
     @property
@@ -82,11 +86,11 @@ class LocalStack:
     def start(self) -> None:
         """Starts LocalStack, with nothing of an earlier run, and waits until it serves.
 
-        Raises ``RuntimeError`` if one runs in the directory already, if the port is taken, if the process ends, or if it is not ready
+        Raises ``LocalStackError`` if one runs in the directory already, if the port is taken, if the process ends, or if it is not ready
         within a minute.
         """
         if self._find():
-            raise RuntimeError(f"LocalStack already runs in {self.directory} (pid {self.pid})")
+            raise LocalStackError(f"LocalStack already runs in {self.directory} (pid {self.pid})")
         # Two that start at once would choose the same port.
         with (paths.LOCAL / "localstack.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -98,7 +102,7 @@ class LocalStack:
             if self.port != USUAL_PORT:
                 print(f"Port {USUAL_PORT} is taken; LocalStack listens on {self.port}.", flush=True)
         elif not is_free(self.port):
-            raise RuntimeError(f"port {self.port} is taken; LocalStack cannot listen there")
+            raise LocalStackError(f"port {self.port} is taken; LocalStack cannot listen there")
         for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
@@ -118,10 +122,10 @@ class LocalStack:
         deadline = time.monotonic() + READY_SECONDS
         while not self._is_ready():
             if child.poll() is not None:
-                raise RuntimeError(f"LocalStack ended with status {child.returncode} while starting.\n{self._tail()}")
+                raise LocalStackError(f"LocalStack ended with status {child.returncode} while starting.\n{self._tail()}")
             if time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"LocalStack was not ready within {READY_SECONDS} s.\n{self._tail()}")
+                raise LocalStackError(f"LocalStack was not ready within {READY_SECONDS} s.\n{self._tail()}")
             time.sleep(0.05)
 
     def stop(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psycopg
 from world import arguments, build, down, paths
 from world.command import CommandFailed
+from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 from world.soak.checker import mask
@@ -188,7 +189,7 @@ class Bench:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, CommandFailed, subprocess.CalledProcessError) as error:
+    except (PostgresError, LocalStackError, CommandFailed, subprocess.CalledProcessError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

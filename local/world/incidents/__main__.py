@@ -12,6 +12,7 @@ from world.incidents.page import Page
 from world.incidents.plays import HEALTHY, INCIDENTS
 from world.incidents.scene import Play, Scene, WentWrong
 from world.command import CommandFailed
+from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -65,7 +66,7 @@ def run(servers: Servers, etlctl: Path, play: Play, write: bool) -> bool:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, CommandFailed, subprocess.CalledProcessError) as error:
+    except (PostgresError, LocalStackError, CommandFailed, subprocess.CalledProcessError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

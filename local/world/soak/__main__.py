@@ -12,6 +12,7 @@ from pathlib import Path
 
 from world import arguments, build, down, paths
 from world.command import CommandFailed
+from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 from world.soak import checker, faults, load, rehearsal
@@ -121,7 +122,7 @@ def show(figures: dict) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, CommandFailed) as error:
+    except (PostgresError, LocalStackError, CommandFailed) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

@@ -18,11 +18,3 @@ def servers():
 @pytest.fixture(scope="session")
 def stack(servers):
     return Stack(servers)
-
-
-def pytest_collection_modifyitems(items):
-    """What runs in one process: a module's tests, which share what it sets up, and all tests of the one stack, which read its log."""
-    for item in items:
-        folder, module = item.path.parent.name, item.path.stem
-        shares_stack = folder == "end_to_end" and module != "test_deployment"
-        item.add_marker(pytest.mark.xdist_group("stack" if shares_stack else f"{folder}/{module}"))

@@ -23,17 +23,16 @@ WORLD = paths.TEST_WORLD
 TICK_SECONDS = 60
 # Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them.
 NICE = 10
-PYTEST_PROCESSES = 3
 # Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
 ROWS = (
     ("build function",),
     ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
-    ("workflows", "template", "executor", "fresh", "deployed"),
-    ("function", "soak", "incidents"),
+    ("workflows", "template", "executor", "fresh", "deployed", "soak"),
+    ("function", "etlctl", "incidents"),
 )
 NEEDS = {
-    "build function": {"fresh", "deployed", "soak", "incidents"},
-    "build programs": {"function", "deployed", "incidents"},
+    "build function": {"fresh", "deployed", "etlctl", "soak", "incidents"},
+    "build programs": {"function", "deployed", "etlctl", "incidents"},
 }
 BUILDS = {"build function": partial(build.function, quiet=True, nice=NICE), "build programs": partial(build.programs, quiet=True, nice=NICE)}
 
@@ -107,6 +106,11 @@ class Run:
         with self.lock:
             print(text, flush=True)
 
+    def now(self) -> str:
+        """How long the run takes so far, and what runs now."""
+        running = ", ".join(f"{name} {progress(name)}".strip() for name in list(self.running))
+        return f"{time.monotonic() - self.started:.0f} s: {running}"
+
     def watch(self, rows: list[Future]) -> None:
         """Returns when all rows are done; meanwhile says what runs."""
         status = Console().status("") if sys.stdout.isatty() else None
@@ -116,13 +120,11 @@ class Run:
         try:
             while not all(row.done() for row in rows):
                 time.sleep(0.5)
-                running = ", ".join(f"{name} {progress(name)}".strip() for name in list(self.running))
-                text = f"{time.monotonic() - self.started:.0f} s: {running}"
                 if status:
-                    status.update(text)
+                    status.update(self.now())
                 elif time.monotonic() - last >= TICK_SECONDS:
                     last = time.monotonic()
-                    self.say(f"  ... {text}")
+                    self.say(f"  ... {self.now()}")
         finally:
             if status:
                 status.stop()
@@ -235,13 +237,21 @@ def check_function() -> None:
 
 
 def check_deployed() -> None:
-    """The deployed stack's tests, etlctl's and the schema's."""
-    with Servers(WORLD) as servers:
+    """The deployed stack: messages through it, changes to it, what it logs and measures."""
+    on_stack("deployed", WORLD, "tests/end_to_end", "tests/packaging")
+
+
+def check_etlctl() -> None:
+    """etlctl, the schema and what partitions it, on servers of their own, so that they can run beside the stack's."""
+    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents", "tests/benches")
+
+
+def on_stack(name: str, world: Path, *tests: str) -> None:
+    """Runs tests on servers with the stack deployed."""
+    with Servers(world) as servers:
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
         stack.deploy(servers, quiet=True, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
-        # What needs no servers has been checked with the template.
-        processes = ("-n", str(PYTEST_PROCESSES), "--dist", "loadgroup")
-        pytest("deployed", "tests", "--ignore=tests/template", *processes, LOGIN_ETL_WORLD=str(WORLD))
+        pytest(name, *tests, LOGIN_ETL_WORLD=str(world))
 
 
 def check_instructions() -> str | None:

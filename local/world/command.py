@@ -66,7 +66,7 @@ def run(
         )
         try:
             while (status := wait(process, TERMINAL_TICK_SECONDS)) is None:
-                say(f"{time.monotonic() - started:.0f} s", progress() if progress else counted(log))
+                say(lambda: (f"{time.monotonic() - started:.0f} s", progress() if progress else counted(log)))
         except BaseException:
             kill(process)
             raise
@@ -85,21 +85,21 @@ def run(
 
 @contextlib.contextmanager
 def shown(what: str, quiet: bool):
-    """Gives what shows the progress: on one line of a terminal, or on a line a minute in a log."""
+    """Gives what shows the progress that a function tells: on one line of a terminal, or on a line a minute in a log."""
     if quiet:
-        yield lambda *_: None
+        yield lambda _: None
     elif sys.stdout.isatty():
         with Console().status(f"{what} ...") as status:
-            yield lambda *parts: status.update(f"{what} ...  {'  '.join(filter(None, parts))}")
+            yield lambda tell: status.update(f"{what} ...  {'  '.join(filter(None, tell()))}")
     else:
         print(f"{what} ...", flush=True)
         last = time.monotonic()
 
-        def say(*parts: str) -> None:
+        def say(tell: Callable[[], tuple[str, str]]) -> None:
             nonlocal last
             if time.monotonic() - last >= LOG_TICK_SECONDS:
                 last = time.monotonic()
-                print(f"  ... {'  '.join(filter(None, parts))}", flush=True)
+                print(f"  ... {'  '.join(filter(None, tell()))}", flush=True)
 
         yield say
 

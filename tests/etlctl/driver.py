@@ -10,7 +10,7 @@ import subprocess
 import termios
 import time
 import uuid
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -131,18 +131,6 @@ class World(Etlctl):
             "SECRETS_TTL": "3600",
         }
         super().__init__(environment, servers.localstack.directory)
-
-    def run(self, *arguments: str, **options):
-        """As `Etlctl.run`, while no other test's migrations run if these are some."""
-        with self.migrating() if "migrate" in arguments else nullcontext():
-            return super().run(*arguments, **options)
-
-    @contextmanager
-    def migrating(self):
-        """Keeps the migrations of other databases waiting: PostgreSQL refuses to change one role's settings in two sessions at once."""
-        with (self.servers.postgres.directory / "migrations.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def connect(self) -> psycopg.Connection:
         """A session of the database's owner, each statement committed by itself."""

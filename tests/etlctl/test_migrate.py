@@ -62,9 +62,8 @@ def test_what_is_applied_is_not_applied_again(world):
 
 
 def test_of_several_at_once_each_succeeds_and_each_file_is_applied_by_one(empty_world):
-    with empty_world.migrating():
-        processes = [empty_world.start("--json", "migrate") for _ in range(4)]
-        answers = [process.communicate(timeout=60) for process in processes]
+    processes = [empty_world.start("--json", "migrate") for _ in range(4)]
+    answers = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, answers
     assert sorted(name for stdout, _ in answers for name in json.loads(stdout)["applied"]) == NAMES
     with empty_world.connect() as database:
@@ -72,8 +71,7 @@ def test_of_several_at_once_each_succeeds_and_each_file_is_applied_by_one(empty_
 
 
 def test_a_schema_that_was_applied_by_hand_is_taken_with_all_that_is_in_it(empty_world):
-    with empty_world.migrating():
-        empty_world.servers.apply_schema(empty_world.name)
+    empty_world.servers.apply_schema(empty_world.name)
     with empty_world.connect() as database:
         database.execute(WIDEST)
         before = relations(database), database.execute("select * from user_logins").fetchall()

@@ -395,8 +395,7 @@ def test_owner_rights_views_and_the_names_of_indexes_are_carried_over_and_back(w
     partitioned = relations(world)
     assert {name for name, *_ in partitioned} >= {name for name, *_ in before}
     assert {view for view in partitioned if view[1] == "v"} == {view for view in before if view[1] == "v"}
-    with world.migrating():
-        world.servers.apply_schema(world.name)
+    world.servers.apply_schema(world.name)
     assert relations(world) == partitioned, "the files of the schema find what they make"
     function = Function(world)
     with function.connect() as session:

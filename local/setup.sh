@@ -66,8 +66,8 @@ set_up() {
 # Figures of x86_64 Linux: `du -sm` of target after ./local/demo, and after ./local/test.
 say_what_it_takes() {
     [ ! -e "$VENV" ] || return 0
-    printf '%s\n' "The first run downloads about 400 MB (Python packages and crates) and puts about 3 GB under target/; all checks of ./local/test" \
-        "need about 9 GB. Nothing else is written but the caches of cargo and pip. ./local/clean deletes all of it."
+    printf '%s\n' "The first run downloads about DOWNLOAD MB of Python packages and crates, and puts about 2 GB under target/; ./local/test needs 7 GB" \
+        "there. Nothing else is written but the caches of cargo and pip. ./local/clean gives the disk back."
 }
 
 # Whatever looks for a home, a cache or a place for temporary files finds one inside the checkout. Cargo's own homes stay: crates are shared.

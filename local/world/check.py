@@ -21,8 +21,10 @@ from world.servers import Servers, alone
 
 WORLD = paths.TEST_WORLD
 TICK_SECONDS = 60
-# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them.
-NICE = 10
+# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them, and all else to the
+# function, which most tests wait for.
+NICE = 12
+NICE_FUNCTION = 4
 # Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
 ROWS = (
     ("build function",),
@@ -34,7 +36,7 @@ NEEDS = {
     "build function": {"fresh", "deployed", "etlctl", "soak", "incidents"},
     "build programs": {"function", "deployed", "etlctl", "incidents"},
 }
-BUILDS = {"build function": partial(build.function, quiet=True, nice=NICE), "build programs": partial(build.programs, quiet=True, nice=NICE)}
+BUILDS = {"build function": partial(build.function, quiet=True, nice=NICE_FUNCTION), "build programs": partial(build.programs, quiet=True, nice=NICE)}
 
 
 class Run:

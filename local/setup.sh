@@ -66,7 +66,7 @@ set_up() {
 # Figures of x86_64 Linux: `du -sm` of target after ./local/demo, and after ./local/test.
 say_what_it_takes() {
     [ ! -e "$VENV" ] || return 0
-    printf '%s\n' "The first run downloads about DOWNLOAD MB of Python packages and crates, and puts about 2 GB under target/; ./local/test needs 7 GB" \
+    printf '%s\n' "The first run downloads about 400 MB of Python packages and crates, and puts about 2 GB under target/; ./local/test needs 7 GB" \
         "there. Nothing else is written but the caches of cargo and pip. ./local/clean gives the disk back."
 }
 

@@ -27,6 +27,10 @@ no_proxy=localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}
 export no_proxy NO_PROXY=$no_proxy
 export PYTHONPATH=$ROOT/local PYTHONUNBUFFERED=1
 
+# Without a trap, Bash goes on when a signal reaches it alone and not the program that it waits for.
+end_on_signals() { trap 'exit 130' INT TERM HUP; }
+end_on_signals
+
 die() {
     printf '%s\n' "$@" >&2
     exit 1
@@ -276,7 +280,7 @@ with_progress() {
     # shellcheck disable=SC2064
     trap "kill -- -$! $ticker 2>/dev/null; exit 130" INT TERM HUP
     wait $! || status=$?
-    trap - INT TERM HUP
+    end_on_signals
     kill "$ticker" 2>/dev/null || true
     wait "$ticker" 2>/dev/null || true
     [ ! -t 1 ] || printf '\r%s: %s s   \n' "$what" $((SECONDS - start))

@@ -75,7 +75,8 @@ def deploy(servers: Servers, name: str = NAME, build: Path | None = None, quiet:
     command.run(
         *("sam", "deploy", "--template-file", (build or paths.SAM_BUILD) / "template.yaml", "--stack-name", name),
         *("--resolve-s3", "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
-        *("--parameter-overrides", *(f"{key}={value}" for key, value in parameters.items())),
+        # Quoted as SAM CLI has it, where a path holds a space.
+        *("--parameter-overrides", *(f'{key}="{value}"' if " " in str(value) else f"{key}={value}" for key, value in parameters.items())),
         what="Deploying the stack",
         log=paths.LOGS / f"deploy-{servers.name}-{name}.log",
         # SAM CLI looks every five seconds whether CloudFormation is done.

@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
     return os.environ | ({"OPENSSL_NO_VENDOR": "1"} if "SYSTEM_OPENSSL" in os.environ else {})
 
 
-def function(quick: bool = False, quiet: bool = False, nice: int = 0) -> Path:
+def function(quick: bool = False, quiet: bool = False) -> Path:
     """Builds the function by `sam build`, and gives the directory that can be deployed.
 
     It is what production gets; or, if that is `quick`, the same source without optimisation and with this machine's libraries.
@@ -43,9 +43,16 @@ def function(quick: bool = False, quiet: bool = False, nice: int = 0) -> Path:
         environment=(environment() | QUICK if quick else dict(os.environ)) | {"CARGO_TARGET_DIR": str(target)},
         progress=partial(crates_of, target, crates()),
         quiet=quiet,
-        nice=nice,
     )
     return directory
+
+
+def etlctl(quiet: bool = False) -> Path:
+    """Builds etlctl, and gives its program."""
+    words = ("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--locked")
+    what = "Building etlctl" + ("" if (paths.ROOT / "target" / "debug").exists() else " (some minutes the first time)")
+    command.run(*words, what=what, log=paths.LOGS / "build-etlctl.log", environment=environment(), quiet=quiet)
+    return paths.ROOT / "target" / "debug" / "etlctl"
 
 
 class TestProgram(NamedTuple):
@@ -59,16 +66,13 @@ class TestProgram(NamedTuple):
 @cache
 def programs(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
     """Builds etlctl and all tests of the product with one set of features, as another one would compile the AWS SDK again; gives the tests."""
-    output = command.run(
-        *("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--tests", "--locked"),
-        *("--message-format", "json-render-diagnostics"),
-        what="Building etlctl and the tests",
-        log=paths.LOGS / "build-programs.log",
-        # A build from nothing is sooner done without what makes the next one quicker; on a fresh machine of CI there is no next one.
-        environment=environment() | ({"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {}),
-        quiet=quiet,
-        nice=nice,
-    )
+    words = ("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--tests", "--locked")
+    # A build from nothing is sooner done without what makes the next one quicker; on a fresh machine of CI there is no next one.
+    settings = environment() | ({"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {})
+    command.run(*words, what="Building etlctl and the tests", log=paths.LOGS / "build-programs.log", environment=settings, quiet=quiet, nice=nice)
+    # Asked again, with nothing left to build, cargo says where the programs are.
+    words += ("--message-format", "json")
+    output = command.run(*words, what="Finding the tests", log=paths.LOGS / "built-programs.log", environment=settings, quiet=True)
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return [
         TestProgram(f"{message['target']['name']}-{message['target']['kind'][0]}", Path(message["executable"]), Path(message["manifest_path"]).parent)

@@ -21,22 +21,23 @@ from world.servers import Servers, alone
 
 WORLD = paths.TEST_WORLD
 TICK_SECONDS = 60
-# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them, and all else to the
-# function, which most tests wait for.
-NICE = 12
-NICE_FUNCTION = 4
+# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them. Most tests wait
+# for the function, and then for the programs; nothing waits for the rest.
+NICE = 15
+NICE_PROGRAMS = 5
 # Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
 ROWS = (
     ("build function",),
     ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
     ("workflows", "template", "executor", "fresh", "deployed", "soak"),
-    ("function", "etlctl", "incidents"),
+    ("function", "etlctl"),
+    ("incidents",),
 )
 NEEDS = {
     "build function": {"fresh", "deployed", "etlctl", "soak", "incidents"},
     "build programs": {"function", "deployed", "etlctl", "incidents"},
 }
-BUILDS = {"build function": partial(build.function, quiet=True, nice=NICE_FUNCTION), "build programs": partial(build.programs, quiet=True, nice=NICE)}
+BUILDS = {"build function": partial(build.function, quiet=True), "build programs": partial(build.programs, quiet=True, nice=NICE_PROGRAMS)}
 
 
 class Run:
@@ -245,7 +246,7 @@ def check_deployed() -> None:
 
 def check_etlctl() -> None:
     """etlctl, the schema and what partitions it, on servers of their own, so that they can run beside the stack's."""
-    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents", "tests/benches")
+    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents")
 
 
 def on_stack(name: str, world: Path, *tests: str) -> None:

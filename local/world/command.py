@@ -77,7 +77,8 @@ def run(
     text = without_progress(log.read_text(errors="replace"))
     if status != 0:
         tail = "\n  ".join(text.splitlines()[-TAIL_LINES:])
-        raise CommandFailed(f"  {tail}\n`{' '.join(map(str, words))[:200]}` failed (status {status}); all of its output is in {shorten(log)}")
+        command, *_ = " ".join(map(str, words)).splitlines()
+        raise CommandFailed(f"  {tail}\n`{command[:200]}` failed (status {status}); all of its output is in {shorten(log)}")
     if not quiet:
         print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
     return text
@@ -125,7 +126,15 @@ def start(words: tuple[str | Path, ...], output, environment: dict[str, str], ni
             start_new_session=True,
         )
         RUNNING.add(process)
+        if nice:
+            give_way(process.pid, nice)
         return process
+
+
+def give_way(pid: int, nice: int) -> None:
+    """Lowers the priority of a session among others: where Linux groups tasks by session, `nice` holds within each alone (sched(7))."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def stop_all() -> None:

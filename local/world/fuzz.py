@@ -13,7 +13,7 @@ FUZZ = paths.ROOT / "target" / "fuzz"
 # Longer inputs find nothing more in parsers without length fields, and cost speed.
 LONGEST_BYTES = 4096
 # It has no deadline; tests that run beside it have.
-NICE = 12
+NICE = 15
 # What `cargo fuzz build --sanitizer none` gives the compiler, on x86_64 and arm64: https://github.com/rust-fuzz/cargo-fuzz. Our code has no `unsafe`,
 # so sanitizers, which need a nightly compiler, would watch others' code only.
 COVERAGE = (

@@ -29,6 +29,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--messages", type=at_least(1), default=100, metavar="N", help="send N made-up messages (default: 100)")
     source.add_argument("--input", type=Path, metavar="FILE", help="send the lines of FILE, each one message's body, instead")
+    parser.add_argument("--mapping", type=Path, metavar="FILE", help="load the lines of --input as this mapping says, into its table")
     parser.add_argument("--keep", action="store_true", help="leave everything running and say how to reach it, until ./local/down or the next demo")
 
 
@@ -120,7 +121,10 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     declare = PROGRAMS[name]
     parser = argparse.ArgumentParser(prog=f"./local/{name}", description=inspect.getdoc(declare), formatter_class=argparse.RawDescriptionHelpFormatter)
     declare(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if name == "demo" and options.mapping and not options.input:
+        parser.error("--mapping needs --input: messages are made up for the mapping that ships alone")
+    return options
 
 
 if __name__ == "__main__":

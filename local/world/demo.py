@@ -2,10 +2,12 @@
 
 import base64
 import json
+import shutil
 import statistics
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import unpad
 
-from world import arguments, build, delivery, down, messages, paths, stack
+from world import arguments, build, command, delivery, down, messages, paths, stack
 from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
@@ -21,9 +23,10 @@ from world.servers import Servers, alone
 # Beyond it nothing more will come: each bad message is received three times, seconds apart.
 QUIET_SECONDS = 120
 SHOWN = 5
+LOGINS = "user_logins"
 NEXT = """What to try next
   ./local/demo --keep          leave it running, and look around with psql and etlctl
-  ./local/demo --input FILE    send your own messages, one a line
+  ./local/demo --input FILE    send your own messages, one a line; with --mapping FILE, of any kind (docs/mapping.md)
   ./local/test                 every check and test"""
 
 
@@ -34,12 +37,17 @@ def main() -> int:
     with ExitStack() as cleanup:
         cleanup.enter_context(alone(paths.WORLD))
         down.stop(paths.WORLD)
-        function = build.function(quick=True)
-        print("Starting PostgreSQL and LocalStack ...")
-        servers = cleanup.enter_context(Servers(paths.WORLD))
+        servers = Servers(paths.WORLD)
+        cleanup.callback(servers.stop)
+        with ThreadPoolExecutor() as threads:
+            print("Starting PostgreSQL and LocalStack ...")
+            starting = threads.submit(servers.start)
+            function = build.function(quick=True)
+            starting.result()
         print(f"LocalStack listens on {servers.localstack.endpoint}")
+        table = map_to_table(servers, function, options.mapping)
         deployed = stack.deploy(servers, build=function)
-        adds_up = run(servers, deployed, bodies)
+        adds_up = run(servers, deployed, bodies, table)
         if options.keep:
             cleanup.pop_all()
             keep(servers, deployed)
@@ -60,7 +68,23 @@ def read_lines(file: Path) -> list[str]:
     return bodies
 
 
-def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
+def map_to_table(servers: Servers, function: Path, mapping: Path | None) -> str:
+    """Puts a mapping beside the function's program, and makes its table; gives the table's name. Without a mapping, it is the one that ships."""
+    beside = function / "LoginFunction" / "mapping.toml"
+    beside.unlink(missing_ok=True)
+    if not mapping:
+        return LOGINS
+    etlctl, log = build.etlctl(), paths.LOGS / "mapping.log"
+    ddl = command.run(etlctl, "mapping", "ddl", "--mapping", mapping.absolute(), what="Making the table", log=log, quiet=True)
+    with servers.postgres.connect() as database:
+        database.execute(ddl)
+    shutil.copy(mapping, beside)
+    table = json.loads(command.run(etlctl, "mapping", "show", "--mapping", mapping.absolute(), "--json", what="", log=log, quiet=True))["table"]
+    print(f"Made the table {table}")
+    return table
+
+
+def run(servers: Servers, deployed: stack.Stack, bodies: list[str], table: str) -> bool:
     """Sends the messages through the stack and shows what became of them; whether it adds up."""
     # Held back until some messages have been delivered once already.
     deployed.enable_mapping(False)
@@ -74,11 +98,12 @@ def run(servers: Servers, deployed: stack.Stack, bodies: list[str]) -> bool:
     dead = delivery.receive_all(deployed, deployed.dead_letter_queue_url)
     log = deployed.log()
     with servers.postgres.connect() as database:
-        show_rows(database)
-        show_duplicates(database)
+        show_rows(database, table)
+        if table == LOGINS:
+            show_duplicates(database)
         show_dead_letters(dead, log)
-        recovered = show_recovery(database, deployed, sent)
-        inserted = database.execute("select count(*) from user_logins").fetchone()[0]
+        recovered = table != LOGINS or show_recovery(database, deployed, sent)
+        inserted = database.execute(f"select count(*) from {table}").fetchone()[0]
     deduplicated = sum(line["deduplicated"] for line in log if line.get("message") == "batch loaded")
 
     show_function(log)
@@ -132,9 +157,9 @@ def wait_until_empty(deployed: stack.Stack) -> None:
         time.sleep(0.25)
 
 
-def show_rows(database) -> None:
-    heading(f"user_logins, {SHOWN} of its rows")
-    show(database.execute(f"select * from user_logins limit {SHOWN}"))
+def show_rows(database, table: str) -> None:
+    heading(f"{table}, {SHOWN} of its rows at most")
+    show(database.execute(f"select * from {table} limit {SHOWN}"))
 
 
 def show_duplicates(database) -> None:

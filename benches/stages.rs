@@ -9,8 +9,8 @@ use bytes::BytesMut;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use login_etl::{
     event::messages,
-    login::{AppVersionEncoding, Columns, Day, Login, ROWS_CAPACITY, Row},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Envelope, Mapping, ROWS_CAPACITY},
 };
 use login_etl_benches::sample;
 use serde_json::json;
@@ -25,31 +25,33 @@ fn stages(criterion: &mut Criterion) {
         Keyring::from_json(&keys.to_string()).unwrap()
     };
     let (cbc, siv) = (keyring("aes-cbc"), keyring("aes-siv"));
-    let today = Day::of(SystemTime::now());
+    let mapping = Mapping::built_in().unwrap();
     let text = sample::event(MESSAGES);
     let read = || messages(black_box(text.as_bytes())).unwrap();
-    let bodies: Vec<_> = read().iter().map(|message| message.body().unwrap()).collect();
-    let parse = || bodies.iter().map(|body| Login::scan(body, AppVersionEncoding::Digits).unwrap().unwrap());
-    let logins: Vec<_> = parse().collect();
+    let messages = read();
     let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
-    let rows: Vec<Row> = logins.iter().map(|login| login.mask(&cbc, today, &mut buffer).unwrap()).collect();
 
     let mut group = criterion.benchmark_group("of 100 messages");
     group.throughput(Throughput::Elements(MESSAGES as u64)).sample_size(50).measurement_time(Duration::from_secs(3));
     group.bench_function("read the event", |bencher| {
         bencher.iter(|| black_box(read()).len());
     });
-    group.bench_function("parse the bodies", |bencher| {
-        bencher.iter(|| parse().for_each(|login| drop(black_box(login))))
-    });
-    for (name, keyring) in [("mask, aes-cbc", &cbc), ("mask, aes-siv", &siv)] {
+    for (name, keyring) in [("bodies into rows, aes-cbc", &cbc), ("bodies into rows, aes-siv", &siv)] {
         group.bench_function(name, |bencher| {
-            bencher.iter(|| logins.iter().for_each(|login| drop(black_box(login.mask(keyring, today, &mut buffer)))));
+            bencher.iter(|| {
+                for message in &messages {
+                    let envelope = Envelope {
+                        message_id: message.id().unwrap(),
+                        sent: message.sent(),
+                        queue: None,
+                        now: SystemTime::UNIX_EPOCH,
+                    };
+                    let row = mapping.row_of_json_string(message.body().unwrap(), &envelope, keyring, &mut buffer);
+                    drop(black_box(row));
+                }
+            });
         });
     }
-    group.bench_function("turn rows into columns", |bencher| {
-        bencher.iter(|| Columns::from_iter(black_box(&rows)));
-    });
     group.finish();
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Most of a message's cost is the JSON around it. `aws_lambda_events` has types for it, which own some twenty strings and
 //! maps a message, and a general parser looks closely at what is then thrown away. So events of the usual shape are
-//! scanned, and all others go to serde_json, which also says where one breaks.
+//! scanned, and all others go to serde_json, which also says where they break.
 
 use std::{
     borrow::Cow,
@@ -10,10 +10,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use login_etl_scan::Reader;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
-
-use crate::{login::Invalid, scan::Reader};
 
 /// The event is not one from SQS. The caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,10 +74,10 @@ pub fn messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> {
     str::from_utf8(event).ok().and_then(scanned_messages).map_or_else(|| parsed_messages(event), Ok)
 }
 
-/// `None` if something is unusual: there is no list of messages, a known field is twice there or is no string, or one has an
+/// The messages of an event, read in place. `None` if something is unusual: there is no list of messages, a known field is twice there or is no string, or one has an
 /// escape that should have none. Of JSON it takes what serde_json would; what it skips may be anything, as Lambda has checked
 /// that it is JSON.
-pub(crate) fn scanned_messages(event: &str) -> Option<Vec<Message<'_>>> {
+pub fn scanned_messages(event: &str) -> Option<Vec<Message<'_>>> {
     let mut reader = Reader::new(event);
     let mut messages = None;
     reader.object(|reader, name| match name {
@@ -135,8 +134,11 @@ impl<'a> Text<'a> {
     }
 }
 
-/// As serde_json reads them.
-pub(crate) fn parsed_messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> {
+/// The messages of an event, as serde_json reads them.
+///
+/// # Errors
+/// [`NotAnSqsEvent`].
+pub fn parsed_messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
     struct SqsEvent<'a> {
@@ -166,6 +168,11 @@ impl<'a> Message<'a> {
         text(&self.event_source_arn)
     }
 
+    /// The name of its queue.
+    pub fn queue_name(&self) -> Option<&str> {
+        self.queue_arn()?.rsplit(':').next()
+    }
+
     /// Its group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.
     pub fn fifo_group(&self) -> Option<&str> {
         let group = text(&self.attributes.as_ref()?.message_group_id)?;
@@ -187,12 +194,9 @@ impl<'a> Message<'a> {
         text(&self.attributes.as_ref()?.approximate_receive_count)?.parse().ok()
     }
 
-    /// What its sender wrote, as it stands in the event: a string with its quotes.
-    ///
-    /// # Errors
-    /// [`Invalid::NoBody`], the message's fault: there is none, or it is no string.
-    pub fn body(&self) -> Result<&'a str, Invalid> {
-        self.body.as_ref().map(|Json(body)| *body).filter(|body| body.starts_with('"')).ok_or(Invalid::NoBody)
+    /// What its sender wrote, as it stands in the event: a JSON string with its quotes. `None` if there is none, or it is no string.
+    pub fn body(&self) -> Option<&'a str> {
+        self.body.as_ref().map(|Json(body)| *body).filter(|body| body.starts_with('"'))
     }
 }
 

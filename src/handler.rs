@@ -1,4 +1,4 @@
-//! One batch: an SQS event in, the batch item failures out.
+//! One batch: an SQS event in, the batch item failures out. `prepare → store → settle`, and every message has one fate.
 
 use std::{
     collections::{HashMap, HashSet, hash_map},
@@ -16,12 +16,13 @@ use tokio::time::Instant;
 
 use crate::{
     event::{self, Message, NotAnSqsEvent},
-    login::{AppVersionEncoding, Day, Invalid, ROWS_CAPACITY, Row},
+    keyring::Keyring,
+    mapping::{Envelope, Invalid, Mapping, ROWS_CAPACITY},
     metrics,
     redelivery::Redelivery,
     runtime::Event,
     secrets::FreshKeyring,
-    store::{DatabaseError, Entries, Entry, LedgerKey, Store, StoreError},
+    store::{self, DatabaseError, Entry, LedgerKey, Store, StoreError},
 };
 
 /// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
@@ -33,10 +34,10 @@ const NO_DEADLINE: Duration = Duration::from_secs(30);
 /// Handles batches; one for the life of an execution environment.
 #[derive(Debug)]
 pub struct Handler {
+    mapping: Mapping,
     keyring: FreshKeyring,
     store: Store,
     redelivery: Redelivery,
-    app_version_encoding: AppVersionEncoding,
 }
 
 /// Why a whole batch comes back. None of its messages is reported as handled.
@@ -45,6 +46,9 @@ pub enum BatchError {
     /// The event is not one from SQS.
     #[error(transparent)]
     NotAnSqsEvent(#[from] NotAnSqsEvent),
+    /// The runtime gave one invocation the event of another.
+    #[error("the runtime mixed up two invocations")]
+    MixedUp,
     /// A message has no id, so its failure could not be reported.
     #[error("a message of the event has no messageId")]
     NoMessageId,
@@ -61,6 +65,7 @@ impl BatchError {
     pub fn error_type(&self) -> &'static str {
         match self {
             Self::NotAnSqsEvent(_) => "InvalidEvent",
+            Self::MixedUp => "MixedUp",
             Self::NoMessageId => "NoMessageId",
             Self::Store(error) => error.error_type(),
             Self::Panic => "Panic",
@@ -92,27 +97,27 @@ impl fmt::Display for Failure {
     }
 }
 
+/// What became of a message before the database saw it.
+enum Prepared {
+    /// It is the entry at this place.
+    Entry(usize),
+    /// It is a second copy of the message at this place of the batch, and shares its fate.
+    CopyOf(usize),
+    /// It will not be written.
+    Failed(Failure),
+}
+
 /// What a batch came to.
-#[derive(Default)]
-struct Report {
-    messages: usize,
+struct Loaded {
     inserted: u64,
-    /// When the oldest message was sent, of those that are no batch item failures.
-    oldest: Option<SystemTime>,
-    highest_receive_count: Option<u64>,
-    /// Message id and reason, in the batch's order.
-    failures: Vec<(String, Failure)>,
+    /// For each message of the batch why it failed, if it did.
+    failures: Vec<Option<Failure>>,
 }
 
 impl Handler {
-    /// A handler with its keyring, its database and what delays redeliveries.
-    pub fn new(
-        keyring: FreshKeyring,
-        store: Store,
-        redelivery: Redelivery,
-        app_version_encoding: AppVersionEncoding,
-    ) -> Self {
-        Self { keyring, store, redelivery, app_version_encoding }
+    /// A handler with its mapping, its keyring, its database and what delays redeliveries.
+    pub fn new(mapping: Mapping, keyring: FreshKeyring, store: Store, redelivery: Redelivery) -> Self {
+        Self { mapping, keyring, store, redelivery }
     }
 
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
@@ -121,125 +126,160 @@ impl Handler {
     /// [`BatchError`]: all of the batch comes back.
     pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
         let (started, timestamp) = (Instant::now(), SystemTime::now());
-        let time = event.context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
+        let LambdaEvent { payload, context, .. } = event;
+        let time = context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
         let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
         let deadline = started + time.saturating_sub(answer_time);
 
-        let mut report = Report::default();
+        let read = match payload.of(&context.request_id) {
+            Some(event) => event::messages(event).map_err(BatchError::from),
+            None => Err(BatchError::MixedUp),
+        };
+        let (messages, unreadable) = match read {
+            Ok(messages) => (messages, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        let messages = &messages[..];
         let loading = async {
-            let messages = event::messages(&event.payload.0)?;
-            let result = self.load(&messages, deadline, &mut report).await;
+            let result = self.load(messages, deadline).await;
             if let Err(BatchError::Store(_)) = result {
-                self.redelivery.delay(&messages, deadline + answer_time / 2).await;
+                self.redelivery.delay(messages, deadline + answer_time / 2).await;
             }
             result
         };
-        // The runtime would put a panic's message into its answer, and a message can quote data.
-        let result = AssertUnwindSafe(loading).catch_unwind().await.unwrap_or(Err(BatchError::Panic));
+        let result = match unreadable {
+            Some(error) => Err(error),
+            // The runtime would put a panic's message into its answer, and a message can quote data.
+            None => AssertUnwindSafe(loading).catch_unwind().await.unwrap_or(Err(BatchError::Panic)),
+        };
 
-        let Report { messages, inserted, oldest, highest_receive_count, failures } = report;
-        let failed = failures.len();
-        let deduplicated = if result.is_ok() { messages as u64 - failed as u64 - inserted } else { 0 };
+        let (inserted, failed) = match &result {
+            Ok(loaded) => (loaded.inserted, loaded.failures.iter().flatten().count() as u64),
+            Err(_) => (0, 0),
+        };
+        let count = messages.len() as u64;
+        let deduplicated = if result.is_ok() { count - failed - inserted } else { 0 };
         metrics::Batch {
             timestamp,
-            function_name: event.context.env_config.function_name.clone(),
-            request_id: event.context.request_id.clone(),
+            function_name: context.env_config.function_name.clone(),
+            request_id: context.request_id.clone(),
             outcome: result.as_ref().err().map_or("Ok", BatchError::error_type),
-            messages: messages as u64,
+            messages: count,
             inserted,
             deduplicated,
-            failed: failed as u64,
+            failed,
             batches_failed: result.is_err().into(),
             duration: started.elapsed(),
-            age_of_oldest_message: oldest.and_then(|sent| SystemTime::now().duration_since(sent).ok()),
-            highest_receive_count,
+            age_of_oldest_message: oldest(messages, result.as_ref().ok())
+                .and_then(|sent| SystemTime::now().duration_since(sent).ok()),
+            highest_receive_count: messages.iter().filter_map(Message::receive_count).max(),
             credential_refreshes: self.store.take_credential_refreshes(),
             keyring_failures: self.keyring.take_failures(),
             prune_failures: self.store.take_prune_failures(),
         }
         .emit();
-        result.inspect_err(|error| {
-            tracing::error!(error_type = error.error_type(), %error, messages, "batch failed: all of it comes back");
+        let loaded = result.inspect_err(|error| {
+            tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed: all of it comes back");
         })?;
-        for (message_id, reason) in &failures {
-            tracing::warn!(message_id, %reason, "message failed");
-        }
-        let duration_ms = started.elapsed().as_millis() as u64;
-        tracing::info!(messages, inserted, deduplicated, failed, duration_ms, "batch loaded");
-
         let mut response = SqsBatchResponse::default();
         let mut reported = HashSet::new();
-        response.set_failures(failures.iter().map(|(id, _)| id).filter(|id| reported.insert(*id)));
+        for (message, failure) in pairs(messages, &loaded.failures) {
+            let (Some(message_id), Some(reason)) = (message.id(), failure) else { continue };
+            tracing::warn!(message_id, %reason, "message failed");
+            if reported.insert(message_id) {
+                response.add_failure(message_id);
+            }
+        }
+        let duration_ms = started.elapsed().as_millis() as u64;
+        tracing::info!(messages = count, inserted, deduplicated, failed, duration_ms, "batch loaded");
         Ok(response)
     }
 
-    async fn load(&self, messages: &[Message<'_>], deadline: Instant, report: &mut Report) -> Result<(), BatchError> {
-        report.messages = messages.len();
-        report.oldest = messages.iter().filter_map(Message::sent).min();
-        report.highest_receive_count = messages.iter().filter_map(Message::receive_count).max();
+    async fn load(&self, messages: &[Message<'_>], deadline: Instant) -> Result<Loaded, BatchError> {
         if messages.iter().any(|message| message.id().is_none_or(str::is_empty)) {
             return Err(BatchError::NoMessageId);
         }
-
         let keyring = self.keyring.current(deadline).await;
-        let horizon = self.store.horizon();
-        let today = Day::of(SystemTime::now());
-        // By the message's place in the batch: of those that are in an entry, and of those that failed.
-        let mut places = Vec::with_capacity(messages.len());
-        let mut failures = HashMap::new();
-        // A second copy of a message in the batch shares the first one's fate.
-        let mut first_copies = Vec::with_capacity(messages.len());
-        let mut known = HashMap::with_capacity(messages.len());
+        let (prepared, entries) = self.prepare(messages, &keyring);
+        let stored = self.store.insert(&entries, deadline).await?;
+        Ok(Loaded { inserted: stored.inserted, failures: settle(prepared, &stored.fates) })
+    }
+
+    /// Makes an entry of each message that is to be written, in the batch's order.
+    fn prepare<'a>(&self, messages: &'a [Message<'_>], keyring: &Keyring) -> (Vec<Prepared>, Vec<Entry<'a>>) {
+        let (now, horizon) = (SystemTime::now(), self.store.horizon());
+        let mut prepared = Vec::with_capacity(messages.len());
+        let mut entries = Vec::with_capacity(messages.len());
+        let mut first_places = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
         let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
-        // Made as the store takes them, all of them where it succeeds: what they leave here is complete only then.
-        let entries = messages.iter().enumerate().filter_map(|(place, message)| {
-            let key = LedgerKey::new(message.id().unwrap_or_default(), message.sent_timestamp(), horizon);
-            let first = match known.entry(key.message_id) {
-                hash_map::Entry::Occupied(first) => *first.get(),
-                hash_map::Entry::Vacant(unknown) => *unknown.insert(place),
+        for (place, message) in messages.iter().enumerate() {
+            let id = message.id().unwrap_or_default();
+            let key = LedgerKey::new(id, message.sent_timestamp(), horizon);
+            match first_places.entry(key.message_id) {
+                hash_map::Entry::Occupied(first) => {
+                    prepared.push(Prepared::CopyOf(*first.get()));
+                    continue;
+                }
+                hash_map::Entry::Vacant(unknown) => unknown.insert(place),
             };
-            first_copies.push(first);
-            if first != place {
-                return None;
-            }
             let group = message.fifo_group();
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
                 Err(Failure::HeldBack)
             } else {
-                let body = message.body();
-                body.and_then(|body| Row::of(body, self.app_version_encoding, &keyring, today, &mut buffer))
+                let envelope = Envelope { message_id: id, sent: message.sent(), queue: message.queue_name(), now };
+                let row = message.body().ok_or(Invalid::NoBody);
+                row.and_then(|body| self.mapping.row_of_json_string(body, &envelope, keyring, &mut buffer))
                     .map_err(Failure::Invalid)
             };
-            match row {
+            prepared.push(match row {
                 Ok(row) => {
-                    places.push(place);
-                    Some(Entry { key, group, row })
+                    entries.push(Entry { key, group, row });
+                    Prepared::Entry(entries.len() - 1)
                 }
                 Err(failure) => {
                     stopped_groups.extend(group);
-                    failures.insert(place, failure);
-                    None
+                    Prepared::Failed(failure)
                 }
-            }
-        });
-
-        let outcome = self.store.insert(Entries::new(messages.len(), entries), deadline).await?;
-        report.inserted = outcome.inserted;
-        let refused = outcome.refused.into_iter().map(|(index, error)| (index, Failure::Refused(error)));
-        let held_back = outcome.held_back.into_iter().map(|index| (index, Failure::HeldBack));
-        failures.extend(refused.chain(held_back).map(|(index, failure)| (places[index], failure)));
-        if failures.is_empty() {
-            return Ok(());
+            });
         }
-        report.oldest = None;
-        for (message, first) in messages.iter().zip(first_copies) {
-            if let Some(failure) = failures.get(&first) {
-                report.failures.push((message.id().unwrap_or_default().to_owned(), failure.clone()));
-            } else {
-                report.oldest = report.oldest.into_iter().chain(message.sent()).min();
-            }
-        }
-        Ok(())
+        (prepared, entries)
     }
+}
+
+/// For each message of the batch why it failed, if it did. `fates` are its entries'.
+fn settle(prepared: Vec<Prepared>, fates: &[store::Fate]) -> Vec<Option<Failure>> {
+    let mut failures: Vec<Option<Failure>> = Vec::with_capacity(prepared.len());
+    for message in prepared {
+        failures.push(match message {
+            Prepared::Failed(failure) => Some(failure),
+            Prepared::CopyOf(first) => failures[first].clone(),
+            Prepared::Entry(place) => match &fates[place] {
+                store::Fate::Stored => None,
+                store::Fate::Refused(error) => Some(Failure::Refused(error.clone())),
+                store::Fate::HeldBack => Some(Failure::HeldBack),
+            },
+        });
+    }
+    failures
+}
+
+/// When the oldest message was sent; of a batch that was loaded, the oldest that did not fail.
+fn oldest(messages: &[Message<'_>], loaded: Option<&Loaded>) -> Option<SystemTime> {
+    match loaded {
+        None => messages.iter().filter_map(Message::sent).min(),
+        Some(loaded) => pairs(messages, &loaded.failures)
+            .filter(|(_, failure)| failure.is_none())
+            .filter_map(|(message, _)| message.sent())
+            .min(),
+    }
+}
+
+/// Each message with why it failed, if it did.
+fn pairs<'a, 'b>(
+    messages: &'b [Message<'a>],
+    failures: &'b [Option<Failure>],
+) -> impl Iterator<Item = (&'b Message<'a>, Option<&'b Failure>)> {
+    assert_eq!(messages.len(), failures.len(), "every message has one fate");
+    messages.iter().zip(failures.iter().map(Option::as_ref))
 }

@@ -1,30 +1,44 @@
-//! Login events from SQS into PostgreSQL: masked, exactly once.
+//! JSON messages from SQS into PostgreSQL, as `mapping.toml` declares: personal fields masked, every message exactly once.
 //!
 //! ```text
-//! bytes ─ handler ─┬─ event   its messages
-//!                  ├─ login   body → Login, validated
-//!                  ├─ mask    ip, device_id → Masked
-//!                  ├─ store   rows and ledger entries → PostgreSQL, in one transaction
-//!                  ├─ metrics one event a batch
-//!                  └─ redelivery  after an outage: later and later
-//!       ─→ SqsBatchResponse
+//! bytes ─ event ─→ messages
+//! prepare   mapping   body → row, or why it is invalid
+//!           keyring   a personal field → its mask
+//! store     rows and ledger entries → PostgreSQL, in one transaction
+//! settle    every message has one fate
+//!           redelivery  after an outage: exponential backoff
+//!           metrics     one event a batch
+//! ─→ SqsBatchResponse
 //! ```
+//!
+//! [`handler`] leads a batch through that.
 //!
 //! Whose fault is it? A message's: it alone is reported, and SQS redelivers it alone. The batch's (the database is
 //! down, the time is up): the invocation fails, and all of it comes back; the ledger keeps what was written from being
-//! written twice. The operator's (a setting, a secret): the environment does not start, and says why.
+//! written twice. The operator's (a setting, a secret, the mapping): the environment does not start, and says why.
 //!
-//! To load another kind of message, change [`login`], the inserts in `store/`, and `schema/`.
+//! To add
+//! - a conversion or a normalisation: its variant in `mapping/convert.rs`, where it works in `mapping/row.rs`, which types it fits in
+//!   `mapping/file.rs`;
+//! - a column type: its variant in `mapping/mod.rs`, its bytes in `mapping/row.rs`, its array in `store/sql.rs`;
+//! - a cipher: its name, its key and its `Cipher` in `keyring.rs`.
 
+#[cfg(feature = "lambda")]
 pub mod config;
 pub mod event;
+#[cfg(feature = "lambda")]
 pub mod handler;
+pub mod keyring;
+#[cfg(feature = "lambda")]
 pub mod logging;
-pub mod login;
-pub mod mask;
+pub mod mapping;
+#[cfg(feature = "lambda")]
 pub mod metrics;
+#[cfg(feature = "lambda")]
 pub mod redelivery;
+#[cfg(feature = "lambda")]
 pub mod runtime;
-mod scan;
+#[cfg(feature = "lambda")]
 pub mod secrets;
+#[cfg(feature = "lambda")]
 pub mod store;

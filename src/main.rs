@@ -8,6 +8,7 @@ use login_etl::{
     config::{self, Config},
     handler::Handler,
     logging,
+    mapping::Mapping,
     redelivery::Redelivery,
     runtime::PassEvents,
     secrets::{FreshKeyring, Secrets},
@@ -40,10 +41,11 @@ async fn main() -> Result<(), Error> {
 async fn init() -> Result<Arc<Handler>, Error> {
     let started = Instant::now();
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
+    let mapping = Mapping::load(config.mapping_file)?;
     let sdk_config = config::sdk_config().await;
     let secrets = Secrets::new(&sdk_config);
     let connected_store = async {
-        let store = Store::new(config.database, secrets.clone()).await?;
+        let store = Store::new(config.database, secrets.clone(), &mapping).await?;
         // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
         match timeout_at(started + INIT_TIME, store.connect()).await {
             Ok(Ok(())) => {}
@@ -56,7 +58,7 @@ async fn init() -> Result<Arc<Handler>, Error> {
     let (store, keyring) = tokio::join!(connected_store, reading_keyring);
     let (keyring, store) = (keyring?, store?);
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
-    Ok(Arc::new(Handler::new(keyring, store, redelivery, config.app_version_encoding)))
+    Ok(Arc::new(Handler::new(mapping, keyring, store, redelivery)))
 }
 
 /// Tells Lambda why the environment cannot start, so that the reason shows in the invocation's error.

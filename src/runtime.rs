@@ -19,16 +19,32 @@ use serde::{
 
 thread_local! {
     /// The event of the invocation that is being deserialized on this thread.
-    static EVENT: Cell<Option<Bytes>> = const { Cell::new(None) };
+    static EVENT: Cell<Option<Event>> = const { Cell::new(None) };
 }
 
 /// The payload of an invocation, where [`PassEvents`] is a layer of the runtime. `Debug` shows nothing of it.
-pub struct Event(pub Bytes);
+pub struct Event {
+    bytes: Bytes,
+    request_id: String,
+}
+
+impl Event {
+    /// The event of the invocation with this request id.
+    pub fn new(bytes: Bytes, request_id: String) -> Self {
+        Self { bytes, request_id }
+    }
+
+    /// The event's bytes, if it is that of the invocation with this request id. Another one would mean that the runtime no longer
+    /// deserializes an event where it is called.
+    pub fn of(&self, request_id: &str) -> Option<&[u8]> {
+        (self.request_id == request_id).then_some(&self.bytes)
+    }
+}
 
 impl<'de> Deserialize<'de> for Event {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         IgnoredAny::deserialize(deserializer)?;
-        EVENT.take().map(Self).ok_or_else(|| D::Error::custom("the event did not come past the runtime"))
+        EVENT.take().ok_or_else(|| D::Error::custom("the event did not come past the runtime"))
     }
 }
 
@@ -65,7 +81,8 @@ impl<S: Service<LambdaInvocation>> Service<LambdaInvocation> for PassingEvents<S
 
     /// Deserialization is part of the call, and not of the future that it makes.
     fn call(&mut self, mut invocation: LambdaInvocation) -> Self::Future {
-        EVENT.set(Some(mem::replace(&mut invocation.body, Bytes::from_static(b"null"))));
+        let request_id = invocation.context.request_id.clone();
+        EVENT.set(Some(Event::new(mem::replace(&mut invocation.body, Bytes::from_static(b"null")), request_id)));
         self.0.call(invocation)
     }
 }

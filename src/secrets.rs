@@ -18,7 +18,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::mask::{Keyring, KeyringError};
+use crate::keyring::{Keyring, KeyringError};
 
 /// Reads secrets, with the SDK's own retries.
 #[derive(Clone, Debug)]

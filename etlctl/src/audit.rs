@@ -35,7 +35,7 @@ pub fn check_reason(reason: &str) -> Result<(), Failure> {
 /// Writes the record, and returns once the server has it on disk.
 pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) -> Result<(), Failure> {
     let operator = operator(aws).await;
-    let keys: BTreeSet<&str> = record.masks.iter().map(|masked| login_etl::mask::key_id(masked)).collect();
+    let keys: BTreeSet<&str> = record.masks.iter().map(|masked| login_etl::keyring::key_id(masked)).collect();
     let keys: Vec<&str> = keys.into_iter().collect();
     let masks = (record.masks.len() <= MASKS_MAX).then_some(record.masks);
     let number = |count: usize| i32::try_from(count).map_err(|_| failed("that many values cannot be recorded"));

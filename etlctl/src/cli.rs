@@ -2,10 +2,9 @@
 
 use std::{num::NonZeroU32, path::PathBuf};
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, builder::Styles};
-use login_etl::login::Field;
-
 use crate::output::{BOLD, GOOD};
+use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Styles};
+use login_etl::mapping::Mapping;
 
 const STYLES: Styles = Styles::styled().header(BOLD).usage(BOLD).literal(GOOD);
 
@@ -32,6 +31,7 @@ Settings, each a flag and a variable, with every command:
   --queue-url URL          QUEUE_URL
   --dlq-url URL            DLQ_URL
   --function NAME          FUNCTION_NAME
+  --mapping FILE           MAPPING_FILE               not the one built in
 
 Exit status:
   0  done, and the answer is yes
@@ -51,6 +51,39 @@ pub struct Cli {
 
 const COMMON: &str = "With every command (more in `etlctl --help`)";
 
+impl Cli {
+    /// Reads the command line, or ends with what is wrong with it.
+    pub fn from_command_line() -> Self {
+        let matches = Self::all().get_matches();
+        let mut cli = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        if let (Command::Find(find), Some(matches)) = (&mut cli.command, matches.subcommand_matches("find")) {
+            let mut given =
+                short_forms().filter_map(|(flag, field)| Some((field, matches.get_one::<String>(&flag)?.clone())));
+            find.short = given.next();
+        }
+        cli
+    }
+
+    /// All that can be asked for: `find` has a short form for each masked field of the mapping that is built in.
+    pub fn all() -> clap::Command {
+        Self::command().mut_subcommand("find", |find| {
+            let forms = short_forms().map(|(flag, field)| {
+                let help = format!("Short for `--field {field} --value VALUE`");
+                Arg::new(flag.clone()).long(flag).value_name("VALUE").help(help).group("short").conflicts_with("field")
+            });
+            let usage: String = short_forms().map(|(flag, _)| format!("|--{flag} <VALUE>")).collect();
+            find.args(forms).override_usage(format!("etlctl find [OPTIONS] <--field <NAME> --value <VALUE>{usage}>"))
+        })
+    }
+}
+
+/// Flag and field of each short form.
+fn short_forms() -> impl Iterator<Item = (String, String)> {
+    let mapping = Mapping::built_in().ok();
+    let fields: Vec<_> = mapping.iter().flat_map(Mapping::masked).map(|(_, field)| field.path.to_string()).collect();
+    fields.into_iter().map(|field| (field.replace('_', "-"), field))
+}
+
 /// What every command takes. The hidden flags are settings, which the help lists once.
 #[derive(Clone, Debug, Args)]
 pub struct Global {
@@ -63,6 +96,8 @@ pub struct Global {
     /// Read variables from this file instead of `.env`
     #[arg(long, global = true, value_name = "FILE", help_heading = COMMON)]
     pub env_file: Option<PathBuf>,
+    #[arg(long, global = true, value_name = "FILE", hide = true)]
+    pub mapping: Option<PathBuf>,
     #[arg(long, global = true, value_name = "ID", hide = true)]
     pub database_secret: Option<String>,
     #[arg(long, global = true, value_name = "NAME", hide = true)]
@@ -140,6 +175,18 @@ Examples:
         #[command(subcommand)]
         command: Dlq,
     },
+    /// The mapping: which fields of a message become which columns
+    ///
+    /// Needs neither AWS nor a database. `--mapping FILE` or MAPPING_FILE takes another one than the one that is built in.
+    #[command(after_help = "\
+Examples:
+  etlctl mapping check mapping.toml
+  etlctl mapping try events/mixed.json --mapping mapping.toml
+  etlctl mapping ddl --mapping mapping.toml | psql")]
+    Mapping {
+        #[command(subcommand)]
+        command: MappingCommand,
+    },
     /// The pipeline on one screen
     Status(Status),
     /// Print a completion script for your shell
@@ -161,41 +208,49 @@ pub struct Migrate {
     pub check: bool,
 }
 
-/// A field that is masked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum MaskedField {
-    Ip,
-    #[value(name = "device_id", alias = "device-id")]
-    DeviceId,
-}
-
-impl MaskedField {
-    pub fn field(self) -> Field {
-        match self {
-            Self::Ip => Field::Ip,
-            Self::DeviceId => Field::DeviceId,
-        }
-    }
+#[derive(Debug, Subcommand)]
+pub enum MappingCommand {
+    /// Show each column: its type, where it comes from, how it is kept, what is refused
+    Show,
+    /// Check a mapping, and say where it breaks a rule
+    Check {
+        /// The mapping's file
+        file: Option<PathBuf>,
+    },
+    /// Print the SQL that makes the table, its indexes, its views of duplicates, and the grants
+    Ddl,
+    /// Show which row would come of each message, and which would be refused, and why
+    ///
+    /// The masks are made under a key that is made up, unless --keyring gives another.
+    Try {
+        /// A file of bodies or of SQS events, one a line, or of one event; `-` for standard input
+        file: PathBuf,
+        /// A file with the text of a keyring's secret
+        #[arg(long, value_name = "FILE")]
+        keyring: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Args)]
 pub struct Mask {
     /// Which field's value it is
-    #[arg(long)]
-    pub field: MaskedField,
+    #[arg(long, value_name = "NAME")]
+    pub field: String,
     /// The value, or `-` to read it from standard input
     pub value: String,
 }
 
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("wanted").required(true).args(["ip", "device_id"])))]
 pub struct Find {
-    /// The address, or `-` to read it from standard input
-    #[arg(long, value_name = "VALUE")]
-    pub ip: Option<String>,
-    /// The device, or `-` to read it from standard input
-    #[arg(long, value_name = "VALUE")]
-    pub device_id: Option<String>,
+    /// The masked field that the value is of
+    #[arg(long, value_name = "NAME", requires = "value", required_unless_present = "short")]
+    pub field: Option<String>,
+    /// The value, or `-` to read it from standard input
+    #[arg(long, value_name = "VALUE", requires = "field")]
+    pub value: Option<String>,
+    /// Field and value, where they were given in a short form.
+    #[arg(skip)]
+    pub short: Option<(String, String)>,
     /// Only rows of this day (UTC) and later
     #[arg(long, value_name = "YYYY-MM-DD")]
     pub since: Option<jiff::civil::Date>,
@@ -211,15 +266,15 @@ pub struct Recover {
     #[arg(long)]
     pub reason: String,
     /// Which field's masks they are; of --csv and --query, the field of --column
-    #[arg(long)]
-    pub field: Option<MaskedField>,
+    #[arg(long, value_name = "NAME")]
+    pub field: Option<String>,
     /// Masks as they stand in the table
     #[arg(value_name = "MASK", requires = "field")]
     pub masks: Vec<String>,
     /// A file with a mask a line, or `-` for standard input
     #[arg(long, requires = "field")]
     pub file: Option<PathBuf>,
-    /// A CSV file with a line of headings, or `-`: its columns masked_ip and masked_device_id, or --column
+    /// A CSV file with a line of headings, or `-`: its masked columns, or --column
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
     /// The rows of a query, which cannot change anything: the same columns
@@ -248,8 +303,9 @@ pub enum Keys {
     Add {
         /// Its id, 1 to 32 of a-z 0-9 . _ - ; this month if not given. It shows in every mask
         id: Option<String>,
-        /// aes-siv also detects damage and keeps the columns apart; aes-cbc is the original's
-        #[arg(long, default_value = "aes-siv", value_parser = ["aes-siv", "aes-cbc"])]
+        /// aes-siv also detects damage and keeps the columns apart; aes-cbc is the original's; nobody can recover what
+        /// hmac-sha256 masks
+        #[arg(long, default_value = "aes-siv", value_parser = ["aes-siv", "aes-cbc", "hmac-sha256"])]
         cipher: String,
     },
     /// Have new rows masked under this key

@@ -3,8 +3,8 @@
 use std::io;
 
 use login_etl::{
-    login::{Field, MASKED},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Field, quoted},
 };
 use serde_json::{Value, json};
 use tokio_postgres::types::{ToSql, Type};
@@ -17,9 +17,9 @@ use crate::{
 };
 
 pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Failure> {
+    let (_, field) = settings.masked_field(&options.field)?;
     let value = value(&options.value)?;
     let keyring = settings.keyring().await?;
-    let field = options.field.field();
     let masks = masks(&keyring, field, &value)?;
     let cipher = |id: &str| keyring.keys().find(|(key, _)| *key == id).map_or("", |(_, cipher)| cipher);
     let is_active = |id: &str| id == keyring.active();
@@ -35,31 +35,40 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
 }
 
 pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Failure> {
-    let (field, given) = match (&options.ip, &options.device_id) {
-        (Some(ip), _) => (Field::Ip, ip),
-        (None, Some(device)) => (Field::DeviceId, device),
-        (None, None) => return Err(Failure::Usage("give --ip or --device-id".to_owned())),
+    let (name, given) = match (&options.short, &options.field, &options.value) {
+        (Some((field, value)), ..) | (None, Some(field), Some(value)) => (field, value),
+        _ => return Err(Failure::Usage("give --field and --value".to_owned())),
     };
+    let mapping = &settings.mapping;
+    let (column, field) = settings.masked_field(name)?;
     let value = value(given)?;
     let masks = masks(&settings.keyring().await?, field, &value)?;
     let masks: Vec<&str> = masks.iter().map(|(_, masked)| masked.as_str()).collect();
-    let column = MASKED.into_iter().find(|(masked, _)| *masked == field).map_or("", |(_, column)| column);
     let since = options.since.map(|day| day.to_string());
-    let matching =
-        format!("from user_logins where {column} = any($1) and ($2::text is null or create_date >= $2::text::date)");
+    let day = mapping.day().map(|day| quoted(&day.name));
+    if day.is_none() && since.is_some() {
+        return Err(Failure::Usage("no column of the mapping has a row's day, which --since asks for".to_owned()));
+    }
+    let since_day = day.as_ref().map_or("true".to_owned(), |day| format!("{day} >= $2::text::date"));
+    let matching = format!(
+        "from {} where {} = any($1) and ($2::text is null or {since_day})",
+        mapping.table(),
+        quoted(&column.name)
+    );
+    // Without such a column, nothing is counted or sorted by it.
+    let day = day.unwrap_or("null::date".to_owned());
+    let subject = mapping.subject().map_or("null".to_owned(), |subject| quoted(&subject.name));
 
     let connection = settings.database().await?;
     let _spinner = spinner("Looking for rows");
-    let query = format!(
-        "select row_to_json(row)::text from (select * {matching} order by create_date desc nulls last limit $3) row"
-    );
+    let query =
+        format!("select row_to_json(row)::text from (select * {matching} order by {day} desc nulls last limit $3) row");
     let limit = i64::from(options.limit);
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
         [(&masks, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
     let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
     let rows: Vec<Value> = rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
-    let counted =
-        format!("select count(*), count(distinct user_id), min(create_date)::text, max(create_date)::text {matching}");
+    let counted = format!("select count(*), count(distinct {subject}), min({day})::text, max({day})::text {matching}");
     let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
     let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
     let (logins, users): (i64, i64) = (total.get(0), total.get(1));
@@ -96,8 +105,9 @@ fn cell(value: &Value) -> String {
 }
 
 /// The masks of a value, each under a key of the ring.
-fn masks(keyring: &Keyring, field: Field, value: &str) -> Result<Vec<(String, String)>, Failure> {
-    let masks = keyring.mask_under_all(field.name(), &field.canonical(value));
+fn masks(keyring: &Keyring, field: &Field, value: &str) -> Result<Vec<(String, String)>, Failure> {
+    let value = field.normalized(value).map_err(|fault| failed(format!("the value {fault}, so no row has it")))?;
+    let masks = keyring.mask_under_all(&field.path, &value);
     if masks.is_empty() {
         return Err(failed("the value is too long to be masked, so no row has it"));
     }

@@ -8,7 +8,7 @@
 //! migrate   schema/ into the database          find     values to masks, and the rows that have them
 //! doctor    is all of it set up right?         recover  masks to values, behind the audit
 //! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
-//!                                              dlq      the dead letters
+//! mapping   which fields become which columns  dlq      the dead letters
 //! ```
 //!
 //! A command returns its [`Reply`] and prints nothing itself, so whatever it has to write down first,
@@ -21,6 +21,7 @@ mod doctor;
 mod find;
 mod keys;
 mod logs;
+mod mapping;
 mod migrate;
 mod output;
 mod recover;
@@ -29,16 +30,15 @@ mod status;
 
 use std::{io::Write, process::ExitCode};
 
-use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
 use output::{Failure, Reply};
 use settings::Settings;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_command_line();
     if let Command::Completions { shell } = cli.command {
         let mut script = Vec::new();
-        clap_complete::generate(shell, &mut Cli::command(), "etlctl", &mut script);
+        clap_complete::generate(shell, &mut Cli::all(), "etlctl", &mut script);
         let printed = std::io::stdout().write_all(&script).map_err(Failure::from);
         return printed.map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
     }
@@ -57,6 +57,9 @@ fn main() -> ExitCode {
 
 async fn run(cli: Cli) -> Result<Reply, Failure> {
     let json = cli.global.json;
+    if let Command::Mapping { command } = &cli.command {
+        return mapping::run(settings::mapping_file(&cli.global).as_deref(), command);
+    }
     let settings = Settings::new(cli.global).await?;
     match cli.command {
         Command::Migrate(options) => migrate::run(&settings, &options).await,
@@ -67,6 +70,6 @@ async fn run(cli: Cli) -> Result<Reply, Failure> {
         Command::Keys { command } => keys::run(&settings, &command).await,
         Command::Dlq { command } => dlq::run(&settings, &command).await,
         Command::Status(options) => status::run(&settings, &options, json).await,
-        Command::Completions { .. } => Ok(Reply::default()),
+        Command::Completions { .. } | Command::Mapping { .. } => Ok(Reply::default()),
     }
 }

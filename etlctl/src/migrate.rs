@@ -1,5 +1,6 @@
 //! The schema: what of it the database has, and the rest of it applied.
 
+use login_etl::mapping::{Column, ColumnType, Mapping};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio_postgres::{Client, GenericClient};
@@ -83,7 +84,8 @@ async fn apply(client: &mut Client, name: &str, text: &str) -> Result<(), Failur
     let transaction = client.transaction().await.map_err(sql(what()))?;
     transaction.batch_execute(text).await.map_err(sql(what()))?;
     if name == MIGRATIONS[0].0 {
-        let misfits = misfits(&transaction).await?;
+        let mapping = Mapping::built_in().map_err(|error| failed(error.to_string()))?;
+        let misfits = misfits(&mapping, &transaction).await?;
         if !misfits.is_empty() {
             return Err(failed(format!("the table user_logins does not fit: {}", misfits.join("; "))));
         }
@@ -162,34 +164,43 @@ fn checksum(text: &str) -> String {
 }
 
 /// Where the table's columns would not take what the function writes, each with what to do.
-pub async fn misfits(client: &impl GenericClient) -> Result<Vec<String>, Failure> {
+pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
     let query = "select attname::text, format_type(atttypid, atttypmod), attnotnull, attnotnull and not atthasdef and attidentity = '' \
-                 from pg_attribute where attrelid = to_regclass('user_logins') and attnum > 0 and not attisdropped";
-    let columns = client.query(query, &[]).await.map_err(sql("read the table's columns"))?;
+                 from pg_attribute where attrelid = to_regclass($1) and attnum > 0 and not attisdropped";
+    let table = mapping.table().to_string();
+    let columns = client.query(query, &[&table]).await.map_err(sql("read the table's columns"))?;
     let found = |wanted: &str| columns.iter().find(|column| column.get::<_, &str>(0) == wanted);
     let mut misfits = Vec::new();
-    for (name, wanted) in expected() {
+    for column in mapping.columns() {
+        let (name, wanted) = (&column.name, sql_type(column));
         match found(name).map(|column| column.get::<_, &str>(1)) {
             None => misfits.push(format!("it has no column {name} {wanted}: add it")),
-            Some(found) if fits(found, wanted) => {}
+            Some(found) if fits(found, &wanted) => {}
             Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted} (without the views duplicate_*, which are to be made again after)")),
         }
     }
     for column in &columns {
         let (name, not_null, needs_value): (&str, bool, bool) = (column.get(0), column.get(2), column.get(3));
-        if name == "locale" && not_null {
-            misfits.push("its column locale takes no null, which the function writes: drop that".to_owned());
-        } else if needs_value && !expected().any(|(expected, _)| expected == name) {
-            misfits.push(format!("its column {name} takes no null, and is not written: give it a default"));
+        match mapping.columns().iter().find(|column| column.name == name) {
+            Some(column) if column.optional && not_null => {
+                misfits.push(format!("its column {name} takes no null, which the function writes: drop that"));
+            }
+            None if needs_value => {
+                misfits.push(format!("its column {name} takes no null, and is not written: give it a default"));
+            }
+            _ => {}
         }
     }
     Ok(misfits)
 }
 
-/// The columns of the first migration: `    name  type,` in each of its inner lines.
-fn expected() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let inner = MIGRATIONS[0].1.lines().filter(|line| line.starts_with("    "));
-    inner.filter_map(|line| line.trim().trim_end_matches(',').split_once(' ')).map(|(name, kind)| (name, kind.trim()))
+/// The type that a column should have, as SQL has it.
+pub fn sql_type(column: &Column) -> String {
+    match (column.column_type, column.max_length) {
+        (ColumnType::Text, Some(max_length)) => format!("varchar({max_length})"),
+        (ColumnType::Timestamptz, _) => "timestamp with time zone".to_owned(),
+        (column_type, _) => column_type.name().to_owned(),
+    }
 }
 
 /// Whether a column of type `found`, as `format_type` says it, takes whatever one of type `wanted` would.
@@ -221,11 +232,13 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_the_exercise_is_what_is_expected() {
-        let columns: Vec<_> = expected().collect();
-        assert_eq!(columns.len(), 7);
-        assert!(columns.contains(&("masked_ip", "varchar(256)")));
-        assert!(columns.contains(&("create_date", "date")));
+    fn the_table_of_the_exercise_is_what_the_mapping_that_ships_expects() {
+        let inner = MIGRATIONS[0].1.lines().filter(|line| line.starts_with("    "));
+        let columns = inner.filter_map(|line| line.trim().trim_end_matches(',').split_once(' '));
+        let columns: Vec<_> = columns.map(|(name, kind)| (name.to_owned(), kind.trim().to_owned())).collect();
+        let mapping = Mapping::built_in().unwrap();
+        let expected: Vec<_> = mapping.columns().iter().map(|column| (column.name.clone(), sql_type(column))).collect();
+        assert_eq!(columns, expected);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::TryStreamExt;
-use login_etl::login::{Field, MASKED};
+use login_etl::mapping::{Field, Mapping};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 use zeroize::Zeroizing;
@@ -21,17 +21,17 @@ use crate::{
 };
 
 /// What is to be recovered.
-enum Source {
+enum Source<'a> {
     /// Masks of one field, one an output line.
-    Masks(Field, Vec<String>),
+    Masks(&'a Field, Vec<String>),
     /// Rows under headings; some columns hold masks.
-    Table { headings: csv::StringRecord, rows: Vec<csv::StringRecord>, masked: Vec<(usize, Field)> },
+    Table { headings: csv::StringRecord, rows: Vec<csv::StringRecord>, masked: Vec<(usize, &'a Field)> },
 }
 
 pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Result<Reply, Failure> {
     audit::check_reason(&options.reason)?;
     let mut connection = settings.database().await?;
-    let (source, origin) = read(options, &connection.client).await?;
+    let (source, origin) = read(settings, options, &connection.client).await?;
     let masks = source.masks();
     if masks.is_empty() {
         return Err(Failure::Usage(format!("{origin}: nothing to recover")));
@@ -45,7 +45,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
 
     let keyring = settings.keyring().await;
     // An attempt without a keyring is an attempt, and goes on record as one that recovered nothing.
-    let recover = |(field, masked): &(Field, &str)| keyring.as_ref().ok()?.recover(field.name(), masked).ok();
+    let recover = |(field, masked): &(&Field, &str)| keyring.as_ref().ok()?.recover(&field.path, masked).ok();
     let values: Vec<Option<Zeroizing<String>>> = masks.iter().map(recover).collect();
     let recovered: Vec<&str> =
         masks.iter().zip(&values).filter(|(_, value)| value.is_some()).map(|((_, masked), _)| *masked).collect();
@@ -93,14 +93,15 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
 }
 
 /// The source, and what to call it in the audit.
-async fn read(options: &Recover, client: &Client) -> Result<(Source, String), Failure> {
-    let field = options.field.map(crate::cli::MaskedField::field);
+async fn read<'a>(settings: &'a Settings, options: &Recover, client: &Client) -> Result<(Source<'a>, String), Failure> {
+    let mapping = &settings.mapping;
+    let field = options.field.as_deref().map(|name| settings.masked_field(name)).transpose()?.map(|(_, field)| field);
     if let Some(query) = &options.query {
         let text = run_query(client, query).await?;
-        return Ok((Source::table(&text, options.column.as_deref(), field)?, format!("query {query}")));
+        return Ok((Source::table(mapping, &text, options.column.as_deref(), field)?, format!("query {query}")));
     }
     if let Some(path) = &options.csv {
-        let source = Source::table(&read_file(path)?, options.column.as_deref(), field)?;
+        let source = Source::table(mapping, &read_file(path)?, options.column.as_deref(), field)?;
         return Ok((source, named(path)));
     }
     let field = field.ok_or_else(|| Failure::Usage("give --field".to_owned()))?;
@@ -142,8 +143,13 @@ async fn run_query(client: &Client, query: &str) -> Result<Vec<u8>, Failure> {
     Ok(rows)
 }
 
-impl Source {
-    fn table(text: &[u8], column: Option<&str>, field: Option<Field>) -> Result<Self, Failure> {
+impl<'m> Source<'m> {
+    fn table(
+        mapping: &'m Mapping,
+        text: &[u8],
+        column: Option<&str>,
+        field: Option<&'m Field>,
+    ) -> Result<Self, Failure> {
         let not_csv = |error: csv::Error| match error.position() {
             // The error itself may quote the line.
             Some(position) => failed(format!("line {} is not CSV like those before it", position.line())),
@@ -156,14 +162,15 @@ impl Source {
             (Some(column), Some(field)) => {
                 vec![(place(column).ok_or_else(|| failed(format!("there is no column {column:?}")))?, field)]
             }
-            _ => MASKED
-                .into_iter()
-                .filter(|(masked, _)| field.is_none_or(|field| field == *masked))
-                .filter_map(|(field, column)| Some((place(column)?, field)))
+            _ => mapping
+                .masked()
+                .filter(|(_, masked)| field.is_none_or(|field| field.path == masked.path))
+                .filter_map(|(column, field)| Some((place(&column.name)?, field)))
                 .collect(),
         };
         if masked.is_empty() {
-            let names = MASKED.map(|(_, column)| column).join(" or ");
+            let names: Vec<_> = mapping.masked().map(|(column, _)| column.name.as_str()).collect();
+            let names = names.join(" or ");
             return Err(failed(format!("there is no column {names}: name it with --column and --field")));
         }
         let rows = reader.records().collect::<Result<_, _>>().map_err(not_csv)?;
@@ -171,7 +178,7 @@ impl Source {
     }
 
     /// All masks, in order. An empty cell is a null, and stays one.
-    fn masks(&self) -> Vec<(Field, &str)> {
+    fn masks(&self) -> Vec<(&'m Field, &str)> {
         match self {
             Self::Masks(field, masks) => masks.iter().map(|masked| (*field, masked.as_str())).collect(),
             Self::Table { rows, masked, .. } => {
@@ -185,15 +192,15 @@ impl Source {
     fn extended<'a>(
         headings: &'a csv::StringRecord,
         rows: &'a [csv::StringRecord],
-        masked: &'a [(usize, Field)],
+        masked: &'a [(usize, &'m Field)],
         values: &'a [Option<Zeroizing<String>>],
     ) -> (Vec<String>, impl Iterator<Item = Vec<&'a str>>) {
         // One of that name may be there already.
-        let name = |field: Field| match headings.iter().any(|heading| heading == field.name()) {
-            false => field.name().to_owned(),
-            true => format!("recovered_{}", field.name()),
+        let name = |field: &Field| match headings.iter().any(|heading| heading == &*field.path) {
+            false => field.path.to_string(),
+            true => format!("recovered_{}", field.path),
         };
-        let headings = headings.iter().map(str::to_owned).chain(masked.iter().map(|(_, field)| name(*field))).collect();
+        let headings = headings.iter().map(str::to_owned).chain(masked.iter().map(|(_, field)| name(field))).collect();
         let mut values = values.iter();
         let rows = rows.iter().map(move |row| {
             let recovered = masked.iter().map(|(place, _)| match &row[*place] {

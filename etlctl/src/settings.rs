@@ -1,11 +1,16 @@
 //! Where the pipeline is: from flags, a stack, the environment and `.env`; and the clients and connections that lead there.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use aws_config::SdkConfig;
 use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurationOutput;
 use login_etl::{
     config::{self, Config},
+    mapping::{Column, Field, Mapping},
     secrets::{Credentials, Secrets},
     store::{Connection, Connector},
 };
@@ -23,6 +28,8 @@ pub struct Settings {
     stack: HashMap<String, String>,
     /// The AWS SDK's.
     pub aws: SdkConfig,
+    /// The pipeline's.
+    pub mapping: Mapping,
 }
 
 /// Who asks, and by what way: not the pipeline's.
@@ -43,6 +50,12 @@ pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
     }
 }
 
+/// The file of the mapping, if one is named.
+pub fn mapping_file(global: &Global) -> Option<PathBuf> {
+    let variable = || std::env::var_os("MAPPING_FILE").filter(|file| !file.is_empty()).map(PathBuf::from);
+    global.mapping.clone().or_else(variable)
+}
+
 fn shown(file: Option<&Path>) -> String {
     file.unwrap_or(Path::new(".env")).display().to_string()
 }
@@ -51,7 +64,8 @@ impl Settings {
     /// Asks CloudFormation and Lambda, if a stack is named.
     pub async fn new(global: Global) -> Result<Self, Failure> {
         let aws = config::sdk_config().await;
-        let mut settings = Self { global, stack: HashMap::new(), aws };
+        let mapping = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
+        let mut settings = Self { global, stack: HashMap::new(), aws, mapping };
         if let Some(name) = settings.global.stack.clone() {
             settings.need_region()?;
             settings.stack = settings.read_stack(&name).await?;
@@ -158,13 +172,22 @@ impl Settings {
         .map_err(|error| failed(error.to_string()))
     }
 
+    /// The masked column of a field, which may be given as `device-id`, too.
+    pub fn masked_field(&self, name: &str) -> Result<(&Column, &Field), Failure> {
+        let found = self.mapping.masked_field(name).or_else(|| self.mapping.masked_field(&name.replace('-', "_")));
+        found.ok_or_else(|| {
+            let names: Vec<_> = self.mapping.masked().map(|(_, field)| &*field.path).collect();
+            Failure::Usage(format!("no masked field is called {name:?}; there is {}", names.join(", ")))
+        })
+    }
+
     /// Reads secrets.
     pub fn secrets(&self) -> Secrets {
         Secrets::new(&self.aws)
     }
 
     /// The keyring, as the function has it.
-    pub async fn keyring(&self) -> Result<login_etl::mask::Keyring, Failure> {
+    pub async fn keyring(&self) -> Result<login_etl::keyring::Keyring, Failure> {
         Ok(self.secrets().keyring(&self.require("MASKING_SECRET_ID")?).await?)
     }
 

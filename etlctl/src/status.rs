@@ -13,6 +13,7 @@ use aws_sdk_cloudwatch::{
 };
 use aws_sdk_sqs::types::QueueAttributeName;
 use jiff::Timestamp;
+use login_etl::mapping::quoted;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -227,6 +228,7 @@ impl Database {
 }
 
 async fn database(settings: &Settings) -> Result<Database, Failure> {
+    let table = settings.mapping.table().to_string();
     let connection = settings.database().await?;
     let client = &connection.client;
     // There need be no index for what is counted.
@@ -251,13 +253,19 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
         let counted = client.query_one(&format!("select count(*) from {name}"), &[]).await.map_err(sql("count"))?;
         Ok::<_, Failure>((counted.get(0), bytes))
     };
-    let (all, table_bytes) = size("user_logins").await?;
+    let (all, table_bytes) = size(&table).await?;
     let (ledger, ledger_bytes) = size("user_logins_ledger").await?;
     let oldest =
         "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from user_logins_ledger where sent_at > 'epoch'";
     let oldest_key = client.query_one(oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
-    let today = "select count(*) from user_logins where create_date = (now() at time zone 'UTC')::date";
-    let today = client.query_one(today, &[]).await.ok().map(|row| row.get(0));
+    let today = match settings.mapping.day() {
+        Some(day) => {
+            let day = quoted(&day.name);
+            let today = format!("select count(*) from {table} where {day} = (now() at time zone 'UTC')::date");
+            client.query_one(&today, &[]).await.ok().map(|row| row.get(0))
+        }
+        None => None,
+    };
     Ok(Database { today, all, table_bytes, ledger, ledger_bytes, oldest_key })
 }
 

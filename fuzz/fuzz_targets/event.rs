@@ -2,21 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-
-use self::event::Message;
-
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../src/event.rs"]
-mod event;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../src/login.rs"]
-mod login;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../src/mask.rs"]
-mod mask;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../src/scan.rs"]
-mod scan;
+use login_etl::event::{Message, parsed_messages, scanned_messages};
 
 fn content<'a>(messages: &'a [Message<'_>]) -> impl Iterator<Item = impl PartialEq + std::fmt::Debug + use<'a>> {
     messages.iter().map(|message| {
@@ -30,9 +16,8 @@ fuzz_target!(|event: &str| {
     for event in
         [event.to_owned(), format!(r#"{{"Records": [{event}]}}"#), format!(r#"{{"Records": [{{"body": {event}}}]}}"#)]
     {
-        let scanned = event::scanned_messages(&event);
-        if let (Some(scanned), Ok(parsed)) = (&scanned, event::parsed_messages(event.as_bytes())) {
-            assert!(content(scanned).eq(content(&parsed)));
+        if let (Some(scanned), Ok(parsed)) = (scanned_messages(&event), parsed_messages(event.as_bytes())) {
+            assert!(content(&scanned).eq(content(&parsed)));
         }
     }
 });

@@ -2,12 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-
-use self::mask::Keyring;
-
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../src/mask.rs"]
-mod mask;
+use login_etl::keyring::Keyring;
 
 fuzz_target!(|input: (&str, &str)| {
     let (text, value) = input;

@@ -23,7 +23,7 @@ from world.soak.checker import mask
 
 WORLD = paths.ROTATION_WORLD
 MASKING_SECRET = "login-etl/masking"
-INSERT = (paths.ROOT / "src" / "store" / "insert.sql").read_text()
+INSERT = (paths.ROOT / "tests" / "statements" / "insert.sql").read_text()
 # The original's cipher, to AES-SIV, to the next AES-SIV key, and back.
 KEYS = {
     "": {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4", "iv": "000102030405060708090a0b0c0d0e0f"},

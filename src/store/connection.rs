@@ -11,7 +11,7 @@ use postgres_native_tls::MakeTlsConnector;
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{Client, Config, NoTls, Socket, config::SslMode, tls::MakeTlsConnect};
 
-use super::{DatabaseError, StoreError, batch::Statements};
+use super::{DatabaseError, StoreError, batch::Statements, sql::Sql};
 use crate::{
     config::{DatabaseConfig, Tls},
     secrets::Credentials,
@@ -78,10 +78,11 @@ impl Connection {
     /// The client, and the statements that it keeps prepared from the first time on, if it is to keep any.
     pub(super) async fn prepared(
         &mut self,
+        sql: &Sql,
         keeps_statements: bool,
     ) -> Result<(&Client, Option<&Statements>), tokio_postgres::Error> {
         if keeps_statements && self.statements.is_none() {
-            self.statements = Some(Statements::prepare(&self.client).await?);
+            self.statements = Some(Statements::prepare(&self.client, sql).await?);
         }
         Ok((&self.client, self.statements.as_ref()))
     }

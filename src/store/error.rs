@@ -56,7 +56,7 @@ impl StoreError {
     pub(super) fn remedy(&self) -> Remedy {
         match self {
             Self::Insert(error) => error.remedy(),
-            // Whatever is wrong at the door, it is not a row.
+            // A connect error is never one row's fault.
             Self::Connect(error) if error.remedy() == Remedy::Reconnect => Remedy::Reconnect,
             _ => Remedy::GiveUp,
         }
@@ -145,7 +145,7 @@ impl DatabaseError {
 
     /// invalid_sql_statement_name, duplicate_prepared_statement: the server's session is not the one that the connection
     /// had before, as behind a pooler in transaction mode.
-    pub(super) fn is_of_a_statement_s_name(&self) -> bool {
+    pub(super) fn is_prepared_statement_conflict(&self) -> bool {
         matches!(self.code(), "26000" | "42P05")
     }
 

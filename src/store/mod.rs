@@ -3,13 +3,16 @@
 //! One transaction writes a batch's rows and enters their messages in the ledger, so a batch that comes back, for whatever
 //! reason, inserts nothing twice; that is what makes every retry here safe, even when the fate of a statement is unknown.
 //!
-//! Hardly any message comes twice, so a batch is first written as if none did, which is faster; where the ledger refuses
-//! that, once more with an eye on what it has.
+//! A batch goes down a ladder: [`Store::insert`] takes the connection, within the deadline. `Session::insert` writes all entries
+//! together, and finds refused rows by halves. `Session::write` tries one transaction again where that can help. `Batch` writes it:
+//! by `COPY` or `INSERT` as if no message had come before, which is faster; if the ledger refuses that, by an `INSERT` of what it
+//! does not have.
 
 mod batch;
 mod connection;
 mod error;
 mod ledger;
+mod sql;
 
 use std::{
     collections::HashSet,
@@ -34,10 +37,11 @@ pub use self::{
     connection::{Connection, Connector},
     error::{DatabaseError, StoreError},
     ledger::LedgerKey,
+    sql::Sql,
 };
 use crate::{
     config::DatabaseConfig,
-    login::Row,
+    mapping::{Mapping, Row},
     secrets::{Credentials, Secrets},
 };
 
@@ -72,48 +76,24 @@ impl fmt::Debug for Entry<'_> {
     }
 }
 
-/// A batch's entries, made as they are taken: while PostgreSQL works on the first, the next are made. Those taken are kept, for
-/// when all have to be written anew.
-pub struct Entries<'a> {
-    taken: Vec<Entry<'a>>,
-    others: Box<dyn Iterator<Item = Entry<'a>> + Send + 'a>,
-    most: usize,
+/// What became of an entry.
+#[derive(Clone, Debug)]
+pub enum Fate {
+    /// It is in the database, since now or since before.
+    Stored,
+    /// PostgreSQL refuses it.
+    Refused(DatabaseError),
+    /// It waits for an earlier one of its group.
+    HeldBack,
 }
 
-impl<'a> Entries<'a> {
-    /// The entries of a batch of so many messages.
-    pub fn new(messages: usize, entries: impl Iterator<Item = Entry<'a>> + Send + 'a) -> Self {
-        Self { taken: Vec::with_capacity(messages), others: Box::new(entries.fuse()), most: messages }
-    }
-
-    /// The next of them from `index` on, up to `count`.
-    fn next(&mut self, index: usize, count: usize) -> &[Entry<'a>] {
-        let missing = (index + count).saturating_sub(self.taken.len());
-        self.taken.extend(self.others.by_ref().take(missing));
-        &self.taken[index..self.taken.len().min(index + count)]
-    }
-
-    fn all(&mut self) -> &[Entry<'a>] {
-        self.taken.extend(self.others.by_ref());
-        &self.taken
-    }
-}
-
-impl fmt::Debug for Entries<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entries").field("most", &self.most).finish_non_exhaustive()
-    }
-}
-
-/// What became of a batch's entries, by their index. Those in neither list are in the database.
-#[derive(Debug, Default)]
-pub struct Outcome {
+/// What became of a batch's entries.
+#[derive(Debug)]
+pub struct Stored {
     /// How many rows this call inserted; the others had been inserted before.
     pub inserted: u64,
-    /// Entries that PostgreSQL refuses, each with its error.
-    pub refused: Vec<(usize, DatabaseError)>,
-    /// Entries that wait for an earlier one of their group.
-    pub held_back: Vec<usize>,
+    /// The fate of each entry, in their order.
+    pub fates: Vec<Fate>,
 }
 
 /// The database: one connection, made when needed and kept.
@@ -121,7 +101,6 @@ pub struct Outcome {
 pub struct Store {
     session: Mutex<Session>,
     retention: Duration,
-    copy_threshold: usize,
     counts: Arc<Counts>,
 }
 
@@ -137,7 +116,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`], when either cannot be used. The operator's fault.
-    pub async fn new(config: DatabaseConfig, secrets: Secrets) -> Result<Self, StoreError> {
+    pub async fn new(config: DatabaseConfig, secrets: Secrets, mapping: &Mapping) -> Result<Self, StoreError> {
         let secret_id = config.secret_id.clone();
         // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way.
         let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME")));
@@ -146,20 +125,20 @@ impl Store {
         let credentials = credentials?;
         connector.host(&credentials)?;
         let retention = connector.ledger_retention();
-        let copy_threshold = connector.copy_threshold();
         // An environment that lives for few rows prunes, too.
         let unpruned = PRUNE_EVERY;
         let counts = Arc::<Counts>::default();
         let session = Session {
             keeps_statements: connector.prepared_statements(),
             connector,
+            sql: Arc::new(Sql::new(mapping)),
             secrets,
             credentials,
             connection: None,
             unpruned,
             counts: Arc::clone(&counts),
         };
-        Ok(Self { session: Mutex::new(session), retention, copy_threshold, counts })
+        Ok(Self { session: Mutex::new(session), retention, counts })
     }
 
     /// Connects ahead of the first batch, which would do so itself.
@@ -167,7 +146,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`], when the database is not to be reached now.
     pub async fn connect(&self) -> Result<(), StoreError> {
-        self.session.lock().await.connected().await.map(drop)
+        self.session.lock().await.connect_ahead().await
     }
 
     /// How often refused credentials were read again, since this was last asked.
@@ -185,46 +164,41 @@ impl Store {
         SystemTime::now() - self.retention
     }
 
-    /// Inserts the rows of the messages that were not inserted before. Where it succeeds it has taken all entries.
+    /// Inserts the rows of the messages that were not inserted before.
     ///
     /// # Errors
     /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
     /// tried again, though some of it may be written already.
-    pub async fn insert(&self, mut entries: Entries<'_>, deadline: Instant) -> Result<Outcome, StoreError> {
-        // Where no message is valid, nothing is asked of the database.
-        let by_copy = entries.most >= self.copy_threshold && !entries.next(0, 1).is_empty();
-        if !by_copy {
-            // They go all at once, so the connection is free for others until they are there.
-            entries.all();
-        }
+    pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
-        let result =
-            timeout_at(deadline, session.insert(&mut entries, by_copy)).await.unwrap_or(Err(StoreError::Deadline));
-        if result.is_err() {
+        let result = timeout_at(deadline, session.insert(entries)).await.unwrap_or(Err(StoreError::Deadline));
+        match &result {
+            Ok(stored) => session.prune(stored.inserted, self.horizon(), deadline).await,
             // A statement may still be under way on it.
-            session.connection = None;
-        }
-        if let Ok(outcome) = &result {
-            session.prune(outcome.inserted, self.horizon(), deadline).await;
+            Err(_) => session.connection = None,
         }
         result
     }
 }
 
-/// What one transaction writes.
-enum Work<'a, 'b> {
-    /// All of a batch, by `COPY`, while it is made.
-    Stream(&'a mut Entries<'b>),
-    /// All or a part of one that is made.
-    Batch(Batch<'a>),
+/// How a batch is written: the fastest way that it allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// `COPY`, which fails if the ledger has one of the messages.
+    Copy,
+    /// `INSERT`, which fails if the ledger has one of the messages.
+    Insert,
+    /// `INSERT` of what the ledger does not have.
+    InsertUnknown,
 }
 
 struct Session {
     connector: Connector,
+    sql: Arc<Sql>,
     secrets: Secrets,
     credentials: Credentials,
     connection: Option<Connection>,
-    /// Until it shows that the server's sessions are not ours alone.
+    /// Cleared once a pooler in transaction mode is detected.
     keeps_statements: bool,
     /// Rows inserted since the ledger was pruned.
     unpruned: u64,
@@ -232,46 +206,37 @@ struct Session {
 }
 
 impl Session {
-    /// Inserts the entries together; where PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
+    /// Writes the entries together; if PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
     /// Earlier entries go first, so that a refused row holds back the rest of its group and nothing else.
-    async fn insert(&mut self, entries: &mut Entries<'_>, by_copy: bool) -> Result<Outcome, StoreError> {
-        let mut by_insert_unknown = false;
-        if by_copy {
-            match self.write(&mut Work::Stream(entries), &mut by_insert_unknown).await {
-                Ok(inserted) => return Ok(Outcome { inserted, ..Outcome::default() }),
-                // Some of the messages came before, or a row is refused, or the table is one that `COPY` cannot write and
-                // `INSERT` may.
-                Err(StoreError::Insert(error)) if error.is_answer() => {
-                    if !error.is_unique_violation() {
-                        tracing::warn!(%error, "COPY failed: going on with INSERT");
-                    }
-                    by_insert_unknown = true;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let entries = entries.all();
-        let mut outcome = Outcome::default();
-        let mut stopped = HashSet::new();
+    async fn insert(&mut self, entries: &[Entry<'_>]) -> Result<Stored, StoreError> {
+        let mut way = if entries.len() < self.connector.copy_threshold() { Way::Insert } else { Way::Copy };
+        let mut inserted = 0;
+        let mut fates: Vec<Option<Fate>> = vec![None; entries.len()];
+        let mut stopped_groups = HashSet::new();
         let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(mut part) = pending.pop() {
-            part.retain(|&index| {
-                let held_back = entries[index].group.is_some_and(|group| stopped.contains(group));
-                if held_back {
-                    outcome.held_back.push(index);
+            part.retain(|&place| {
+                let is_held_back = entries[place].group.is_some_and(|group| stopped_groups.contains(group));
+                if is_held_back {
+                    fates[place] = Some(Fate::HeldBack);
                 }
-                !held_back
+                !is_held_back
             });
+            // Without a valid message, nothing is asked of the database.
             if part.is_empty() {
                 continue;
             }
-            let batch = Batch::new(part.iter().map(|&index| &entries[index]).collect());
-            match self.write(&mut Work::Batch(batch), &mut by_insert_unknown).await {
-                Ok(inserted) => outcome.inserted += inserted,
+            let (used, written) = self.write(part.iter().map(|&place| &entries[place]).collect(), way).await;
+            way = used;
+            match written {
+                Ok(count) => {
+                    inserted += count;
+                    part.iter().for_each(|&place| fates[place] = Some(Fate::Stored));
+                }
                 Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
-                    if let [index] = part[..] {
-                        outcome.refused.push((index, error));
-                        stopped.extend(entries[index].group);
+                    if let [place] = part[..] {
+                        fates[place] = Some(Fate::Refused(error));
+                        stopped_groups.extend(entries[place].group);
                     } else {
                         let later = part.split_off(part.len() / 2);
                         pending.extend([later, part]);
@@ -280,47 +245,48 @@ impl Session {
                 Err(error) => return Err(error),
             }
         }
-        Ok(outcome)
+        let fates: Vec<_> = fates.into_iter().flatten().collect();
+        assert_eq!(fates.len(), entries.len(), "every entry has one fate");
+        Ok(Stored { inserted, fates })
     }
 
-    /// One transaction, tried again where that can help. Returns how many rows it inserted.
-    ///
-    /// `by_insert_unknown` says that the faster ways are not for this batch, and is set once that shows.
-    async fn write(&mut self, work: &mut Work<'_, '_>, by_insert_unknown: &mut bool) -> Result<u64, StoreError> {
+    /// Writes entries in one transaction, which is tried again where that can help, and in a slower way where a faster one fails.
+    /// Returns the way that is right for this batch, and how many rows were inserted.
+    async fn write(&mut self, entries: Vec<&Entry<'_>>, mut way: Way) -> (Way, Result<u64, StoreError>) {
+        let batch = Batch::new(entries);
         let mut wait = FIRST_WAIT;
         let mut tries = 1;
         loop {
-            let result = match work {
-                Work::Stream(entries) => self.copy(entries).await,
-                Work::Batch(batch) if *by_insert_unknown => self.insert_unknown(batch).await,
-                Work::Batch(batch) => self.insert_all(batch).await,
-            };
-            let error = match result {
-                Err(StoreError::Insert(error)) if error.is_of_a_statement_s_name() && self.keeps_statements => {
+            let error = match self.try_to_write(&batch, way).await {
+                Err(StoreError::Insert(error)) if error.is_prepared_statement_conflict() && self.keeps_statements => {
                     tracing::warn!(%error, "a pooler is in between: going on without prepared statements");
                     self.keeps_statements = false;
                     self.connection = None;
                     continue;
                 }
-                // `INSERT` is for that.
-                Err(StoreError::Insert(error)) if error.is_answer() && matches!(work, Work::Stream(_)) => {
-                    return Err(StoreError::Insert(error));
+                // Some of the messages came before, or a row is refused, or `COPY` cannot write this table and `INSERT` may.
+                Err(StoreError::Insert(error)) if error.is_answer() && way == Way::Copy => {
+                    if !error.is_unique_violation() {
+                        tracing::warn!(%error, "COPY failed: going on with INSERT");
+                    }
+                    way = Way::InsertUnknown;
+                    continue;
                 }
                 // Some of the messages came before.
-                Err(StoreError::Insert(error)) if error.is_unique_violation() && !*by_insert_unknown => {
-                    *by_insert_unknown = true;
+                Err(StoreError::Insert(error)) if error.is_unique_violation() && way == Way::Insert => {
+                    way = Way::InsertUnknown;
                     continue;
                 }
                 Err(error) => error,
-                inserted => return inserted,
+                inserted => return (way, inserted),
             };
             match error.remedy() {
                 Remedy::Reconnect => self.connection = None,
                 Remedy::Repeat => {}
-                Remedy::Split | Remedy::GiveUp => return Err(error),
+                Remedy::Split | Remedy::GiveUp => return (way, Err(error)),
             }
             if tries == TRIES {
-                return Err(error);
+                return (way, Err(error));
             }
             tracing::warn!(%error, "trying the insert again");
             sleep(wait).await;
@@ -329,33 +295,24 @@ impl Session {
         }
     }
 
-    async fn insert_all(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
-        let keeps_statements = self.keeps_statements;
-        let connection = self.connected().await?;
-        let inserting = async {
-            let (client, kept) = connection.prepared(keeps_statements).await?;
-            batch.insert(client, kept).await
-        };
-        inserting.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
-    }
-
-    async fn insert_unknown(&mut self, batch: &Batch<'_>) -> Result<u64, StoreError> {
-        let connection = self.connected().await?;
-        let inserted = batch.insert_unknown(&connection.client).await;
-        inserted.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))
-    }
-
-    async fn copy(&mut self, entries: &mut Entries<'_>) -> Result<u64, StoreError> {
-        // It goes back only after a transaction that has ended well.
+    async fn try_to_write(&mut self, batch: &Batch<'_>, way: Way) -> Result<u64, StoreError> {
         let mut connection = self.take_connected().await?;
         let keeps_statements = self.keeps_statements;
-        let copying = async {
-            let (client, kept) = connection.prepared(keeps_statements).await?;
-            batch::copy(client, kept, entries).await
+        let sql = Arc::clone(&self.sql);
+        let writing = async {
+            let (client, kept) = connection.prepared(&sql, keeps_statements).await?;
+            match way {
+                Way::Copy => batch.copy(client, &sql, kept).await,
+                Way::Insert => batch.insert(client, &sql, kept).await,
+                Way::InsertUnknown => batch.insert_unknown(client, &sql).await,
+            }
         };
-        let copied = copying.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)))?;
-        self.connection = Some(connection);
-        Ok(copied)
+        let written = writing.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)));
+        // After a `COPY` that failed the driver may take one answer for another (rust-postgres, issue 789).
+        if way != Way::Copy || written.is_ok() {
+            self.connection = Some(connection);
+        }
+        written
     }
 
     /// Now and then deletes expired keys. A failure is no batch's matter: it is logged, and tried again in time.
@@ -379,9 +336,9 @@ impl Session {
         self.unpruned = 0;
     }
 
-    async fn connected(&mut self) -> Result<&mut Connection, StoreError> {
-        let connection = self.take_connected().await?;
-        Ok(self.connection.insert(connection))
+    async fn connect_ahead(&mut self) -> Result<(), StoreError> {
+        self.connection = Some(self.take_connected().await?);
+        Ok(())
     }
 
     async fn take_connected(&mut self) -> Result<Connection, StoreError> {

@@ -25,7 +25,7 @@ BAD = {
     messages.WRONG_TYPE: "user_id is missing",
     f"not JSON: {CANARY}": "body is not JSON",
     spoilt()[:-1]: "body is not JSON",
-    json.dumps(["a", "list", CANARY]): "body is not a JSON object",
+    json.dumps(["a", "list", CANARY]): "body is not a JSON object: it is a list; send each of its elements as a message",
     spoilt(app_version="99.999.999.999"): "app_version does not fit an integer",
     spoilt(app_version=CANARY): "app_version is not digits and dots",
     spoilt(device_id=f"{CANARY}\0"): "device_id contains a NUL character",

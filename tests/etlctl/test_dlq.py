@@ -212,11 +212,11 @@ def test_show_says_of_what_kind_each_value_is_but_not_the_value(dead):
         "reason": "user_id is missing",
         "body_shape": [
             {"field": "user_id", "is": "null"},
-            {"field": "app_version", "is": "a number"},
             {"field": "device_type", "is": f"text of {len(json.loads(body)['device_type'])} characters"},
             {"field": "ip", "is": "a list of 2"},
-            {"field": "locale", "is": f"text of {len(CANARY)} characters"},
             {"field": "device_id", "is": "an object of 1"},
+            {"field": "locale", "is": f"text of {len(CANARY)} characters"},
+            {"field": "app_version", "is": "a number"},
             {"field": "others", "is": "2 fields"},
         ],
     }

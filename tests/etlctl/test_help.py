@@ -11,9 +11,10 @@ from world.localstack import CREDENTIALS
 
 GOLDEN = paths.ROOT / "tests" / "etlctl" / "golden"
 GROUPS = {
-    (): "migrate doctor mask find recover keys dlq status completions".split(),
+    (): "migrate doctor mask find recover keys dlq mapping status completions".split(),
     ("keys",): "list add activate remask retire".split(),
     ("dlq",): "list explain show redrive purge".split(),
+    ("mapping",): "show check ddl try".split(),
 }
 COMMANDS = [(*group, name) for group, names in GROUPS.items() for name in names]
 HELP = [("-h",), ("--help",), *((*command, "--help") for command in COMMANDS)]

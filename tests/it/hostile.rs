@@ -4,8 +4,8 @@ use std::time::SystemTime;
 
 use bytes::BytesMut;
 use login_etl::{
-    login::{AppVersionEncoding, Day, Login, Row},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Envelope, Mapping},
 };
 use proptest::{collection::vec, prelude::*};
 use serde_json::{Value, json};
@@ -133,19 +133,14 @@ fn is_login(body: &Value) -> bool {
 
 /// Whether a body is a login; however its text is spelt in the event, it is the same one.
 fn accepts(body: &str) -> bool {
-    let keyring = Keyring::from_json(KEYRING).unwrap();
-    let (encoding, day) = (AppVersionEncoding::Digits, Day::of(SystemTime::now()));
-    let content = |row: Row| {
-        let mut content = BytesMut::new();
-        row.copy(&mut content);
-        content
-    };
+    let (mapping, keyring) = (Mapping::built_in().unwrap(), Keyring::from_json(KEYRING).unwrap());
+    let envelope = Envelope { message_id: "m", sent: None, queue: None, now: SystemTime::now() };
     let mut buffer = BytesMut::new();
-    let login = Login::parse(body, encoding).and_then(|login| login.mask(&keyring, day, &mut buffer)).map(content);
+    let row = mapping.row(body, &envelope, &keyring, &mut buffer);
     for json in spellings(body) {
-        assert_eq!(Row::of(&json, encoding, &keyring, day, &mut buffer).map(content), login, "{json}");
+        assert_eq!(mapping.row_of_json_string(&json, &envelope, &keyring, &mut buffer), row, "{json}");
     }
-    login.is_ok()
+    row.is_ok()
 }
 
 /// A text as strings of JSON: with no more escapes than it needs, with others for its quotes, and of escapes alone.

@@ -1,6 +1,6 @@
 //! A rotated keyring reaches environments that run.
 
-use login_etl::mask::Keyring;
+use login_etl::keyring::Keyring;
 
 use crate::world::{World, body, event, invoke};
 

@@ -169,7 +169,7 @@ fn reversed(event: &str) -> String {
 #[tokio::test]
 async fn the_ordered_encoding_keeps_versions_apart() {
     let mut world = World::new().await;
-    world.settings.insert("APP_VERSION_ENCODING", "ordered".to_owned());
+    world.use_mapping(&include_str!("../../mapping.toml").replace("version-digits", "version-ordered"));
     let versions = ["0.2.6", "0.26", "2.6", "10.0"];
     let bodies = versions.map(|version| body(1).replace("2.3.0", version));
     invoke(&world.handler().await, &event(0, bodies)).await.unwrap();

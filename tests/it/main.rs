@@ -8,6 +8,7 @@ mod hostile;
 mod keyrings;
 mod ledger;
 mod loading;
+mod mappings;
 mod masks;
 mod outages;
 mod proxy;

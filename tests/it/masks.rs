@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use login_etl::mask::Keyring;
+use login_etl::keyring::Keyring;
 use serde_json::json;
 
 use crate::world::variable;
@@ -55,6 +55,25 @@ fn siv_masks_follow_rfc_5297_with_the_field_as_associated_data() {
     let masked = mask(&siv(&long), "ip", "199.172.111.135");
     let keyring = Keyring::from_json(&siv(&long).to_string()).unwrap();
     assert_eq!(*keyring.recover("ip", &masked).unwrap(), "199.172.111.135");
+}
+
+/// Python's `hmac` makes the same, and nobody recovers them.
+#[test]
+fn one_way_masks_are_the_mac_of_field_zero_byte_and_value() {
+    const HMAC: &str = "
+import sys, hmac; from base64 import b64encode
+print('one-way:' + b64encode(hmac.digest(bytes.fromhex(sys.argv[1]), sys.argv[2].encode() + b'\\0' + sys.stdin.buffer.read(), 'sha256')).decode())";
+    for key in [KEY.to_owned(), format!("{KEY}{KEY}")] {
+        let secret = json!({"active": "one-way", "keys": {"one-way": {"cipher": "hmac-sha256", "key": key}}});
+        for value in VALUES {
+            let masked = mask(&secret, "ip", value);
+            let mut command = Command::new(variable("PYTHON"));
+            command.args(["-c", HMAC, &key, "ip"]);
+            assert_eq!(masked, output(command, value));
+            let keyring = Keyring::from_json(&secret.to_string()).unwrap();
+            assert!(keyring.recover("ip", &masked).is_err() && keyring.is_one_way("one-way"));
+        }
+    }
 }
 
 /// The values that the tools below mask too: short, of one block, longer, not ASCII.

@@ -1,5 +1,7 @@
 //! What Lambda is answered, failure by failure.
 
+use lambda_runtime::{Context, LambdaEvent};
+use login_etl::runtime::Event;
 use serde_json::{Value, json};
 
 use crate::world::{World, bodies, body, event, failed, ids, invoke, message_id, sample};
@@ -61,6 +63,17 @@ async fn an_event_that_is_not_from_sqs_fails_the_invocation_and_is_not_quoted() 
         assert_eq!(error.error_type(), error_type, "{event}");
         assert!(!format!("{error} {error:?}").contains("canary"), "{error:?}");
     }
+}
+
+#[tokio::test]
+async fn an_invocation_is_never_given_the_event_of_another() {
+    let world = World::new().await;
+    let mut context = Context::default();
+    context.request_id = "one".to_owned();
+    let event = Event::new(sample("valid").into(), "another".to_owned());
+    let error = world.handler().await.invoke(LambdaEvent::new(event, context)).await.unwrap_err();
+    assert_eq!(error.error_type(), "MixedUp");
+    assert_eq!(world.count("user_logins").await, 0);
 }
 
 #[tokio::test]

@@ -11,7 +11,8 @@ use lambda_runtime::{Context, LambdaEvent};
 use login_etl::{
     config::{self, Config},
     handler::{BatchError, Handler},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::Mapping,
     redelivery::Redelivery,
     runtime::Event,
     secrets::{FreshKeyring, Secrets},
@@ -113,6 +114,13 @@ impl World {
         self.secrets.put_secret_value().secret_id(id).secret_string(text).send().await.unwrap();
     }
 
+    /// Has the function load messages as this mapping says.
+    pub fn use_mapping(&mut self, text: &str) {
+        let file = std::env::temp_dir().join(format!("{}.toml", self.database));
+        std::fs::write(&file, text).unwrap();
+        self.settings.insert("MAPPING_FILE", file.display().to_string());
+    }
+
     pub async fn handler(&self) -> Handler {
         self.try_handler().await.unwrap()
     }
@@ -122,9 +130,10 @@ impl World {
         let sdk_config = config::sdk_config().await;
         let secrets = Secrets::new(&sdk_config);
         let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
-        let store = Store::new(config.database, secrets).await?;
+        let mapping = Mapping::load(config.mapping_file).unwrap();
+        let store = Store::new(config.database, secrets, &mapping).await?;
         let redelivery = Redelivery::new(sdk_config, config.outage_delay);
-        Ok(Handler::new(keyring, store, redelivery, config.app_version_encoding))
+        Ok(Handler::new(mapping, keyring, store, redelivery))
     }
 
     pub async fn count(&self, table: &str) -> i64 {
@@ -198,7 +207,7 @@ pub async fn invoke_within(handler: &Handler, event: &str, time: Duration) -> Re
     let mut context = Context::default();
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() + time;
     context.deadline = deadline.as_millis() as u64;
-    let event = LambdaEvent::new(Event(event.to_owned().into()), context);
+    let event = LambdaEvent::new(Event::new(event.to_owned().into(), context.request_id.clone()), context);
     let answer = tokio::time::timeout(time + Duration::from_secs(10), handler.invoke(event)).await;
     answer.expect("no answer long after the deadline")
 }

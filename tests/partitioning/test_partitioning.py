@@ -14,7 +14,8 @@ import pytest
 from world import paths
 
 STORE = paths.ROOT / "src" / "store"
-INSERT, INSERT_UNKNOWN, PRUNE = ((STORE / f"{name}.sql").read_text() for name in ("insert", "insert_unknown", "prune"))
+INSERT, INSERT_UNKNOWN = ((paths.ROOT / "tests" / "statements" / f"{name}.sql").read_text() for name in ("insert", "insert_unknown"))
+PRUNE = (STORE / "prune.sql").read_text()
 PARTITIONS = (paths.ROOT / "schema" / "partitioning" / "partitions.sql").read_text()
 TABLES = ("user_logins", "user_logins_ledger")
 # For how long ahead partitions are made.

@@ -1,30 +1,17 @@
 //! Does one stage of a batch of 1,000, in a function that callgrind can tell from what goes before:
-//! `login-etl-instructions read|parse|mask|encode`.
+//! `login-etl-instructions read|rows|cells`.
 
 use std::{hint::black_box, time::SystemTime};
 
 use bytes::BytesMut;
-
-use self::{
-    event::messages,
-    login::{AppVersionEncoding, Columns, Day, Login, ROWS_CAPACITY, Row},
-    mask::Keyring,
+use login_etl::{
+    event::{Message, messages},
+    keyring::Keyring,
+    mapping::{Envelope, Mapping, ROWS_CAPACITY, Row},
 };
 
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../../src/event.rs"]
-mod event;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../../src/login.rs"]
-mod login;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../../src/mask.rs"]
-mod mask;
 #[path = "../../src/sample.rs"]
 mod sample;
-#[allow(dead_code, reason = "used by the product")]
-#[path = "../../../src/scan.rs"]
-mod scan;
 
 const MESSAGES: usize = 1_000;
 const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"}"#;
@@ -32,15 +19,12 @@ const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stage = std::env::args().nth(1).unwrap_or_default();
     let text = sample::event(MESSAGES);
-    let keyring = Keyring::from_json(KEYRING)?;
-    let today = Day::of(SystemTime::UNIX_EPOCH);
+    let (keyring, mapping) = (Keyring::from_json(KEYRING)?, Mapping::built_in()?);
 
     let messages = if stage == "read" { counted(|| messages(text.as_bytes())) } else { messages(text.as_bytes()) }?;
-    let bodies: Vec<_> = messages.iter().filter_map(|message| message.body().ok()).collect();
-    let logins = if stage == "parse" { counted(|| parse(&bodies)) } else { parse(&bodies) };
-    let rows =
-        if stage == "mask" { counted(|| mask(&logins, &keyring, today)) } else { mask(&logins, &keyring, today) };
-    let len = if stage == "encode" { counted(|| encode(&rows)) } else { encode(&rows) };
+    let rows = || rows(&mapping, &keyring, &messages);
+    let rows = if stage == "rows" { counted(rows) } else { rows() };
+    let len = if stage == "cells" { counted(|| cells(&rows)) } else { cells(&rows) };
     assert_eq!((rows.len(), len > 100 * MESSAGES), (MESSAGES, true), "not all of the batch was worked on");
     Ok(())
 }
@@ -51,20 +35,22 @@ fn counted<T>(work: impl FnOnce() -> T) -> T {
     black_box(work())
 }
 
-fn parse<'a>(bodies: &[&'a str]) -> Vec<Login<'a>> {
-    bodies.iter().filter_map(|body| Login::scan(body, AppVersionEncoding::Digits)?.ok()).collect()
-}
-
-fn mask(logins: &[Login<'_>], keyring: &Keyring, today: Day) -> Vec<Row> {
+/// Bodies parsed and masked.
+fn rows(mapping: &Mapping, keyring: &Keyring, messages: &[Message<'_>]) -> Vec<Row> {
     let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
-    logins.iter().filter_map(|login| login.mask(keyring, today, &mut buffer).ok()).collect()
+    let row = |message: &Message<'_>| {
+        let envelope =
+            Envelope { message_id: message.id()?, sent: message.sent(), queue: None, now: SystemTime::UNIX_EPOCH };
+        mapping.row_of_json_string(message.body()?, &envelope, keyring, &mut buffer).ok()
+    };
+    messages.iter().filter_map(row).collect()
 }
 
-/// Into the arrays of a statement's parameters. Returns their bytes.
-fn encode(rows: &[Row]) -> usize {
-    let mut buffer = BytesMut::new();
-    for (column, of_type) in Columns::from_iter(rows).parameters() {
-        column.to_sql_checked(&of_type, &mut buffer).ok();
+/// Rows turned into columns. Returns the bytes of all cells.
+fn cells(rows: &[Row]) -> usize {
+    let mut columns: Vec<Vec<Option<&[u8]>>> = (0..7).map(|_| Vec::with_capacity(rows.len())).collect();
+    for row in rows {
+        columns.iter_mut().zip(row.cells()).for_each(|(column, cell)| column.push(cell));
     }
-    buffer.len()
+    columns.iter().flatten().flatten().map(|cell| cell.len()).sum()
 }

@@ -13,8 +13,8 @@ use fallible_iterator::FallibleIterator;
 use login_etl::{
     config,
     event::{Message, messages},
-    login::{AppVersionEncoding, Day, ROWS_CAPACITY, Row},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Envelope, Mapping, ROWS_CAPACITY},
     store::LedgerKey,
 };
 use login_etl_benches::{Answer, Answers, cpu_time, events, files};
@@ -66,10 +66,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
 /// All that goes to the server for an event, in one piece, and how many messages do not.
 fn prepare(event: &[u8], keyring: &Keyring) -> Result<(BytesMut, usize), Box<dyn Error>> {
     let messages = messages(event)?;
-    let today = Day::of(SystemTime::now());
+    let (mapping, now) = (Mapping::built_in()?, SystemTime::now());
     let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
     let row = |message: &Message<'_>| {
-        let row = Row::of(message.body().ok()?, AppVersionEncoding::Digits, keyring, today, &mut buffer).ok()?;
+        let envelope = Envelope { message_id: message.id()?, sent: message.sent(), queue: message.queue_name(), now };
+        let row = mapping.row_of_json_string(message.body()?, &envelope, keyring, &mut buffer).ok()?;
         let key = LedgerKey::new(message.id()?, message.sent_timestamp(), SystemTime::UNIX_EPOCH);
         Some((key, row))
     };
@@ -79,7 +80,8 @@ fn prepare(event: &[u8], keyring: &Keyring) -> Result<(BytesMut, usize), Box<dyn
     let (mut ledger, mut logins) = (HEADER.to_vec(), HEADER.to_vec());
     for (key, row) in &rows {
         key.copy(&mut ledger);
-        row.copy(&mut logins);
+        logins.put_i16(mapping.columns().len() as i16);
+        logins.extend_from_slice(row.as_bytes());
     }
     let mut request = BytesMut::new();
     frontend::query(COPY, &mut request)?;

@@ -14,7 +14,9 @@ use lambda_runtime::{Context, LambdaEvent};
 use login_etl::{
     config::{self, Config},
     handler::Handler,
-    logging, metrics,
+    logging,
+    mapping::Mapping,
+    metrics,
     redelivery::Redelivery,
     runtime::Event,
     secrets::{FreshKeyring, Secrets},
@@ -39,10 +41,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let sdk_config = config::sdk_config().await;
     let secrets = Secrets::new(&sdk_config);
     let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
-    let store = Store::new(config.database, secrets).await?;
+    let mapping = Mapping::load(config.mapping_file)?;
+    let store = Store::new(config.database, secrets, &mapping).await?;
     store.connect().await?;
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
-    let handler = Handler::new(keyring, store, redelivery, config.app_version_encoding);
+    let handler = Handler::new(mapping, keyring, store, redelivery);
 
     let mut answers = Answers::open()?;
     for file in files() {
@@ -55,7 +58,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 continue;
             }
             let started = Instant::now();
-            let event = LambdaEvent::new(Event(event), context()?);
+            let context = context()?;
+            let event = LambdaEvent::new(Event::new(event, context.request_id.clone()), context);
             let response = handler.invoke(event).await?;
             serde_json::to_vec(&response)?;
             answer.times.push(started.elapsed());

@@ -15,8 +15,8 @@ use bytes::BytesMut;
 use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use login_etl::{
-    login::{AppVersionEncoding, Day, Field, Login},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Envelope, Mapping},
 };
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -291,7 +291,7 @@ impl<'a> Queue<'a> {
             json["body"] = json!(dead.body());
             text = format!("\n{}\n", dead.body().lines().map(printable).collect::<Vec<_>>().join("\n"));
         } else {
-            let shape = shape(dead.body());
+            let shape = shape(&self.settings.mapping, dead.body());
             json["body_shape"] = shape.iter().map(|(name, is)| json!({"field": name, "is": is})).collect();
             rows.extend(shape.into_iter().map(|(name, is)| vec![format!("  {name}"), is]));
         }
@@ -323,35 +323,44 @@ fn visibility<'m>(
 }
 
 /// The function's own judgement of a body.
-struct Validation {
-    encoding: AppVersionEncoding,
+struct Validation<'a> {
+    mapping: &'a Mapping,
     keyring: Keyring,
 }
 
-impl Validation {
-    async fn new(settings: &Settings) -> Result<Self, Failure> {
-        Ok(Self { encoding: settings.function()?.app_version_encoding, keyring: settings.keyring().await? })
+impl<'a> Validation<'a> {
+    async fn new(settings: &'a Settings) -> Result<Self, Failure> {
+        Ok(Self { mapping: &settings.mapping, keyring: settings.keyring().await? })
     }
 
     /// Why the function refuses this body; never any of its content.
     fn reason(&self, body: &str) -> Option<String> {
-        let today = Day::of(SystemTime::now());
-        let row =
-            Login::parse(body, self.encoding).and_then(|login| login.mask(&self.keyring, today, &mut BytesMut::new()));
+        let now = SystemTime::now();
+        // What is not in the body the function has of each message.
+        let envelope =
+            Envelope { message_id: "00000000-0000-0000-0000-000000000000", sent: Some(now), queue: Some("queue"), now };
+        let row = self.mapping.row(body, &envelope, &self.keyring, &mut BytesMut::new());
         row.err().map(|invalid| invalid.to_string())
     }
 }
 
 /// What kind of value each known field has, without the value. Names that are not ours are the sender's, and not shown.
-fn shape(body: &str) -> Vec<(String, String)> {
+fn shape(mapping: &Mapping, body: &str) -> Vec<(String, String)> {
     let Ok(body) = serde_json::from_str::<Value>(body) else { return vec![("body".to_owned(), "not JSON".to_owned())] };
     let Value::Object(fields) = body else { return vec![("body".to_owned(), kind(&body))] };
-    let known = Field::ALL.map(Field::name);
-    let mut shape: Vec<_> = known
-        .iter()
-        .map(|name| ((*name).to_owned(), fields.get(*name).map_or_else(|| "missing".to_owned(), kind)))
-        .collect();
-    let others = fields.keys().filter(|name| !known.contains(&name.as_str())).count();
+    let mut paths: Vec<&str> = Vec::new();
+    for field in mapping.fields() {
+        if !paths.contains(&&*field.path) {
+            paths.push(&field.path);
+        }
+    }
+    let value = |path: &str| {
+        path.split('.').skip(1).try_fold(fields.get(path.split('.').next()?)?, |value, name| value.get(name))
+    };
+    let mut shape: Vec<_> =
+        paths.iter().map(|path| ((*path).to_owned(), value(path).map_or_else(|| "missing".to_owned(), kind))).collect();
+    let known = |name: &str| paths.iter().any(|path| path.split('.').next() == Some(name));
+    let others = fields.keys().filter(|name| !known(name)).count();
     if others > 0 {
         shape.push(("others".to_owned(), count(others as i128, "field").to_string()));
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use login_etl::{secrets::Credentials, store::Connector};
+use login_etl::{mapping::Mapping, secrets::Credentials, store::Connector};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -43,15 +43,19 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     }
     let Some(connection) = checks.have(connect(&connector, &credentials).await) else { return };
     let client = &connection.client;
-    for part in [clock(client, checks).await, schema(client, checks).await, connections(client, checks, pipeline).await]
-    {
+    let mapping = &settings.mapping;
+    for part in [
+        clock(client, checks).await,
+        schema(mapping, client, checks).await,
+        connections(client, checks, pipeline).await,
+    ] {
         checks.have(part);
     }
     checks.area = "function's database user";
     // What is wrong with the secret itself is said elsewhere.
     let Some(id) = settings.get("DATABASE_SECRET_ID") else { return };
     let Ok(function) = settings.secrets().credentials(&id).await else { return };
-    let rights = rights(&function, client, checks).await;
+    let rights = rights(mapping, &function, client, checks).await;
     if checks.have(rights) == Some(true) {
         let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
         match connect(&connector, &function).await {
@@ -105,34 +109,42 @@ async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn schema(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
-    let there = "select to_regclass('user_logins') is not null, to_regclass('user_logins_ledger') is not null";
-    let there = client.query_one(there, &[]).await.map_err(sql("look for the tables"))?;
+async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    let table = mapping.table().to_string();
+    let there = "select to_regclass($1) is not null, to_regclass('user_logins_ledger') is not null";
+    let there = client.query_one(there, &[&table]).await.map_err(sql("look for the tables"))?;
     let outstanding = migrate::outstanding(client).await?;
     for (place, (name, file)) in
-        [("user_logins", "001_user_logins"), ("user_logins_ledger", "002_ledger")].into_iter().enumerate()
+        [(&*mapping.table().name, "001_user_logins"), ("user_logins_ledger", "002_ledger")].into_iter().enumerate()
     {
         if !there.get::<_, bool>(place) {
             checks.check(false, format!("there is no table {name}"), again(file, &outstanding));
             return Ok(());
         }
     }
-    let misfits = migrate::misfits(client).await?;
+    let misfits = migrate::misfits(mapping, client).await?;
     let found = if misfits.is_empty() {
-        "the columns of user_logins fit".to_owned()
+        format!("the columns of {} fit", mapping.table().name)
     } else {
-        "user_logins does not fit".to_owned()
+        format!("{} does not fit", mapping.table().name)
     };
     checks.check(misfits.is_empty(), found, misfits.join("; "));
     let key = "select exists (select from pg_index where indrelid = 'user_logins_ledger'::regclass and indisunique and indisvalid)";
     let key: bool = client.query_one(key, &[]).await.map_err(sql("look at the ledger"))?.get(0);
     let found = if key { "the ledger has its key" } else { "the ledger has no key" };
     checks.check(key, found, "make (sent_at, message_id) its primary key: without it messages are inserted twice");
-    let indexes = "select count(distinct attname) from pg_index join pg_attribute on attrelid = indrelid and attnum = indkey[0]
-                   where indrelid = 'user_logins'::regclass and indisvalid and attname in ('masked_ip', 'masked_device_id')";
-    let indexes: i64 = client.query_one(indexes, &[]).await.map_err(sql("look at the indexes"))?.get(0);
-    let found = if indexes == 2 { "both masked columns have an index" } else { "a masked column has no index" };
-    checks.consider(indexes == 2, found, again("003_duplicates", &outstanding));
+    let indexes =
+        "select count(distinct attname) from pg_index join pg_attribute on attrelid = indrelid and attnum = indkey[0]
+                   where indrelid = to_regclass($1) and indisvalid and attname = any ($2)";
+    let masked: Vec<&str> = mapping.masked().map(|(column, _)| column.name.as_str()).collect();
+    let indexes = client.query_one(indexes, &[&table, &masked]).await.map_err(sql("look at the indexes"))?;
+    let all = indexes.get::<_, i64>(0) == masked.len() as i64;
+    let found = match masked.len() {
+        _ if !all => "a masked column has no index",
+        2 => "both masked columns have an index",
+        _ => "every masked column has an index",
+    };
+    checks.consider(all, found, again("003_duplicates", &outstanding));
     let found = match outstanding.len() {
         0 => "every migration is recorded".to_owned(),
         _ => format!("not recorded as applied: {}", outstanding.join(", ")),
@@ -160,7 +172,12 @@ async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pip
 /// What the function's user may do: what it has to, and not more.
 ///
 /// Returns whether it may log in at all.
-async fn rights(function: &Credentials, client: &Client, checks: &mut Checks) -> Result<bool, Failure> {
+async fn rights(
+    mapping: &Mapping,
+    function: &Credentials,
+    client: &Client,
+    checks: &mut Checks,
+) -> Result<bool, Failure> {
     let user = function.username();
     let role = "select rolsuper or rolcreaterole or rolcreatedb or rolbypassrls or rolreplication, rolcanlogin, \
                        coalesce(array_to_string(rolconfig, ','), '') from pg_roles where rolname = $1";
@@ -174,12 +191,13 @@ async fn rights(function: &Credentials, client: &Client, checks: &mut Checks) ->
         return Ok(false);
     };
     let query = "select
-        has_table_privilege($1, 'user_logins', 'insert') and has_table_privilege($1, 'user_logins_ledger', 'select')
+        has_table_privilege($1, $2::text::regclass, 'insert') and has_table_privilege($1, 'user_logins_ledger', 'select')
             and has_table_privilege($1, 'user_logins_ledger', 'insert'),
         has_table_privilege($1, 'user_logins_ledger', 'delete') and has_table_privilege($1, 'user_logins_ledger', 'update'),
-        has_any_column_privilege($1, 'user_logins', 'select') or has_any_column_privilege($1, 'user_logins', 'update')
-            or has_table_privilege($1, 'user_logins', 'delete') or has_table_privilege($1, 'user_logins', 'truncate')";
-    let can = client.query_one(query, &[&user]).await.map_err(sql("look at the user's rights"))?;
+        has_any_column_privilege($1, $2::text::regclass, 'select') or has_any_column_privilege($1, $2::text::regclass, 'update')
+            or has_table_privilege($1, $2::text::regclass, 'delete') or has_table_privilege($1, $2::text::regclass, 'truncate')";
+    let table = mapping.table().to_string();
+    let can = client.query_one(query, &[&user, &table]).await.map_err(sql("look at the user's rights"))?;
     let grants = again("004_role", &migrate::outstanding(client).await?);
     let found = |can: bool, what: &str| format!("{user:?} {} {what}", if can { "may" } else { "may not" });
     checks.check(can.get(0), found(can.get(0), "insert rows and ledger keys"), grants.clone());
@@ -197,7 +215,10 @@ async fn rights(function: &Credentials, client: &Client, checks: &mut Checks) ->
     checks.consider(
         !reads,
         found(reads, "read or change rows that are there"),
-        "revoke select, update, delete and truncate on user_logins from it: it needs none of them",
+        format!(
+            "revoke select, update, delete and truncate on {} from it: it needs none of them",
+            mapping.table().name
+        ),
     );
     let limited = role.get::<_, &str>(2).contains("statement_timeout");
     checks.consider(

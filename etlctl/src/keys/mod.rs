@@ -8,8 +8,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use jiff::Zoned;
 use login_etl::{
-    login::MASKED,
-    mask::{KEY_ID_MAX, is_key_id},
+    keyring::{KEY_ID_MAX, is_key_id},
+    mapping::{Mapping, quoted},
 };
 use serde_json::json;
 use tokio_postgres::{Client, GenericClient};
@@ -44,7 +44,8 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     let secret = RingSecret::read(settings).await?;
     let keyring = settings.keyring().await?;
     let ciphers: BTreeMap<_, _> = keyring.keys().collect();
-    let rows = if no_rows { None } else { Some(rows_by_key(&settings.database().await?.client).await?) };
+    let rows =
+        if no_rows { None } else { Some(rows_by_key(&settings.mapping, &settings.database().await?.client).await?) };
     let counted = |id: &str| rows.as_ref().map(|rows| rows.get(id).copied().unwrap_or(0));
 
     let mut shown = Vec::new();
@@ -152,7 +153,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     if !alone.map_err(sql("see whether rows are being remasked"))?.get::<_, bool>(0) {
         return Err(failed("a remask is under way, and might be one to this very key: wait for its end, or stop it"));
     }
-    let rows = rows_by_key(&connection.client).await?.get(id).copied().unwrap_or(0);
+    let rows = rows_by_key(&settings.mapping, &connection.client).await?.get(id).copied().unwrap_or(0);
     if rows > 0 {
         return Err(failed(format!(
             "{} masked under {}: `etlctl keys remask` brings them under the active key, and says which it cannot recover",
@@ -191,17 +192,18 @@ async fn writable(client: &Client) -> Result<(), Failure> {
 }
 
 /// How many rows have a mask of each key, by the key's id. Reads the whole table.
-pub async fn rows_by_key(client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
+pub async fn rows_by_key(mapping: &Mapping, client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
     let _spinner = spinner("Counting rows by key");
     // Only a part before a colon is a key's id; Base64 has none.
     let id = |column: &str| {
         format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end")
     };
-    let ids = MASKED.map(|(_, column)| id(column)).join(", ");
+    let ids: Vec<_> = mapping.masked().map(|(column, _)| id(&quoted(&column.name))).collect();
+    let (ids, table) = (ids.join(", "), mapping.table());
     // A row with two keys counts for both, one with the same key twice counts once.
     let query = format!(
         "select key, sum(rows)::bigint
-         from (select array[{ids}] as ids, count(*) as rows from user_logins group by 1) as alike,
+         from (select array[{ids}] as ids, count(*) as rows from {table} group by 1) as alike,
               lateral (select distinct key from unnest(ids) as key where key is not null) as keys
          group by key"
     );

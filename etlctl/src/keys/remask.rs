@@ -6,15 +6,14 @@
 //! is, and the run ends with one that found nothing to do.
 
 use std::{
-    array,
     cell::Cell,
     time::{Duration, Instant, SystemTime},
 };
 
 use anstyle::Style;
 use login_etl::{
-    login::{Field, MASKED},
-    mask::Keyring,
+    keyring::Keyring,
+    mapping::{Field, Mapping, quoted},
 };
 use serde_json::json;
 use tokio::time::sleep;
@@ -22,7 +21,7 @@ use tokio_postgres::{Client, Row};
 
 use super::{
     REMASKING,
-    rows::{Changes, Place, Statements, leaves},
+    rows::{Changes, Column, Place, Statements, leaves},
     rows_by_key, unsettled_for, writable,
 };
 use crate::{
@@ -97,7 +96,7 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     }
     let keyring = FreshRing::read(settings).await?;
     if !options.anyway {
-        is_of_this_table(client, &keyring.ring).await?;
+        is_of_this_table(client, &settings.mapping, &keyring.ring).await?;
     }
     // Before the work: whatever keeps it from being known should show now.
     let unsettled = unsettled_for(settings).await?;
@@ -117,7 +116,12 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     };
     // In one statement, so that no row slips past it.
     let active = keyring.ring.active();
-    let others = rows_by_key(client).await?.into_iter().filter(|(id, _)| id != active).map(|(_, rows)| rows).sum();
+    let others = rows_by_key(&settings.mapping, client)
+        .await?
+        .into_iter()
+        .filter(|(id, _)| id != active)
+        .map(|(_, rows)| rows)
+        .sum();
     let took = started.elapsed();
     Ok(Run { active, changed, passes, last, others, unsettled: unsettled.saturating_sub(took), took }.reply())
 }
@@ -182,14 +186,15 @@ impl Run<'_> {
 }
 
 /// A key that is not the table's recovers next to nothing; but now and then an `aes-cbc` mask, to garbage.
-async fn is_of_this_table(client: &Client, keyring: &Keyring) -> Result<(), Failure> {
-    let columns = MASKED.map(|(_, column)| column).join(", ");
-    let some = client.query(&format!("select {columns} from user_logins limit 1000"), &[]).await;
-    let some = some.map_err(sql("read rows"))?;
-    let masks = some
-        .iter()
-        .flat_map(|row| (0..MASKED.len()).filter_map(|number| Some((number, row.get::<_, Option<&str>>(number)?))));
-    let lost = |(number, mask): &(usize, &str)| keyring.recover(MASKED[*number].0.name(), mask).is_err();
+async fn is_of_this_table(client: &Client, mapping: &Mapping, keyring: &Keyring) -> Result<(), Failure> {
+    let (columns, fields): (Vec<_>, Vec<_>) =
+        mapping.masked().map(|(column, field)| (quoted(&column.name), field)).unzip();
+    let query = format!("select {} from {} limit 1000", columns.join(", "), mapping.table());
+    let some = client.query(&query, &[]).await.map_err(sql("read rows"))?;
+    let masks = some.iter().flat_map(|row| {
+        fields.iter().enumerate().filter_map(|(number, field)| Some((*field, row.get::<_, Option<&str>>(number)?)))
+    });
+    let lost = |(field, mask): &(&Field, &str)| keyring.recover(&field.path, mask).is_err();
     let (lost, good): (Vec<_>, Vec<_>) = masks.partition(lost);
     if lost.len() > good.len() {
         return Err(failed(format!(
@@ -209,21 +214,22 @@ async fn pass(
     all: bool,
     what: &str,
 ) -> Result<Tally, Failure> {
-    let leaves = leaves(client).await?;
+    let mapping = &keyring.settings.mapping;
+    let leaves = leaves(mapping, client).await?;
     let blocks = leaves.iter().map(|leaf| leaf.blocks).sum::<i64>().unsigned_abs();
     let bar = progress(blocks, &format!("{what} {{bar:30}} {{percent}} %  {{msg}}  {{elapsed}} gone, {{eta}} to go"));
     let mut tally = Tally::default();
     for leaf in &leaves {
         let rows = i64::from(options.rate.map_or(options.batch, |rate| rate.min(options.batch)).get());
         let active = keyring.ring.active();
-        let statements = Statements::new(&leaf.name, rows, if all { None } else { Some(active) });
+        let statements = Statements::new(mapping, &leaf.name, rows, if all { None } else { Some(active) });
         let mut place = Place::START;
         while place.block < leaf.blocks {
             let began = Instant::now();
             let before = tally.changed;
             keyring.check(CHECK).await?;
             let (rows, next) = statements.read(client, place, leaf.blocks).await?;
-            remask(client, &keyring.ring, &statements, &rows, &mut tally).await?;
+            remask(client, mapping, &keyring.ring, &statements, &rows, &mut tally).await?;
             bar.inc((next.block - place.block).unsigned_abs());
             bar.set_message(format!("{} of {} rows changed", tally.changed, tally.read));
             if let Some(rate) = options.rate {
@@ -240,17 +246,22 @@ async fn pass(
 /// Brings a batch's rows under the active key.
 async fn remask(
     client: &Client,
+    mapping: &Mapping,
     keyring: &Keyring,
     statements: &Statements,
     rows: &[Row],
     tally: &mut Tally,
 ) -> Result<(), Failure> {
-    let mut changes = Changes::default();
+    let mut changes = Changes { places: Vec::new(), columns: mapping.masked().map(|_| Column::default()).collect() };
     tally.read += rows.len() as u64;
     for row in rows {
-        let old: [Option<&str>; MASKED.len()] = array::from_fn(|number| row.get(number + 1));
-        let new: [_; MASKED.len()] =
-            array::from_fn(|number| old[number].map(|old| remasked(keyring, MASKED[number].0, old)));
+        let (old, new): (Vec<Option<&str>>, Vec<_>) = (1..)
+            .zip(mapping.masked())
+            .map(|(number, (_, field))| {
+                let old: Option<&str> = row.get(number);
+                (old, old.map(|old| remasked(keyring, field, old)))
+            })
+            .unzip();
         let says = |answer| new.iter().flatten().any(|new| *new == answer);
         tally.unrecoverable += u64::from(says(Remasked::Unrecoverable));
         tally.too_long += u64::from(says(Remasked::TooLong));
@@ -262,7 +273,7 @@ async fn remask(
             column.old.push(old);
             column.new.push(match new {
                 Some(Remasked::Changed(masked)) => Some(masked),
-                // One that cannot be changed keeps no other from it.
+                // If this column cannot be changed, the others still are.
                 _ => old.map(ToOwned::to_owned),
             });
         }
@@ -281,16 +292,17 @@ enum Remasked {
     TooLong,
 }
 
-fn remasked(keyring: &Keyring, field: Field, old: &str) -> Remasked {
-    let Ok(value) = keyring.recover(field.name(), old) else { return Remasked::Unrecoverable };
-    match keyring.mask(field.name(), &field.canonical(&value)) {
+fn remasked(keyring: &Keyring, field: &Field, old: &str) -> Remasked {
+    let Ok(value) = keyring.recover(&field.path, old) else { return Remasked::Unrecoverable };
+    let value = field.normalized(&value).unwrap_or(std::borrow::Cow::Borrowed(&value));
+    match keyring.mask(&field.path, &value) {
         Err(_) => Remasked::TooLong,
         Ok(new) if new.as_str() == old => Remasked::Same,
         Ok(new) => {
             let new = new.as_str();
             // What is about to replace the only copy of a value must be the value's.
-            let recovered = keyring.recover(field.name(), new);
-            let right = recovered.is_ok_and(|recovered| *recovered == *field.canonical(&value));
+            let recovered = keyring.recover(&field.path, new);
+            let right = recovered.is_ok_and(|recovered| *recovered == *value);
             if right { Remasked::Changed(new.to_owned()) } else { Remasked::Unrecoverable }
         }
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
 use jiff::Timestamp;
-use login_etl::mask::Keyring;
+use login_etl::keyring::Keyring;
 use serde::{Deserialize, Deserializer, Serialize};
 use zeroize::Zeroizing;
 

@@ -1,6 +1,6 @@
-//! The rows of `user_logins` by where they lie, for want of a key: read and written back in batches.
+//! The rows of the table by where they lie, for want of a key: read and written back in batches.
 
-use login_etl::login::MASKED;
+use login_etl::mapping::{Mapping, quoted};
 use tokio_postgres::{
     Client, Row,
     error::SqlState,
@@ -12,7 +12,7 @@ use crate::output::{Failure, failed, sql};
 /// Rows that a full block holds, roughly. Where there are more, a batch ends amid its last block.
 const ROWS_A_BLOCK: i64 = 50;
 
-/// One table of rows: `user_logins`, or a partition of it.
+/// One table of rows: the mapping's, or a partition of it.
 pub(super) struct Leaf {
     pub(super) name: String,
     pub(super) blocks: i64,
@@ -36,24 +36,26 @@ impl Place {
     }
 }
 
-/// `user_logins`, or all of its partitions.
-pub(super) async fn leaves(client: &Client) -> Result<Vec<Leaf>, Failure> {
+/// The mapping's table, or all of its partitions.
+pub(super) async fn leaves(mapping: &Mapping, client: &Client) -> Result<Vec<Leaf>, Failure> {
     let query = "
         with recursive tree (oid) as (
-            select 'user_logins'::regclass::oid
+            select $1::text::regclass::oid
             union all
             select inhrelid from pg_inherits join tree on inhparent = tree.oid
         )
         select tree.oid::regclass::text, pg_relation_size(tree.oid) / current_setting('block_size')::bigint
         from pg_class join tree on pg_class.oid = tree.oid
         where relkind = 'r'";
-    let rows = client.query(query, &[]).await.map_err(sql("look at the table"))?;
+    let table = mapping.table().to_string();
+    let rows = client.query(query, &[&table]).await.map_err(sql("look at the table"))?;
     Ok(rows.iter().map(|row| Leaf { name: row.get(0), blocks: row.get(1) }).collect())
 }
 
 /// The two statements of a batch.
 pub(super) struct Statements {
     leaf: String,
+    columns: Vec<String>,
     /// Most rows of a batch.
     rows: i64,
     read: String,
@@ -62,16 +64,19 @@ pub(super) struct Statements {
 
 impl Statements {
     /// Rows that are under the key `but` are not read.
-    pub(super) fn new(leaf: &str, rows: i64, but: Option<&str>) -> Self {
-        let columns = MASKED.map(|(_, column)| column);
-        let each = |form: fn(&str) -> String, separator: &str| columns.map(form).join(separator);
+    pub(super) fn new(mapping: &Mapping, leaf: &str, rows: i64, but: Option<&str>) -> Self {
+        let columns: Vec<_> = mapping.masked().map(|(column, _)| quoted(&column.name)).collect();
+        let each = |form: &dyn Fn(usize, &str) -> String, separator: &str| {
+            let forms: Vec<_> = columns.iter().enumerate().map(|(number, column)| form(number, column)).collect();
+            forms.join(separator)
+        };
         let done = match but {
             None => "false".to_owned(),
-            Some("") => columns.map(|column| format!("coalesce(position(':' in {column}) = 0, true)")).join(" and "),
+            Some("") => each(&|_, column| format!("coalesce(position(':' in {column}) = 0, true)"), " and "),
             // A key's id has no quotes in it.
-            Some(id) => columns
-                .map(|column| format!("coalesce(left({column}, {}) = '{id}:', true)", id.len() + 1))
-                .join(" and "),
+            Some(id) => {
+                each(&|_, column| format!("coalesce(left({column}, {}) = '{id}:', true)", id.len() + 1), " and ")
+            }
         };
         // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
         // no more line pointers than this, as a row has a header of 24 bytes at least.
@@ -88,19 +93,19 @@ impl Statements {
             "update only {leaf} as login set {}
              from unnest($1::text[]::tid[], {}) as batch (ctid, {})
              where login.ctid = any ($1::text[]::tid[]) and login.ctid = batch.ctid and {}",
-            each(|column| format!("{column} = batch.new_{column}"), ", "),
+            each(&|number, column| format!("{column} = batch.new_{number}"), ", "),
             (2..2 + 2 * columns.len()).map(|number| format!("${number}::text[]")).collect::<Vec<_>>().join(", "),
-            each(|column| format!("old_{column}, new_{column}"), ", "),
-            each(|column| format!("login.{column} is not distinct from batch.old_{column}"), " and "),
+            each(&|number, _| format!("old_{number}, new_{number}"), ", "),
+            each(&|number, column| format!("login.{column} is not distinct from batch.old_{number}"), " and "),
         );
-        Self { leaf: leaf.to_owned(), rows, read, write }
+        Self { leaf: leaf.to_owned(), columns, rows, read, write }
     }
 
     fn no_right(&self, error: tokio_postgres::Error, what: &str) -> Failure {
         if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
             return sql(what)(error);
         }
-        let columns = MASKED.map(|(_, column)| column).join(", ");
+        let columns = self.columns.join(", ");
         failed(format!(
             "your database user may not remask {0}: be in the role login_etl_operator, and let the owner `grant select, update \
              ({columns}) on {0} to login_etl_operator`",
@@ -133,10 +138,9 @@ impl Statements {
 }
 
 /// The rows of a batch that change, by their places, and their masks before and after.
-#[derive(Default)]
 pub(super) struct Changes<'a> {
     pub(super) places: Vec<&'a str>,
-    pub(super) columns: [Column<'a>; MASKED.len()],
+    pub(super) columns: Vec<Column<'a>>,
 }
 
 /// One column's masks.

@@ -25,12 +25,12 @@ PARTS = {
         "Keys are inserted in one order everywhere, so that two functions that hold the same messages cannot deadlock.",
     ),
     "mask": (
-        r"\b(mask|aes|cbc|base64)::|push_masked",
+        r"\b(keyring|aes|cbc|base64)::|push_masked",
         "AES in hardware, where the processor has it, of two values a message. Each is masked for itself: a call through the cipher's "
         "interface, padding, and Base64 onto the end of the row.",
     ),
     "encode": (
-        r"login_etl::store::(batch|Session)|login::(Columns|Cell)|to_sql|query::encode|message::frontend|PostgresCodec",
+        r"login_etl::store::(batch|Session)|row::Row::cells|to_sql|query::encode|message::frontend|PostgresCodec",
         "Fields are in PostgreSQL's binary format already. Each is copied into the statement's arrays, or with its row into one piece for "
         "`COPY`, and with that once more into the driver's buffer.",
     ),
@@ -43,7 +43,7 @@ PARTS = {
         "The kernel's part, which takes the bytes to the database, and the driver's.",
     ),
     "bodies into rows": (
-        r"login_etl::login",
+        r"login_etl::mapping",
         "A body is JSON in a JSON string, and is scanned as it stands in the event, each of its quotes with a backslash before it. Each "
         "field is checked, as it may be anything, and copied once, into its row.",
     ),

@@ -1,7 +1,8 @@
 //! The keyring: masks a personal value, and recovers it.
 //!
 //! Masking is deterministic, so that equal values stay equal: AES-CBC with a fixed IV, byte for byte what the original
-//! script wrote, or AES-SIV (RFC 5297), which also authenticates and keeps the columns apart.
+//! script wrote; AES-SIV (RFC 5297), which also authenticates and keeps the columns apart; or HMAC-SHA-256, which nobody can
+//! reverse.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -17,11 +18,13 @@ use aes::{
 use aes_siv::siv::{Aes128Siv, Aes256Siv};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::{BufMut, BytesMut};
+use hmac::{Hmac, Mac};
 use serde::{Deserialize, de::IgnoredAny};
+use sha2::Sha256;
 use zeroize::Zeroizing;
 
 /// Most characters of a masked value, the width of its column.
-const MASKED_MAX: usize = 256;
+pub const MASKED_MAX: usize = 256;
 /// Bytes of an `aes-siv` mask's tag, which stands before the ciphertext.
 const TAG_LEN: usize = 16;
 /// Most bytes of a ciphertext: a value of that many bytes, and a block of padding or a tag.
@@ -82,9 +85,12 @@ pub enum KeyringError {
     /// An `aes-siv` key of a wrong length, or not hex.
     #[error("has an aes-siv key that is not 64 or 128 hex digits")]
     SivKey,
-    /// An `aes-siv` key with an IV, which that cipher derives itself.
-    #[error("gives an iv to an aes-siv key, which takes none")]
-    SivIv,
+    /// An `hmac-sha256` key of a wrong length, or not hex.
+    #[error("has an hmac-sha256 key that is not 64 to 128 hex digits")]
+    HmacKey,
+    /// An IV for a key of a cipher that has none.
+    #[error("gives an iv to an aes-siv or hmac-sha256 key, which takes none")]
+    NoIv,
 }
 
 /// The keys by id, one of them active; the empty id is the unnamed key's. `Debug` shows ids and ciphers only.
@@ -134,7 +140,12 @@ impl Keyring {
         self.keys.iter().map(|(id, key)| (id.as_str(), key.0.name()))
     }
 
-    /// Masks `value` under the active key. `field` is the field's name; an `aes-siv` mask holds for that field only.
+    /// Whether what is masked under the key with this id can never be recovered.
+    pub fn is_one_way(&self, id: &str) -> bool {
+        self.keys.get(id).is_some_and(|key| key.0.name() == HMAC)
+    }
+
+    /// Masks `value` under the active key. `field` is the field's name; only an `aes-cbc` mask does not depend on it.
     ///
     /// # Errors
     /// [`TooLong`], the message's fault.
@@ -239,6 +250,8 @@ enum CipherName {
     Cbc,
     #[serde(rename = "aes-siv")]
     Siv,
+    #[serde(rename = "hmac-sha256")]
+    Hmac,
 }
 
 impl KeyText {
@@ -253,7 +266,9 @@ impl KeyText {
             }
         };
         Ok(Key(match (&self.cipher, key.len()) {
-            (CipherName::Siv, _) if iv.is_some() => return Err(KeyringError::SivIv),
+            (CipherName::Siv | CipherName::Hmac, _) if iv.is_some() => return Err(KeyringError::NoIv),
+            (CipherName::Hmac, HMAC_KEY_MIN..=HMAC_KEY_MAX) => Box::new(OneWay::new(&key)?),
+            (CipherName::Hmac, _) => return Err(KeyringError::HmacKey),
             (CipherName::Siv, 32 | 64) => Box::new(Siv(key)),
             (CipherName::Siv, _) => return Err(KeyringError::SivKey),
             (CipherName::Cbc, 16) => Box::new(Cbc::<Aes128>::new(&key, iv)?),
@@ -274,7 +289,7 @@ impl fmt::Debug for Key {
 
 trait Cipher {
     fn name(&self) -> &'static str;
-    /// Encrypts at most [`MASKED_MAX`] bytes into the buffer, which costs no allocation.
+    /// Masks at most [`MASKED_MAX`] bytes into the buffer, which costs no allocation.
     fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8];
     fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>>;
 }
@@ -345,6 +360,37 @@ impl Cipher for Siv {
     }
 }
 
+const HMAC: &str = "hmac-sha256";
+/// A key shorter than its output weakens HMAC, and one longer than a block of SHA-256 is hashed first (RFC 2104).
+const HMAC_KEY_MIN: usize = 32;
+const HMAC_KEY_MAX: usize = 64;
+
+/// HMAC-SHA-256 of the field's name, a zero byte and the value. Holds the hash's state after the key, which is zeroized on drop.
+struct OneWay(Hmac<Sha256>);
+
+impl OneWay {
+    fn new(key: &[u8]) -> Result<Self, KeyringError> {
+        Hmac::new_from_slice(key).map(Self).map_err(|_| KeyringError::HmacKey)
+    }
+}
+
+impl Cipher for OneWay {
+    fn name(&self) -> &'static str {
+        HMAC
+    }
+
+    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
+        let mac = self.0.clone().chain_update(field).chain_update([0]).chain_update(plain).finalize().into_bytes();
+        let masked = &mut buffer[..mac.len()];
+        masked.copy_from_slice(&mac);
+        masked
+    }
+
+    fn decrypt(&self, _field: &str, _ciphertext: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -412,7 +458,7 @@ mod tests {
 
     #[test]
     fn a_secret_that_is_no_keyring_says_what_is_wrong() {
-        use KeyringError::{CbcKey, Iv, KeyId, NoActiveKey, Shape, SivIv, SivKey};
+        use KeyringError::{CbcKey, HmacKey, Iv, KeyId, NoActiveKey, NoIv, Shape, SivKey};
         let start = Shape { line: 1, column: 1 };
         for (text, error) in [
             ("hunter2", start.clone()),
@@ -431,8 +477,9 @@ mod tests {
             ),
             (
                 r#"{"active": "a", "keys": {"a": {"cipher": "aes-siv", "key": "00", "iv": "000102030405060708090a0b0c0d0e0f"}}}"#,
-                SivIv,
+                NoIv,
             ),
+            (r#"{"active": "a", "keys": {"a": {"cipher": "hmac-sha256", "key": "00"}}}"#, HmacKey),
         ] {
             assert_eq!(Keyring::from_json(text).unwrap_err(), error, "{text}");
         }

@@ -1,17 +1,20 @@
-//! Reads JSON of the usual shape, in place and without a look at what nobody needs.
+//! A zero-copy JSON reader for the common case. It gives up where anything uncommon comes: the caller then asks serde_json, which
+//! also says what is wrong.
 //!
-//! A general parser spends most of its time on what strings might hold. The one here knows strings without escapes,
-//! and gives up where something else comes: the caller then asks serde_json, which also says what is wrong.
+//! What it takes, serde_json takes with the same meaning; but [`Reader::skip`] of an unquoted text, which may skip what is not JSON.
 
 use wide::u8x16;
 
 /// The bytes that are looked at together.
 const TOGETHER: usize = 16;
+/// How deep a value may be nested that is gone over.
+const DEPTH_MAX: u32 = 32;
 
-/// A place in a JSON text. Every step leads over white space, and is `None` where something else is there.
+/// A place in a JSON text. Every step leads over white space, and is `None` if something else is there.
 ///
 /// With `QUOTED` the text is the content of a string: JSON in JSON, whose own quotes have a backslash before them. So a text
 /// need not be copied to be read.
+#[derive(Clone, Debug)]
 pub struct Reader<'a, const QUOTED: bool = false> {
     text: &'a str,
     place: usize,
@@ -71,6 +74,21 @@ impl<'a> Reader<'a, true> {
         let text = json.strip_prefix('"')?.strip_suffix('"')?;
         Some(Self { text, place: 0 })
     }
+
+    /// Goes over a value whose strings have no escapes.
+    pub fn skip_plain(&mut self) -> Option<()> {
+        self.skip_down_to(DEPTH_MAX)
+    }
+
+    fn skip_down_to(&mut self, depth: u32) -> Option<()> {
+        let depth = depth.checked_sub(1)?;
+        match self.peek()? {
+            b'\\' => self.string().map(drop),
+            b'{' => self.object(|reader, _| reader.skip_down_to(depth)),
+            b'[' => self.array(|reader| reader.skip_down_to(depth)),
+            _ => self.literal().map(drop),
+        }
+    }
 }
 
 impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
@@ -116,6 +134,16 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
     pub fn null(&mut self) -> Option<()> {
         self.peek();
         self.text.get(self.place..)?.starts_with("null").then(|| self.place += 4)
+    }
+
+    /// Reads a number, `true`, `false` or `null`, as it stands there.
+    pub fn literal(&mut self) -> Option<&'a str> {
+        self.peek()?;
+        let rest = self.text.get(self.place..)?;
+        let end = rest.bytes().position(|byte| b",]} \t\r\n".contains(&byte)).unwrap_or(rest.len());
+        let literal = rest.get(..end)?;
+        (matches!(literal, "true" | "false" | "null") || is_number(literal)).then(|| self.place += end)?;
+        Some(literal)
     }
 
     /// Whether nothing but white space is left.
@@ -188,6 +216,30 @@ fn end_of_string(text: &[u8]) -> usize {
     place + text[place..].iter().position(ends).unwrap_or(text.len() - place)
 }
 
+/// Whether a text is a number by JSON's grammar.
+fn is_number(text: &str) -> bool {
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let text = text.strip_prefix('-').unwrap_or(text);
+    let whole = digits(text);
+    if whole == 0 || whole > 1 && text.starts_with('0') {
+        return false;
+    }
+    let mut rest = &text[whole..];
+    if let Some(fraction) = rest.strip_prefix('.') {
+        let len = digits(fraction);
+        if len == 0 {
+            return false;
+        }
+        rest = &fraction[len..];
+    }
+    if let Some(exponent) = rest.strip_prefix(['e', 'E']) {
+        let exponent = exponent.strip_prefix(['+', '-']).unwrap_or(exponent);
+        let len = digits(exponent);
+        return len > 0 && len == exponent.len();
+    }
+    rest.is_empty()
+}
+
 /// Whether a byte stands for itself in a string.
 fn is_plain(byte: u8) -> bool {
     byte >= b' ' && byte != b'"' && byte != b'\\'
@@ -218,6 +270,29 @@ impl Special {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whatever_is_skipped_is_json() {
+        let value = r#"{"a": [1, -2.50e+7, true, null, {"b": "c"}], "d": "é", "e": {}, "f": []}"#;
+        let json = |text: &str| serde_json::to_string(text).unwrap();
+        let skips = |json: &str| {
+            let mut reader = Reader::in_string(json).unwrap();
+            reader.skip_plain().is_some() && reader.is_at_end()
+        };
+        assert!(skips(&json(value)));
+        // Each byte gone, or another one in its place.
+        for (place, _) in value.char_indices() {
+            for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "\n", "\0", "n", "0", "-", ".", "e"] {
+                let rest = value[place..].chars().next().map_or(0, char::len_utf8);
+                let text = format!("{}{put}{}", &value[..place], &value[place + rest..]);
+                if skips(&json(&text)) {
+                    assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{text}");
+                }
+            }
+        }
+        assert!(skips(&json(&format!("{}{}", "[".repeat(31), "]".repeat(31)))));
+        assert!(!skips(&json(&format!("{}{}", "[".repeat(33), "]".repeat(33)))));
+    }
 
     #[test]
     fn a_byte_that_does_not_stand_for_itself_is_found_at_every_place() {

@@ -1,0 +1,276 @@
+//! The mapping: shown, checked, as SQL, and tried on messages. None of it needs a database or a queue.
+
+use std::{fs, io::Read, path::Path, time::SystemTime};
+
+use bytes::BytesMut;
+use jiff::{Timestamp, civil, civil::date};
+use login_etl::{
+    event,
+    keyring::{Keyring, MASKED_MAX},
+    mapping::{Attribute, Column, ColumnType, Envelope, Invalid, Mapping, Row, Source, quoted},
+};
+use serde_json::{Value, json};
+use tokio_postgres::types::{FromSql, Type};
+
+use crate::{
+    cli,
+    migrate::sql_type,
+    output::{BAD, Failure, GOOD, Reply, count, failed, printable, table},
+};
+
+/// What masks where no keyring is given, which is nobody's key.
+const MADE_UP: &str = r#"{"active": "made-up", "keys": {"made-up": {"cipher": "aes-siv",
+    "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}}}"#;
+const NO_ID: &str = "00000000-0000-0000-0000-000000000000";
+
+pub fn run(mapping: Option<&Path>, command: &cli::MappingCommand) -> Result<Reply, Failure> {
+    let load = |file: Option<&Path>| Mapping::load(file.map(Path::to_owned)).map_err(|error| failed(error.to_string()));
+    match command {
+        cli::MappingCommand::Show => Ok(show(&load(mapping)?)),
+        cli::MappingCommand::Check { file } => Ok(check(&load(file.as_deref().or(mapping))?)),
+        cli::MappingCommand::Ddl => {
+            let text = ddl(&load(mapping)?);
+            Ok(Reply::new(text.clone(), json!({"sql": text})))
+        }
+        cli::MappingCommand::Try { file, keyring } => try_messages(&load(mapping)?, file, keyring.as_deref()),
+    }
+}
+
+fn show(mapping: &Mapping) -> Reply {
+    let rows: Vec<_> = mapping
+        .columns()
+        .iter()
+        .map(|column| {
+            let (from, keep) = match &column.source {
+                Source::Field(field) if field.masked => (field.path.to_string(), "masked"),
+                Source::Field(field) => (field.path.to_string(), "plain"),
+                Source::Envelope(attribute) => (format!("({})", attribute.name()), ""),
+            };
+            [column.name.clone(), sql_type(column), from, keep.to_owned(), refused(column)]
+        })
+        .collect();
+    let json: Vec<_> = rows
+        .iter()
+        .map(|row| json!({"column": row[0], "type": row[1], "from": row[2], "keep": row[3], "refused": row[4]}))
+        .collect();
+    let text = table(&["column", "type", "from", "kept", "refused"], rows.into_iter().map(Vec::from));
+    let table = mapping.table().to_string();
+    Reply::new(format!("{table}\n{text}"), json!({"table": table, "columns": json}))
+}
+
+/// What a message is refused for, for this column's sake.
+fn refused(column: &Column) -> String {
+    let field = match &column.source {
+        Source::Field(field) => field,
+        Source::Envelope(Attribute::SentDate | Attribute::SentTime | Attribute::Queue) if !column.optional => {
+            return "not known".to_owned();
+        }
+        Source::Envelope(_) => return String::new(),
+    };
+    let mut refused = vec![if column.optional { "given twice" } else { "missing, given twice" }.to_owned()];
+    refused.push(match (column.column_type, field.convert) {
+        (_, Some(convert)) => format!("not {}", convert.takes()),
+        (ColumnType::Text, None) => "not a string".to_owned(),
+        (ColumnType::Integer | ColumnType::Bigint, None) => "not an integer".to_owned(),
+        (ColumnType::DoublePrecision, None) => "not a number".to_owned(),
+        (ColumnType::Boolean, None) => "not true or false".to_owned(),
+        (ColumnType::Date, None) => "not YYYY-MM-DD".to_owned(),
+        (ColumnType::Timestamptz, None) => "not RFC 3339".to_owned(),
+        (ColumnType::Uuid, None) => "not a UUID".to_owned(),
+        (ColumnType::Jsonb, None) => "with a NUL character".to_owned(),
+    });
+    if column.column_type == ColumnType::Text {
+        refused.push(if column.optional { "with a NUL character" } else { "empty, with a NUL character" }.to_owned());
+        match column.max_length {
+            _ if field.masked => refused.push(format!("a mask of over {MASKED_MAX} characters")),
+            Some(max) => refused.push(format!("over {max} characters")),
+            None => {}
+        }
+    }
+    if field.strict {
+        refused.push("not an IP address".to_owned());
+    }
+    refused.join(", ")
+}
+
+fn check(mapping: &Mapping) -> Reply {
+    let (columns, masked) = (mapping.columns().len(), mapping.masked().count());
+    let name = &mapping.table().name;
+    let text =
+        format!("{GOOD}Valid:{GOOD:#} {} of {name}, {masked} of them masked\n", count(columns as i128, "column"));
+    Reply::new(text, json!({"table": name, "columns": columns, "masked": masked}))
+}
+
+/// The table, an index and a view of duplicates for each masked column, and the grants.
+pub fn ddl(mapping: &Mapping) -> String {
+    let table = mapping.table();
+    let schema = table.schema.as_ref().map(|schema| format!("{}.", quoted(schema))).unwrap_or_default();
+    let width = mapping.columns().iter().map(|column| quoted(&column.name).len()).max().unwrap_or_default();
+    let columns: Vec<_> = mapping
+        .columns()
+        .iter()
+        .map(|column| format!("    {:width$} {}", quoted(&column.name), sql_type(column)))
+        .collect();
+    let mut text = match &table.schema {
+        Some(schema) => {
+            let schema = quoted(schema);
+            format!(
+                "create schema if not exists {schema};\ngrant usage on schema {schema} to login_etl, login_etl_operator;\n\n"
+            )
+        }
+        None => String::new(),
+    };
+    text += &format!("create table if not exists {table} (\n{}\n);\n", columns.join(",\n"));
+    let subject = mapping.subject().map(|column| quoted(&column.name));
+    let day = mapping.day().map(|column| quoted(&column.name));
+    for (column, _) in mapping.masked() {
+        let masked = quoted(&column.name);
+        let index = quoted(&format!("{}_{}_idx", table.name, column.name));
+        let view = format!("{schema}{}", quoted(&format!("{}_{}_duplicates", table.name, column.name)));
+        let mut facts = vec![masked.clone(), "count(*) as rows".to_owned()];
+        facts.extend(subject.iter().map(|subject| format!("count(distinct {subject}) as subjects")));
+        facts.extend(day.iter().map(|day| format!("min({day}) as first_day, max({day}) as last_day")));
+        text += &format!(
+            "\ncreate index if not exists {index} on {table} ({masked});\n\
+             create or replace view {view} as\n\
+             select {}\nfrom {table} where {masked} is not null group by {masked} having count(*) > 1;\n\
+             grant select on {view} to login_etl_operator;\n",
+            facts.join(", ")
+        );
+    }
+    text += &format!("\n-- `etlctl migrate` makes the roles.\ngrant insert on {table} to login_etl;\n");
+    let masked: Vec<_> = mapping.masked().map(|(column, _)| quoted(&column.name)).collect();
+    let update = if masked.is_empty() { String::new() } else { format!(", update ({})", masked.join(", ")) };
+    text += &format!("grant select{update} on {table} to login_etl_operator;\n");
+    text
+}
+
+fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Result<Reply, Failure> {
+    let keyring = match keyring {
+        None => MADE_UP.to_owned(),
+        Some(file) => read(file)?,
+    };
+    let keyring = Keyring::from_json(&keyring).map_err(|error| failed(format!("the keyring {error}")))?;
+    let (mut text, mut json, mut good) = (String::new(), Vec::new(), 0);
+    let lines = read(file)?;
+    // A whole file may be one event, as the samples are.
+    let one_event = event::messages(lines.as_bytes()).is_ok();
+    let lines: Vec<&str> = if one_event { vec![&lines] } else { lines.lines().collect() };
+    for line in lines.into_iter().filter(|line| !line.trim().is_empty()) {
+        let events = event::messages(line.as_bytes()).ok();
+        let messages: Vec<_> = match &events {
+            Some(messages) => messages
+                .iter()
+                .map(|message| {
+                    let body = message.body().and_then(|json| serde_json::from_str::<String>(json).ok());
+                    (body, message.id(), message.sent(), message.queue_name())
+                })
+                .collect(),
+            None => vec![(Some(line.to_owned()), None, Some(SystemTime::now()), Some("queue"))],
+        };
+        for (body, id, sent, queue) in messages {
+            let envelope = Envelope { message_id: id.unwrap_or(NO_ID), sent, queue, now: SystemTime::now() };
+            let row = body.ok_or(Invalid::NoBody);
+            let row = row.and_then(|body| mapping.row(&body, &envelope, &keyring, &mut BytesMut::new()));
+            let number = json.len() + 1;
+            match row {
+                Ok(row) => {
+                    good += 1;
+                    let cells: Vec<_> = cells(mapping, &row).collect();
+                    let shown = cells.iter().map(|(name, cell)| {
+                        vec![format!("  {name}"), cell.as_deref().map_or("NULL".to_owned(), printable)]
+                    });
+                    text += &format!("{GOOD}{number}: a row{GOOD:#}\n{}", table(&["", ""], shown));
+                    let row: serde_json::Map<_, _> =
+                        cells.into_iter().map(|(name, cell)| (name.to_owned(), json!(cell))).collect();
+                    json.push(json!({"row": row}));
+                }
+                Err(invalid) => {
+                    text += &format!("{BAD}{number}: refused{BAD:#}  {invalid}\n");
+                    json.push(json!({"refused": invalid.to_string()}));
+                }
+            }
+        }
+    }
+    let (all, refused) = (json.len(), json.len() - good);
+    if all == 0 {
+        return Err(Failure::Usage("there is no message in it: a body, or an SQS event, a line".to_owned()));
+    }
+    text += &format!("\n{} would be rows, {refused} refused\n", count(good as i128, "message"));
+    Ok(Reply { no: refused > 0, ..Reply::new(text, Value::Array(json)) })
+}
+
+fn read(file: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = match file.as_os_str() == "-" {
+        true => std::io::stdin().read_to_string(&mut text).map(|_| text),
+        false => fs::read_to_string(file),
+    };
+    read.map_err(|error| failed(format!("cannot read {}: {error}", file.display())))
+}
+
+/// A row's cells as text, each with its column's name.
+fn cells<'a>(mapping: &'a Mapping, row: &'a Row) -> impl Iterator<Item = (&'a str, Option<String>)> {
+    mapping.columns().iter().zip(row.cells()).map(|(column, cell)| {
+        (column.name.as_str(), cell.map(|cell| text(column.column_type, cell).unwrap_or_default()))
+    })
+}
+
+/// A value in PostgreSQL's binary format, as text.
+fn text(column_type: ColumnType, cell: &[u8]) -> Option<String> {
+    fn of<'a, T: FromSql<'a>>(sql_type: &Type, cell: &'a [u8]) -> Option<T> {
+        T::from_sql(sql_type, cell).ok()
+    }
+    Some(match column_type {
+        ColumnType::Text => of(&Type::TEXT, cell)?,
+        ColumnType::Integer => of::<i32>(&Type::INT4, cell)?.to_string(),
+        ColumnType::Bigint => of::<i64>(&Type::INT8, cell)?.to_string(),
+        ColumnType::DoublePrecision => of::<f64>(&Type::FLOAT8, cell)?.to_string(),
+        ColumnType::Boolean => of::<bool>(&Type::BOOL, cell)?.to_string(),
+        ColumnType::Date => {
+            const EPOCH: civil::Date = date(2000, 1, 1);
+            let days = i32::from_be_bytes(cell.try_into().ok()?);
+            EPOCH.checked_add(jiff::Span::new().try_days(days).ok()?).ok()?.to_string()
+        }
+        ColumnType::Timestamptz => Timestamp::try_from(of::<SystemTime>(&Type::TIMESTAMPTZ, cell)?).ok()?.to_string(),
+        ColumnType::Uuid => {
+            let digits = hex::encode(cell);
+            [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| &digits[from..to]).join("-")
+        }
+        // A version comes before the text.
+        ColumnType::Jsonb => String::from_utf8(cell.get(1..)?.to_vec()).ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_type_is_shown_as_it_was_sent() {
+        let mapping = |column_type: &str| {
+            let text = format!(
+                "table = \"t\"\n[[column]]\nname = \"c\"\nfrom = \"f\"\nkeep = \"plain\"\ntype = \"{column_type}\""
+            );
+            Mapping::from_toml(&text, "m").unwrap()
+        };
+        let keyring = Keyring::from_json(MADE_UP).unwrap();
+        for (column_type, value, shown) in [
+            ("text", "\"é\"", "é"),
+            ("integer", "-7", "-7"),
+            ("bigint", "9000000000", "9000000000"),
+            ("double precision", "0.5", "0.5"),
+            ("boolean", "true", "true"),
+            ("date", "\"1999-02-28\"", "1999-02-28"),
+            ("timestamptz", "\"2026-11-28T01:00:00+01:00\"", "2026-11-28T00:00:00Z"),
+            ("uuid", "\"059F36B4-87A3-44AB-83D2-661975830A7D\"", "059f36b4-87a3-44ab-83d2-661975830a7d"),
+            ("jsonb", "{\"a\": 1}", "{\"a\": 1}"),
+        ] {
+            let mapping = mapping(column_type);
+            let envelope = Envelope { message_id: NO_ID, sent: None, queue: None, now: SystemTime::now() };
+            let body = format!("{{\"f\": {value}}}");
+            let row = mapping.row(&body, &envelope, &keyring, &mut BytesMut::new()).unwrap();
+            assert_eq!(cells(&mapping, &row).next().unwrap().1.as_deref(), Some(shown));
+        }
+    }
+}

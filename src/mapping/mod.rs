@@ -1,0 +1,455 @@
+//! The declared mapping: which fields of a message become which columns, and which of them are masked.
+//!
+//! `file` reads `mapping.toml`, `body` finds the declared fields in a message, `convert` makes one spelling or one
+//! number of a text, `row` writes a column in PostgreSQL's binary format, and `shape` names a body that is something else.
+
+mod body;
+mod convert;
+mod file;
+mod row;
+mod shape;
+
+use std::{borrow::Cow, fmt, path::PathBuf, sync::Arc, time::SystemTime};
+
+use bytes::BytesMut;
+use serde::Deserialize;
+
+use self::body::{Fields, Value};
+pub use self::{
+    convert::{Convert, Normalize},
+    file::MappingError,
+    row::{Cell, ROWS_CAPACITY, Row},
+    shape::Shape,
+};
+use crate::keyring::Keyring;
+
+/// The mapping that is built in: login messages into `user_logins`.
+const BUILT_IN: &str = include_str!("../../mapping.toml");
+
+/// Which fields of a message become which columns of a table. Only a valid file makes one.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    table: Table,
+    unwrap: Option<Unwrap>,
+    columns: Vec<Column>,
+    fields: Fields,
+}
+
+/// The table that the rows go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Its schema; without one, the search path decides.
+    pub schema: Option<String>,
+    /// Its name.
+    pub name: String,
+}
+
+/// What the message is wrapped in.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Unwrap {
+    /// An SNS notification: the message is its `Message`.
+    Sns,
+}
+
+/// A column, and what fills it.
+#[derive(Clone, Debug)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub column_type: ColumnType,
+    /// Most characters of a text; of a masked one, those of the mask.
+    pub max_length: Option<usize>,
+    /// Whether it is NULL where the message says nothing.
+    pub optional: bool,
+    /// Whether it names the person whom the row is about.
+    pub subject: bool,
+    /// Where its value comes from.
+    pub source: Source,
+}
+
+/// Where a column's value comes from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A field of the message's body.
+    Field(Field),
+    /// Something about the message that is not in its body.
+    Envelope(Attribute),
+}
+
+/// A field of the message's body.
+#[derive(Clone, Debug)]
+pub struct Field {
+    /// Its path: names with dots between them. It also binds an `aes-siv` mask to its column.
+    pub path: Arc<str>,
+    /// Whether it is masked.
+    pub masked: bool,
+    /// How its value becomes the column's.
+    pub convert: Option<Convert>,
+    /// How its text gets one spelling, in this order.
+    pub normalize: Vec<Normalize>,
+    /// Whether a text that is no IP address is refused, where addresses are normalized.
+    pub strict: bool,
+    /// Its place among the mapping's fields.
+    slot: usize,
+}
+
+/// What can be stored of a message besides its body.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attribute {
+    /// The day (UTC) on which the function handles it.
+    ProcessingDate,
+    /// When the function handles it.
+    ProcessingTime,
+    /// The day (UTC) on which it was sent.
+    SentDate,
+    /// When it was sent.
+    SentTime,
+    /// SQS's id of it.
+    MessageId,
+    /// The name of its queue.
+    Queue,
+}
+
+impl Attribute {
+    /// Its name in the mapping.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ProcessingDate => "processing-date",
+            Self::ProcessingTime => "processing-time",
+            Self::SentDate => "sent-date",
+            Self::SentTime => "sent-time",
+            Self::MessageId => "message-id",
+            Self::Queue => "queue",
+        }
+    }
+}
+
+/// A column's type in PostgreSQL.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the names are PostgreSQL's")]
+pub enum ColumnType {
+    Text,
+    Integer,
+    Bigint,
+    #[serde(rename = "double precision")]
+    DoublePrecision,
+    Boolean,
+    Date,
+    Timestamptz,
+    Uuid,
+    Jsonb,
+}
+
+impl ColumnType {
+    /// All types.
+    pub const ALL: [Self; 9] = [
+        Self::Text,
+        Self::Integer,
+        Self::Bigint,
+        Self::DoublePrecision,
+        Self::Boolean,
+        Self::Date,
+        Self::Timestamptz,
+        Self::Uuid,
+        Self::Jsonb,
+    ];
+
+    /// Its name in SQL and in the mapping.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Integer => "integer",
+            Self::Bigint => "bigint",
+            Self::DoublePrecision => "double precision",
+            Self::Boolean => "boolean",
+            Self::Date => "date",
+            Self::Timestamptz => "timestamptz",
+            Self::Uuid => "uuid",
+            Self::Jsonb => "jsonb",
+        }
+    }
+}
+
+/// What is known of a message besides its body.
+#[derive(Clone, Copy, Debug)]
+pub struct Envelope<'a> {
+    /// SQS's id of it.
+    pub message_id: &'a str,
+    /// When it was sent.
+    pub sent: Option<SystemTime>,
+    /// The name of its queue.
+    pub queue: Option<&'a str>,
+    /// When the function handles it.
+    pub now: SystemTime,
+}
+
+/// Why a message makes no row. Always the message's fault; no variant holds any of its content.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// The event carried no body for the message.
+    #[error("body is missing")]
+    NoBody,
+    /// The body does not parse as JSON.
+    #[error("body is not JSON{}", seems(*.0))]
+    NotJson(Option<Shape>),
+    /// The body is JSON, but an array or a scalar.
+    #[error("body is not a JSON object{}", seems(*.0))]
+    NotAnObject(Option<Shape>),
+    /// The mapping unwraps SNS notifications, and this is none.
+    #[error("body is not an SNS notification, which `unwrap = \"sns\"` expects")]
+    NotWrapped,
+    /// A field broke a rule.
+    #[error("{field} {fault}{}", seems(*.shape))]
+    Field {
+        /// The field's path, or the name of the attribute.
+        field: Arc<str>,
+        /// The rule.
+        fault: Fault,
+        /// What the body seems to be, where that explains the fault.
+        shape: Option<Shape>,
+    },
+}
+
+fn seems(shape: Option<Shape>) -> String {
+    shape.map(|shape| format!(": {shape}")).unwrap_or_default()
+}
+
+/// What is wrong with a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Absent, or null where null means nothing.
+    #[error("is missing")]
+    Missing,
+    /// A part of its path is a text, a number, a boolean or a list.
+    #[error("is not inside an object")]
+    NoParent,
+    /// A number, boolean, array or object.
+    #[error("is not a string")]
+    NotAString,
+    /// A string, boolean, array or object.
+    #[error("is not a number")]
+    NotANumber,
+    /// A number with a fraction or an exponent.
+    #[error("is not an integer")]
+    NotAnInteger,
+    /// Neither true nor false.
+    #[error("is not true or false")]
+    NotABoolean,
+    /// Given more than once, so that its value depends on the reader.
+    #[error("is given twice")]
+    Twice,
+    /// The empty string.
+    #[error("is empty")]
+    Empty,
+    /// Longer than its column, once masked where it is masked.
+    #[error("is too long")]
+    TooLong,
+    /// Holds U+0000, which PostgreSQL's text cannot.
+    #[error("contains a NUL character")]
+    Nul,
+    /// A version of other characters than digits and single dots between them.
+    #[error("is not digits and dots")]
+    NotAVersion,
+    /// More than its type holds.
+    #[error("does not fit {}", article(*.0))]
+    Overflow(ColumnType),
+    /// Not an IP address, where only that will do.
+    #[error("is not an IP address")]
+    NotAnAddress,
+    /// Not a day as `2026-11-28`.
+    #[error("is not a date (YYYY-MM-DD)")]
+    NotADate,
+    /// Not a moment as `2026-11-28T12:00:00Z`.
+    #[error("is not a time (RFC 3339)")]
+    NotATime,
+    /// Not a UUID.
+    #[error("is not a UUID")]
+    NotAUuid,
+}
+
+fn article(column_type: ColumnType) -> String {
+    let article = if column_type == ColumnType::Integer { "an" } else { "a" };
+    format!("{article} {}", column_type.name())
+}
+
+impl Mapping {
+    /// The mapping that is built in.
+    ///
+    /// # Errors
+    /// None in a released program: a test reads it.
+    pub fn built_in() -> Result<Self, MappingError> {
+        Self::from_toml(BUILT_IN, "mapping.toml (built in)")
+    }
+
+    /// Reads the mapping of `file`; without one, of a `mapping.toml` beside the running program; without that, the one that
+    /// is built in.
+    ///
+    /// # Errors
+    /// [`MappingError`], when the file cannot be read or breaks a rule. The operator's fault.
+    pub fn load(file: Option<PathBuf>) -> Result<Self, MappingError> {
+        let beside = || {
+            let file = std::env::current_exe().ok()?.parent()?.join("mapping.toml");
+            file.is_file().then_some(file)
+        };
+        let Some(file) = file.or_else(beside) else { return Self::built_in() };
+        let name = file.display().to_string();
+        match std::fs::read_to_string(&file) {
+            Ok(text) => Self::from_toml(&text, &name),
+            Err(error) => Err(MappingError::unreadable(&name, &error)),
+        }
+    }
+
+    /// The table that the rows go to.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// The columns that a row fills, in its order.
+    pub fn columns(&self) -> &[Column] {
+        &self.columns
+    }
+
+    /// What the messages are wrapped in.
+    pub fn unwrap(&self) -> Option<Unwrap> {
+        self.unwrap
+    }
+
+    /// The columns that are masked, each with the field whose mask it has.
+    pub fn masked(&self) -> impl Iterator<Item = (&Column, &Field)> {
+        self.columns.iter().filter_map(|column| match &column.source {
+            Source::Field(field) if field.masked => Some((column, field)),
+            _ => None,
+        })
+    }
+
+    /// The masked column of the field with this path.
+    pub fn masked_field(&self, path: &str) -> Option<(&Column, &Field)> {
+        self.masked().find(|(_, field)| &*field.path == path)
+    }
+
+    /// The fields of the body, as the columns name them.
+    pub fn fields(&self) -> impl Iterator<Item = &Field> {
+        self.columns.iter().filter_map(|column| match &column.source {
+            Source::Field(field) => Some(field),
+            Source::Envelope(_) => None,
+        })
+    }
+
+    /// The column that names the person whom a row is about.
+    pub fn subject(&self) -> Option<&Column> {
+        self.columns.iter().find(|column| column.subject)
+    }
+
+    /// The column that has a row's day: the first of type `date`.
+    pub fn day(&self) -> Option<&Column> {
+        self.columns.iter().find(|column| column.column_type == ColumnType::Date)
+    }
+
+    /// The row of a message. Rows that are made in one `buffer` share its memory.
+    ///
+    /// # Errors
+    /// [`Invalid`], the message's fault: the first broken rule, in the order of the columns.
+    pub fn row(
+        &self,
+        body: &str,
+        envelope: &Envelope<'_>,
+        keyring: &Keyring,
+        buffer: &mut BytesMut,
+    ) -> Result<Row, Invalid> {
+        let unwrapped;
+        let message = match self.unwrap {
+            None => body,
+            Some(Unwrap::Sns) => {
+                unwrapped = shape::sns_message(body).ok_or(Invalid::NotWrapped)?;
+                &*unwrapped
+            }
+        };
+        let values = self.fields.values(message)?;
+        self.write(&values, envelope, keyring, buffer).map_err(|(column, fault)| column.invalid(fault, message))
+    }
+
+    /// The row of a message whose body is as it stands in the event: `json` is a string with its quotes.
+    ///
+    /// # Errors
+    /// As [`row`](Self::row).
+    #[inline(never)] // So that a profile tells it from what is done for a message besides.
+    pub fn row_of_json_string(
+        &self,
+        json: &str,
+        envelope: &Envelope<'_>,
+        keyring: &Keyring,
+        buffer: &mut BytesMut,
+    ) -> Result<Row, Invalid> {
+        // The usual case; what is wrong with any other, the parser says.
+        if self.unwrap.is_none()
+            && let Some(values) = self.fields.scanned(json)
+            && let Ok(row) = self.write(&values, envelope, keyring, buffer)
+        {
+            return Ok(row);
+        }
+        let body: String = serde_json::from_str(json).map_err(|_| Invalid::NotJson(None))?;
+        self.row(&body, envelope, keyring, buffer)
+    }
+
+    fn write(
+        &self,
+        values: &[Value<'_>],
+        envelope: &Envelope<'_>,
+        keyring: &Keyring,
+        buffer: &mut BytesMut,
+    ) -> Result<Row, (&Column, Fault)> {
+        buffer.clear();
+        for column in &self.columns {
+            let written = match &column.source {
+                Source::Field(field) => column.write_field(field, &values[field.slot], keyring, buffer),
+                Source::Envelope(attribute) => column.write_attribute(*attribute, envelope, buffer),
+            };
+            written.map_err(|fault| (column, fault))?;
+        }
+        Ok(Row::new(buffer.split()))
+    }
+}
+
+impl Column {
+    #[cold]
+    fn invalid(&self, fault: Fault, message: &str) -> Invalid {
+        let field = match &self.source {
+            Source::Field(field) => Arc::clone(&field.path),
+            Source::Envelope(attribute) => attribute.name().into(),
+        };
+        let shape = if fault == Fault::Missing { shape::of_object(message) } else { None };
+        Invalid::Field { field, fault, shape }
+    }
+}
+
+impl Field {
+    /// The one spelling of a value of this field, so that equal values have equal masks.
+    ///
+    /// # Errors
+    /// [`Fault::NotAnAddress`], where only addresses will do.
+    pub fn normalized<'a>(&self, value: &'a str) -> Result<Cow<'a, str>, Fault> {
+        convert::normalized(value.into(), &self.normalize, self.strict)
+    }
+}
+
+impl fmt::Display for Table {
+    /// As SQL has it, quoted.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(schema) = &self.schema {
+            write!(f, "{}.", quoted(schema))?;
+        }
+        f.write_str(&quoted(&self.name))
+    }
+}
+
+/// A name as SQL has it in every position, whatever is in it.
+pub fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests;

@@ -74,9 +74,9 @@ pub fn messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> {
     str::from_utf8(event).ok().and_then(scanned_messages).map_or_else(|| parsed_messages(event), Ok)
 }
 
-/// The messages of an event, read in place. `None` if something is unusual: there is no list of messages, a known field is twice there or is no string, or one has an
-/// escape that should have none. Of JSON it takes what serde_json would; what it skips may be anything, as Lambda has checked
-/// that it is JSON.
+/// The messages of an event, read in place. `None` if something is unusual: there is no list of messages, a known field is
+/// twice there or is no string, or one has an escape that should have none. Of JSON it takes what serde_json would; what it
+/// skips may be anything, as Lambda has checked that it is JSON.
 pub fn scanned_messages(event: &str) -> Option<Vec<Message<'_>>> {
     let mut reader = Reader::new(event);
     let mut messages = None;

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet, hash_map},
     fmt,
     ops::RangeInclusive,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, catch_unwind},
     time::{Duration, SystemTime},
 };
 
@@ -131,10 +131,12 @@ impl Handler {
         let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
         let deadline = started + time.saturating_sub(answer_time);
 
-        let read = match payload.of(&context.request_id) {
+        let read = || match payload.of(&context.request_id) {
             Some(event) => event::messages(event).map_err(BatchError::from),
             None => Err(BatchError::MixedUp),
         };
+        // The runtime would put a panic's message into its answer, and a message can quote data.
+        let read = catch_unwind(AssertUnwindSafe(read)).unwrap_or(Err(BatchError::Panic));
         let (messages, unreadable) = match read {
             Ok(messages) => (messages, None),
             Err(error) => (Vec::new(), Some(error)),
@@ -149,7 +151,6 @@ impl Handler {
         };
         let result = match unreadable {
             Some(error) => Err(error),
-            // The runtime would put a panic's message into its answer, and a message can quote data.
             None => AssertUnwindSafe(loading).catch_unwind().await.unwrap_or(Err(BatchError::Panic)),
         };
 

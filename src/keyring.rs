@@ -196,7 +196,7 @@ fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong
 }
 
 fn append(text: &mut BytesMut, id: &str, key: &Key, field: &str, value: &str) -> Result<(), TooLong> {
-    // No cipher shortens its input; this bounds the work that a hostile value can cause.
+    // Only hmac-sha256 shortens its input, and has the same bound on the work that a hostile value can cause.
     if value.len() > MASKED_MAX {
         return Err(TooLong);
     }

@@ -34,8 +34,8 @@ impl Event {
         Self { bytes, request_id }
     }
 
-    /// The event's bytes, if it is that of the invocation with this request id. Another one would mean that the runtime no longer
-    /// deserializes an event where it is called.
+    /// The event's bytes, if it is that of the invocation with this request id. A mismatch would mean that the runtime no longer
+    /// deserializes an event within `call`.
     pub fn of(&self, request_id: &str) -> Option<&[u8]> {
         (self.request_id == request_id).then_some(&self.bytes)
     }

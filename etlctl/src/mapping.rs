@@ -10,6 +10,7 @@ use login_etl::{
     mapping::{Attribute, Column, ColumnType, Envelope, Invalid, Mapping, Row, Source, quoted},
 };
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, Type};
 
 use crate::{
@@ -27,7 +28,7 @@ pub fn run(mapping: Option<&Path>, command: &cli::MappingCommand) -> Result<Repl
     let load = |file: Option<&Path>| Mapping::load(file.map(Path::to_owned)).map_err(|error| failed(error.to_string()));
     match command {
         cli::MappingCommand::Show => Ok(show(&load(mapping)?)),
-        cli::MappingCommand::Check { file } => Ok(check(&load(file.as_deref().or(mapping))?)),
+        cli::MappingCommand::Check { file } => Ok(check(file.as_deref().or(mapping))),
         cli::MappingCommand::Ddl => {
             let text = ddl(&load(mapping)?);
             Ok(Reply::new(text.clone(), json!({"sql": text})))
@@ -54,7 +55,7 @@ fn show(mapping: &Mapping) -> Reply {
         .map(|row| json!({"column": row[0], "type": row[1], "from": row[2], "keep": row[3], "refused": row[4]}))
         .collect();
     let text = table(&["column", "type", "from", "kept", "refused"], rows.into_iter().map(Vec::from));
-    let table = mapping.table().to_string();
+    let table = mapping.table().plain();
     Reply::new(format!("{table}\n{text}"), json!({"table": table, "columns": json}))
 }
 
@@ -93,12 +94,21 @@ fn refused(column: &Column) -> String {
     refused.join(", ")
 }
 
-fn check(mapping: &Mapping) -> Reply {
+fn check(file: Option<&Path>) -> Reply {
+    let mapping = match Mapping::load(file.map(Path::to_owned)) {
+        Ok(mapping) => mapping,
+        Err(error) => {
+            let (line, column) = error.place.unzip();
+            let json =
+                json!({"valid": false, "file": error.file, "line": line, "column": column, "error": error.message});
+            return Reply { no: true, ..Reply::new(format!("{BAD}Not valid:{BAD:#} {error}\n"), json) };
+        }
+    };
     let (columns, masked) = (mapping.columns().len(), mapping.masked().count());
-    let name = &mapping.table().name;
+    let name = mapping.table().plain();
     let text =
         format!("{GOOD}Valid:{GOOD:#} {} of {name}, {masked} of them masked\n", count(columns as i128, "column"));
-    Reply::new(text, json!({"table": name, "columns": columns, "masked": masked}))
+    Reply::new(text, json!({"valid": true, "table": name, "columns": columns, "masked": masked}))
 }
 
 /// The table, an index and a view of duplicates for each masked column, and the grants.
@@ -125,10 +135,10 @@ pub fn ddl(mapping: &Mapping) -> String {
     let day = mapping.day().map(|column| quoted(&column.name));
     for (column, _) in mapping.masked() {
         let masked = quoted(&column.name);
-        let index = quoted(&format!("{}_{}_idx", table.name, column.name));
-        let view = format!("{schema}{}", quoted(&format!("{}_{}_duplicates", table.name, column.name)));
-        let mut facts = vec![masked.clone(), "count(*) as rows".to_owned()];
-        facts.extend(subject.iter().map(|subject| format!("count(distinct {subject}) as subjects")));
+        let index = quoted(&short(format!("{}_{}_idx", table.name, column.name)));
+        let view = format!("{schema}{}", quoted(&short(format!("{}_{}_duplicates", table.name, column.name))));
+        let mut facts = vec![masked.clone(), "count(*) as row_count".to_owned()];
+        facts.extend(subject.iter().map(|subject| format!("count(distinct {subject}) as subject_count")));
         facts.extend(day.iter().map(|day| format!("min({day}) as first_day, max({day}) as last_day")));
         text += &format!(
             "\ncreate index if not exists {index} on {table} ({masked});\n\
@@ -145,6 +155,17 @@ pub fn ddl(mapping: &Mapping) -> String {
     text
 }
 
+/// A name that PostgreSQL does not cut: a long one ends with a digest of it.
+fn short(name: String) -> String {
+    const MAX: usize = 63;
+    if name.len() <= MAX {
+        return name;
+    }
+    let digest = hex::encode(&Sha256::digest(&name)[..4]);
+    let end = (0..=MAX - 9).rev().find(|end| name.is_char_boundary(*end)).unwrap_or_default();
+    format!("{}_{digest}", &name[..end])
+}
+
 fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Result<Reply, Failure> {
     let keyring = match keyring {
         None => MADE_UP.to_owned(),
@@ -153,11 +174,15 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
     let keyring = Keyring::from_json(&keyring).map_err(|error| failed(format!("the keyring {error}")))?;
     let (mut text, mut json, mut good) = (String::new(), Vec::new(), 0);
     let lines = read(file)?;
-    // A whole file may be one event, as the samples are.
-    let one_event = event::messages(lines.as_bytes()).is_ok();
+    // A whole file may be one event, as the samples are. A body may have a field of that name, too.
+    let is_event = |text: &str| {
+        let messages = event::messages(text.as_bytes());
+        messages.is_ok_and(|messages| messages.iter().all(|message| message.id().is_some()))
+    };
+    let one_event = is_event(&lines);
     let lines: Vec<&str> = if one_event { vec![&lines] } else { lines.lines().collect() };
     for line in lines.into_iter().filter(|line| !line.trim().is_empty()) {
-        let events = event::messages(line.as_bytes()).ok();
+        let events = event::messages(line.as_bytes()).ok().filter(|_| is_event(line));
         let messages: Vec<_> = match &events {
             Some(messages) => messages
                 .iter()
@@ -212,7 +237,10 @@ fn read(file: &Path) -> Result<String, Failure> {
 /// A row's cells as text, each with its column's name.
 fn cells<'a>(mapping: &'a Mapping, row: &'a Row) -> impl Iterator<Item = (&'a str, Option<String>)> {
     mapping.columns().iter().zip(row.cells()).map(|(column, cell)| {
-        (column.name.as_str(), cell.map(|cell| text(column.column_type, cell).unwrap_or_default()))
+        (
+            column.name.as_str(),
+            cell.map(|cell| text(column.column_type, cell).unwrap_or("(cannot be shown)".to_owned())),
+        )
     })
 }
 

@@ -85,7 +85,11 @@ async fn apply(client: &mut Client, name: &str, text: &str) -> Result<(), Failur
     transaction.batch_execute(text).await.map_err(sql(what()))?;
     if name == MIGRATIONS[0].0 {
         let mapping = Mapping::built_in().map_err(|error| failed(error.to_string()))?;
-        let misfits = misfits(&mapping, &transaction).await?;
+        // Another mapping's table is not this migration's.
+        let misfits = match mapping.table().plain() == "user_logins" {
+            true => misfits(&mapping, &transaction).await?,
+            false => Vec::new(),
+        };
         if !misfits.is_empty() {
             return Err(failed(format!("the table user_logins does not fit: {}", misfits.join("; "))));
         }

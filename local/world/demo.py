@@ -81,7 +81,7 @@ def map_to_table(servers: Servers, function: Path, mapping: Path | None) -> str:
     shutil.copy(mapping, beside)
     table = json.loads(command.run(etlctl, "mapping", "show", "--mapping", mapping.absolute(), "--json", what="", log=log, quiet=True))["table"]
     print(f"Made the table {table}")
-    return table
+    return ".".join(f'"{name}"' for name in table.split("."))
 
 
 def run(servers: Servers, deployed: stack.Stack, bodies: list[str], table: str) -> bool:

@@ -1,13 +1,13 @@
 //! A zero-copy JSON reader for the common case. It gives up where anything uncommon comes: the caller then asks serde_json, which
 //! also says what is wrong.
 //!
-//! What it takes, serde_json takes with the same meaning; but [`Reader::skip`] of an unquoted text, which may skip what is not JSON.
+//! What it takes, serde_json takes with the same meaning; but [`Reader::skip`] and [`Reader::raw_string`], which may go past what is not JSON.
 
 use wide::u8x16;
 
 /// The bytes that are looked at together.
 const TOGETHER: usize = 16;
-/// How deep a value may be nested that is gone over.
+/// How deep a value may be nested that is skipped.
 const DEPTH_MAX: u32 = 32;
 
 /// A place in a JSON text. Every step leads over white space, and is `None` if something else is there.
@@ -128,12 +128,6 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         self.go_to_special();
         let text = self.text.get(start..self.place);
         self.take_quote().and(text)
-    }
-
-    /// Reads `null`.
-    pub fn null(&mut self) -> Option<()> {
-        self.peek();
-        self.text.get(self.place..)?.starts_with("null").then(|| self.place += 4)
     }
 
     /// Reads a number, `true`, `false` or `null`, as it stands there.

@@ -11,8 +11,7 @@ use serde_json::value::RawValue;
 
 use super::{Invalid, shape};
 
-/// The value of a field in one body.
-#[derive(Debug)]
+/// The value of a field in one body. Not `Debug`, as it may be personal.
 pub(super) enum Value<'a> {
     /// Not there.
     Absent,
@@ -101,7 +100,9 @@ impl Fields {
         // The error itself may quote the body, so only its kind is kept.
         match read.and_then(|()| deserializer.end()) {
             Ok(()) => Ok(values),
-            Err(error) if error.is_data() => Err(Invalid::NotAnObject(shape::of_value(json))),
+            Err(error) if error.is_data() && !json.trim_start().starts_with('{') => {
+                Err(Invalid::NotAnObject(shape::of_value(json)))
+            }
             Err(_) => Err(Invalid::NotJson(shape::of_text(json))),
         }
     }

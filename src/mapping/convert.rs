@@ -33,7 +33,7 @@ impl Convert {
         match self {
             Self::VersionDigits => "digits and dots, within an integer",
             Self::VersionOrdered => "major.minor.patch, the last two up to 999",
-            Self::EpochSeconds | Self::EpochMillis => "an integer, within the years 0 to 9999",
+            Self::EpochSeconds | Self::EpochMillis => "an integer, within the years 1 to 9999",
             Self::FromNumber => "a number",
             Self::FromText => "a string with a number",
         }
@@ -68,9 +68,9 @@ pub(super) fn normalized<'a>(text: Cow<'a, str>, steps: &[Normalize], strict: bo
                 trimmed if trimmed.len() == text.len() => text,
                 trimmed => Cow::Owned(trimmed.to_owned()),
             },
-            Normalize::Lowercase => match text.chars().any(char::is_uppercase) {
-                true => Cow::Owned(text.to_lowercase()),
-                false => text,
+            Normalize::Lowercase => match text.to_lowercase() {
+                lower if lower == text => text,
+                lower => Cow::Owned(lower),
             },
         })
     })
@@ -80,7 +80,12 @@ pub(super) fn normalized<'a>(text: Cow<'a, str>, steps: &[Normalize], strict: bo
 /// as RFC 5952 has it.
 fn canonical_ip(text: &str) -> Option<Cow<'_, str>> {
     let bare = text.trim();
-    let bare = bare.split_once('%').map_or(bare, |(address, _zone)| address);
+    let is_zone = |zone: &str| !zone.is_empty() && zone.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'%');
+    let bare = match bare.split_once('%') {
+        None => bare,
+        Some((address, zone)) if is_zone(zone) => address,
+        Some(_) => return None,
+    };
     let address = bare.parse::<IpAddr>().ok()?;
     // A zone is IPv6's alone, and IPv4 has but one spelling.
     if address.is_ipv4() {
@@ -97,7 +102,11 @@ fn canonical_ip(text: &str) -> Option<Cow<'_, str>> {
 pub(super) fn version(text: &str, ordered: bool) -> Result<i32, Fault> {
     encode_version(text, ordered).ok_or_else(|| {
         let is_version = text.split('.').all(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()));
-        if is_version { Fault::Overflow(ColumnType::Integer) } else { Fault::NotAVersion }
+        match (is_version, ordered) {
+            (false, _) => Fault::NotAVersion,
+            (true, false) => Fault::Overflow(ColumnType::Integer),
+            (true, true) => Fault::NotAnOrderedVersion,
+        }
     })
 }
 
@@ -150,8 +159,8 @@ const EPOCH_SECONDS: i64 = 946_684_800;
 const SECONDS_A_DAY: i64 = 24 * 60 * 60;
 const EPOCH_JULIAN_DAY: i32 = 2_451_545;
 const MICROSECONDS: i64 = 1_000_000;
-/// 9999-12-31T23:59:59Z and 0000-01-01T00:00:00Z, which all readers of dates agree on.
-const SECONDS: std::ops::RangeInclusive<i64> = -62_167_219_200..=253_402_300_799;
+/// 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, which all readers of dates agree on.
+const SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
 /// The day (UTC) of a moment, counted from 2000-01-01.
 pub(super) fn day(time: SystemTime) -> i32 {
@@ -184,7 +193,14 @@ pub(super) fn parsed_day(text: &str) -> Result<i32, Fault> {
 
 /// A moment as RFC 3339 has it, in microseconds, counted from 2000-01-01.
 pub(super) fn parsed_time(text: &str) -> Result<i64, Fault> {
+    // The library takes any character between date and time.
+    if !matches!(text.as_bytes().get(10), Some(b'T' | b't')) {
+        return Err(Fault::NotATime);
+    }
     let time = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| Fault::NotATime)?;
+    if !SECONDS.contains(&time.unix_timestamp()) {
+        return Err(Fault::Overflow(ColumnType::Timestamptz));
+    }
     let microseconds = time.unix_timestamp_nanos().div_euclid(1_000) - i128::from(EPOCH_SECONDS * MICROSECONDS);
     i64::try_from(microseconds).map_err(|_| Fault::NotATime)
 }

@@ -10,6 +10,10 @@ use crate::keyring::MASKED_MAX;
 
 /// PostgreSQL's limit on a name, in bytes: <https://www.postgresql.org/docs/current/limits.html>.
 const NAME_MAX: usize = 63;
+/// What PostgreSQL calls columns of its own in every table: <https://www.postgresql.org/docs/current/ddl-system-columns.html>.
+const SYSTEM_COLUMNS: [&str; 6] = ["tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"];
+/// PostgreSQL's limit on a `varchar`.
+const LENGTH_MAX: usize = 10_485_760;
 /// PostgreSQL's limit on a table's columns.
 const COLUMNS_MAX: usize = 1_600;
 
@@ -127,6 +131,7 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     }
     let mapping = Mapping { table, unwrap: file.unwrap, columns, fields };
     keeps_masked_fields_masked(&mapping, &file.column)?;
+    masks_a_field_in_one_way(&mapping, &file.column)?;
     Ok(mapping)
 }
 
@@ -158,6 +163,9 @@ fn is_name(name: &str) -> Result<(), String> {
 fn column(text: &ColumnText, fields: &mut Fields) -> Result<Column, Broken> {
     let name = text.name.get_ref().clone();
     is_name(&name).or_else(|fault| broken(text.name.span(), format!("a column's name {fault}")))?;
+    if SYSTEM_COLUMNS.contains(&&*name) {
+        return broken(text.name.span(), "PostgreSQL has a column of its own of that name");
+    }
     match (&text.from, &text.value) {
         (Some(from), None) => field_column(name, from, text, fields),
         (None, Some(value)) => attribute_column(name, value, text),
@@ -178,6 +186,12 @@ fn field_column(
     let path = from.get_ref();
     if path.split('.').any(str::is_empty) {
         return broken(from.span(), "a field is a name, or names with single dots between them");
+    }
+    if path.starts_with("$.") || path.contains(['[', ']']) || path.split('.').any(|name| name.trim() != name) {
+        return broken(
+            from.span(),
+            "a field is a name, or names with dots between them; elements of a list cannot be named",
+        );
     }
     let Some(keep) = &text.keep else {
         return broken(
@@ -235,7 +249,9 @@ fn field_column(
         Some(given) if column_type != ColumnType::Text => {
             return broken(given.span(), "only a text has a `max_length`");
         }
-        Some(given) if *given.get_ref() == 0 => return broken(given.span(), "a `max_length` is at least 1"),
+        Some(given) if !(1..=LENGTH_MAX).contains(given.get_ref()) => {
+            return broken(given.span(), format!("a `max_length` is from 1 to {LENGTH_MAX}"));
+        }
         Some(given) => Some(*given.get_ref()),
     };
     let as_json = match column_type {
@@ -324,6 +340,19 @@ fn keeps_masked_fields_masked(mapping: &Mapping, texts: &[ColumnText]) -> Result
             }
             (None, Some(given)) => return broken(given.span(), "no other column masks this field"),
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Masks of one field are equal for equal values, in whichever column.
+fn masks_a_field_in_one_way(mapping: &Mapping, texts: &[ColumnText]) -> Result<(), Broken> {
+    let mut ways = HashMap::new();
+    for (column, text) in mapping.columns.iter().zip(texts) {
+        let Source::Field(field) = &column.source else { continue };
+        let way = (field.convert, &field.normalize, field.strict);
+        if field.masked && ways.insert(&field.path, way).is_some_and(|other| other != way) {
+            return broken(text.name.span(), format!("another column masks the field {:?} in another way", field.path));
         }
     }
     Ok(())

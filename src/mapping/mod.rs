@@ -269,6 +269,12 @@ pub enum Fault {
     /// Not a UUID.
     #[error("is not a UUID")]
     NotAUuid,
+    /// JSON that PostgreSQL might not take: half a surrogate pair, a number beyond a double, more than 127 levels.
+    #[error("has a number, a character or a nesting that jsonb does not take")]
+    NotJsonb,
+    /// Not a version of three parts at most, the last two up to 999.
+    #[error("is not major.minor.patch, the last two up to 999")]
+    NotAnOrderedVersion,
 }
 
 fn article(column_type: ColumnType) -> String {
@@ -280,7 +286,7 @@ impl Mapping {
     /// The mapping that is built in.
     ///
     /// # Errors
-    /// None in a released program: a test reads it.
+    /// [`MappingError`], if the file that was built in breaks a rule.
     pub fn built_in() -> Result<Self, MappingError> {
         Self::from_toml(BUILT_IN, "mapping.toml (built in)")
     }
@@ -433,6 +439,13 @@ impl Field {
     /// [`Fault::NotAnAddress`], where only addresses will do.
     pub fn normalized<'a>(&self, value: &'a str) -> Result<Cow<'a, str>, Fault> {
         convert::normalized(value.into(), &self.normalize, self.strict)
+    }
+}
+
+impl Table {
+    /// Its name as the mapping has it.
+    pub fn plain(&self) -> String {
+        self.schema.iter().chain([&self.name]).map(String::as_str).collect::<Vec<_>>().join(".")
     }
 }
 

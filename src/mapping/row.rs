@@ -188,6 +188,11 @@ fn push_jsonb(row: &mut BytesMut, value: &Value<'_>) -> Result<(), Fault> {
     if has_nul(json) {
         return Err(Fault::Nul);
     }
+    // What this parser refuses, PostgreSQL may refuse, too: halves of surrogate pairs, numbers without bounds, a nesting that its
+    // stack does not hold.
+    if serde_json::from_str::<serde_json::Value>(json).is_err() {
+        return Err(Fault::NotJsonb);
+    }
     row.put_i32(json.len() as i32 + 1);
     row.put_u8(JSONB_VERSION);
     row.extend_from_slice(json.as_bytes());

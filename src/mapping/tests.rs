@@ -175,6 +175,7 @@ fn an_address_has_one_spelling() {
         // No addresses.
         ("010.1.1.1", "010.1.1.1"),
         ("10.0.0.1%eth0", "10.0.0.1%eth0"),
+        ("fe80::1% <x>", "fe80::1% <x>"),
         (" unknown ", " unknown "),
     ] {
         assert_eq!(convert::normalized(text.into(), &[Normalize::Ip], false).unwrap(), canonical, "{text:?}");
@@ -182,6 +183,7 @@ fn an_address_has_one_spelling() {
     assert_eq!(convert::normalized("unknown".into(), &[Normalize::Ip], true), Err(Fault::NotAnAddress));
     let steps = [Normalize::Trim, Normalize::Lowercase];
     assert_eq!(convert::normalized(" Ä@Example.COM ".into(), &steps, false).unwrap(), "ä@example.com");
+    assert_eq!(convert::normalized("ǅ".into(), &steps, false).unwrap(), "ǆ");
 }
 
 #[test]
@@ -191,6 +193,7 @@ fn each_type_takes_its_values_and_no_others() {
     let plain = |column_type: &str| format!("keep = \"plain\"\ntype = \"{column_type}\"\n");
     let converted = |column_type: &str, convert: &str| plain(column_type) + &format!("convert = \"{convert}\"\n");
 
+    let deep = format!("{}{}", "[".repeat(20_000), "]".repeat(20_000));
     for (keys, value, expected) in [
         (plain("text"), "\"a\\u00e9\"", bytes("aé".as_bytes())),
         (plain("text"), "7", refused("is not a string")),
@@ -218,6 +221,8 @@ fn each_type_takes_its_values_and_no_others() {
         (plain("date"), "\"2001-2-9\"", refused("is not a date (YYYY-MM-DD)")),
         (plain("timestamptz"), "\"2000-01-01T01:00:00.5+01:00\"", bytes(&500_000_i64.to_be_bytes())),
         (plain("timestamptz"), "\"2000-01-01 00:00\"", refused("is not a time (RFC 3339)")),
+        (plain("timestamptz"), "\"2000-01-01x00:00:00Z\"", refused("is not a time (RFC 3339)")),
+        (plain("timestamptz"), "\"9999-12-31T23:59:59-01:00\"", refused("does not fit a timestamptz")),
         (converted("timestamptz", "epoch-seconds"), "946684801", bytes(&1_000_000_i64.to_be_bytes())),
         (converted("timestamptz", "epoch-millis"), "946684800001", bytes(&1_000_i64.to_be_bytes())),
         (converted("timestamptz", "epoch-seconds"), "946684800001000", refused("does not fit a timestamptz")),
@@ -227,6 +232,14 @@ fn each_type_takes_its_values_and_no_others() {
         (plain("jsonb"), "{\"a\": [1, \"\\\\u0000\"]}", bytes(b"\x01{\"a\": [1, \"\\\\u0000\"]}")),
         (plain("jsonb"), "\"\\u0000\"", refused("contains a NUL character")),
         (plain("jsonb"), "null", refused("is missing")),
+        (plain("jsonb"), "\"\\ud800\"", refused("has a number, a character or a nesting that jsonb does not take")),
+        (plain("jsonb"), "1e999999", refused("has a number, a character or a nesting that jsonb does not take")),
+        (plain("jsonb"), &*deep, refused("has a number, a character or a nesting that jsonb does not take")),
+        (
+            converted("integer", "version-ordered"),
+            "\"1.2.3.4\"",
+            refused("is not major.minor.patch, the last two up to 999"),
+        ),
         (plain("jsonb") + "optional = true", "null", Ok(None)),
     ] {
         assert_eq!(cell(&keys, value), expected, "{keys}{value}");
@@ -281,6 +294,7 @@ fn nested_fields_and_what_is_not_in_the_body_are_found() {
     assert_eq!(*keyring.recover("customer.mail", &masked).unwrap(), "a@b.c");
 
     for (body, reason) in [
+        (r#"{"customer": {"mail": "\ud800"}}"#, "body is not JSON"),
         (r#"{"customer": null}"#, "customer.mail is missing"),
         (r#"{"customer": "me"}"#, "customer.mail is not inside an object"),
         (r#"{"customer": {"mail": "a@b.c", "address": 1}}"#, "customer.address.city is not inside an object"),
@@ -326,7 +340,14 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
         (plain("").replace("\"f\"", "\"f..g\""), (4, 8), "single dots"),
         (plain("").replace("\"text\"", "\"varchar\""), (6, 8), "unknown variant `varchar`"),
         (plain("convert = \"epoch-millis\""), (7, 11), "this conversion does not make text"),
-        (plain("max_length = 0"), (7, 14), "at least 1"),
+        (plain("max_length = 0"), (7, 14), "from 1 to 10485760"),
+        (plain("").replace("\"c\"", "\"ctid\""), (3, 8), "a column of its own"),
+        (plain("").replace("\"f\"", "\"f[0]\""), (4, 8), "elements of a list"),
+        (
+            masked("") + "[[column]]\nname = \"d\"\nfrom = \"f\"\nkeep = \"masked\"\nnormalize = \"trim\"",
+            (7, 8),
+            "masks the field \"f\" in another way",
+        ),
         (plain("strict = true"), (7, 10), "a part of `normalize"),
         (plain("also_plain = true"), (7, 14), "no other column masks"),
         (plain("normalize = \"upper\""), (7, 13), "a list of them"),

@@ -162,8 +162,8 @@ impl DatabaseError {
             // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout; too_many_connections;
             // read_only_sql_transaction: a failover left us on the standby
             "57P01" | "57P02" | "57P03" | "57P05" | "53300" | "25006" => Remedy::Reconnect,
-            // data_exception, integrity_constraint_violation
-            code if code.starts_with("22") || code.starts_with("23") => Remedy::Split,
+            // data_exception, integrity_constraint_violation; program_limit_exceeded, as by one deeply nested value
+            code if ["22", "23", "54"].contains(&&code[..2.min(code.len())]) => Remedy::Split,
             // connection_exception
             code if code.starts_with("08") => Remedy::Reconnect,
             _ => Remedy::GiveUp,
@@ -182,7 +182,7 @@ impl fmt::Display for DatabaseError {
                 f.write_str(match code.as_str() {
                     code if code.starts_with("28") => ": check username and password in the database secret",
                     "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
-                    "42P01" | "42703" => ": a table or column is missing; apply the files in schema/",
+                    "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or make the mapping's table (`etlctl mapping ddl`)",
                     "42501" => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
                     "53300" => ": too many connections; lower the mapping's MaximumConcurrency or use a pooler",
                     _ => "",
@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn each_sqlstate_has_its_remedy() {
         for (codes, remedy) in [
-            ("22001 22003 22021 22P02 23502 23505 23514", Remedy::Split),
+            ("22001 22003 22021 22P02 23502 23505 23514 54001", Remedy::Split),
             ("40001 40P01", Remedy::Repeat),
             ("08000 08006 57P01 57P02 57P03 57P05 53300 25006", Remedy::Reconnect),
             ("28P01 28000 3D000 42P01 42501 53100 57014 XX000", Remedy::GiveUp),

@@ -42,7 +42,7 @@ impl LedgerKey {
 }
 
 impl LedgerKey {
-    /// Adds the key to what `copy_ledger.sql` reads.
+    /// Adds the key to what [`Sql::copy_ledger`](super::Sql) reads.
     pub fn copy(&self, to: &mut impl BufMut) {
         let since_1970 = self.sent_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         to.put_i16(2);

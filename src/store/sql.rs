@@ -38,7 +38,8 @@ impl Sql {
         let unnested: Vec<_> = arrays.iter().map(|array| format!("unnest({array})")).collect();
         let (arrays, unnested) = (arrays.join(", "), unnested.join(", "));
         Self {
-            // The ledger's statement comes first, so that no row is written for what it refuses.
+            // PostgreSQL runs the main statement, the ledger's, before a `with` that nobody reads from: no row is written for a
+            // message that the ledger refuses.
             insert: format!(
                 "with inserted as (insert into {table} ({names}) select {unnested}) \
                  insert into user_logins_ledger (sent_at, message_id) \

@@ -335,7 +335,7 @@ async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do()
     assert!(error.to_string().starts_with("cannot insert: SQLSTATE 42501: the user may not write"), "{error}");
     world.admin.batch_execute("drop table user_logins cascade").await.unwrap();
     let error = invoke(&handler, &event).await.unwrap_err();
-    assert!(error.to_string().ends_with("apply the files in schema/"), "{error}");
+    assert!(error.to_string().contains("run `etlctl migrate`"), "{error}");
 }
 
 #[tokio::test]

@@ -118,7 +118,11 @@ async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Resu
         [(&*mapping.table().name, "001_user_logins"), ("user_logins_ledger", "002_ledger")].into_iter().enumerate()
     {
         if !there.get::<_, bool>(place) {
-            checks.check(false, format!("there is no table {name}"), again(file, &outstanding));
+            let advice = match place == 0 && name != "user_logins" {
+                true => "make it: `etlctl mapping ddl` prints the SQL".to_owned(),
+                false => again(file, &outstanding),
+            };
+            checks.check(false, format!("there is no table {name}"), advice);
             return Ok(());
         }
     }

@@ -31,6 +31,9 @@ const LONGEST_INVOCATION: Duration = Duration::from_secs(16 * 60);
 const REMASKING: i64 = 0x6c6f_6769_6e72_6d6b;
 
 pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> {
+    if settings.mapping.masked().next().is_none() {
+        return Err(failed("the mapping masks no field, so nothing depends on a key"));
+    }
     match command {
         Keys::List { no_rows } => list(settings, *no_rows).await,
         Keys::Add { id, cipher } => add(settings, id.as_deref(), cipher).await,

@@ -12,7 +12,7 @@ use std::{
 
 use anstyle::Style;
 use login_etl::{
-    keyring::Keyring,
+    keyring::{Keyring, key_id},
     mapping::{Field, Mapping, quoted},
 };
 use serde_json::json;
@@ -81,6 +81,8 @@ struct Tally {
     changed: u64,
     /// Rows with a mask that no key of the ring recovers.
     unrecoverable: u64,
+    /// Rows with a mask that nobody can recover, by its cipher.
+    one_way: u64,
     /// Rows with a value whose mask under the active key would not fit the column.
     too_long: u64,
 }
@@ -95,6 +97,11 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
         return Err(failed("a key is being retired just now: try again"));
     }
     let keyring = FreshRing::read(settings).await?;
+    if keyring.ring.is_one_way(keyring.ring.active()) {
+        return Err(failed(
+            "the active key is an hmac-sha256 key: under it, rows that can be recovered could never be again. Activate another key to remask",
+        ));
+    }
     if !options.anyway {
         is_of_this_table(client, &settings.mapping, &keyring.ring).await?;
     }
@@ -150,7 +157,8 @@ impl Run<'_> {
         let mut text = format!("{changed} brought under {active}, {read} read, in {took} ({rate:.0} rows/s)\n");
         let mut say = |style: Style, said: String| text += &format!("{style}{said}{style:#}\n");
 
-        let equal = last.changed == 0 && *others == 0 && last.too_long == 0 && last.unrecoverable == 0;
+        let equal =
+            last.changed == 0 && *others == 0 && last.too_long == 0 && last.unrecoverable == 0 && last.one_way == 0;
         if equal {
             say(
                 GOOD,
@@ -161,11 +169,15 @@ impl Run<'_> {
             let rows = count(last.unrecoverable, "row");
             say(BAD, format!("{rows} with a mask that no key of the ring recovers: left as they are."));
         }
+        if last.one_way > 0 {
+            let rows = count(last.one_way, "row");
+            say(WARNING, format!("{rows} with a one-way mask (hmac-sha256): they keep it for ever."));
+        }
         if last.too_long > 0 {
             let rows = count(last.too_long, "row");
             say(WARNING, format!("{rows} with a value that is too long under this key: left as they are."));
         }
-        let late = others.saturating_sub_unsigned(last.unrecoverable + last.too_long);
+        let late = others.saturating_sub_unsigned(last.unrecoverable + last.one_way + last.too_long);
         if late > 0 || last.changed > 0 {
             say(WARNING, "Rows still come in under another key: run this again.".to_owned());
         }
@@ -177,7 +189,7 @@ impl Run<'_> {
         }
         let json = json!({
             "active": self.active, "changed": self.changed, "read": last.read, "passes": self.passes,
-            "unrecoverable": last.unrecoverable, "too_long": last.too_long, "rows_under_other_keys": others,
+            "unrecoverable": last.unrecoverable, "one_way": last.one_way, "too_long": last.too_long, "rows_under_other_keys": others,
             "equal_values_are_equal": equal, "settled_in_seconds": self.unsettled.as_secs(),
             "seconds": self.took.as_secs_f64(),
         });
@@ -194,6 +206,7 @@ async fn is_of_this_table(client: &Client, mapping: &Mapping, keyring: &Keyring)
     let masks = some.iter().flat_map(|row| {
         fields.iter().enumerate().filter_map(|(number, field)| Some((*field, row.get::<_, Option<&str>>(number)?)))
     });
+    let masks = masks.filter(|(_, mask)| !keyring.is_one_way(key_id(mask)));
     let lost = |(field, mask): &(&Field, &str)| keyring.recover(&field.path, mask).is_err();
     let (lost, good): (Vec<_>, Vec<_>) = masks.partition(lost);
     if lost.len() > good.len() {
@@ -264,6 +277,7 @@ async fn remask(
             .unzip();
         let says = |answer| new.iter().flatten().any(|new| *new == answer);
         tally.unrecoverable += u64::from(says(Remasked::Unrecoverable));
+        tally.one_way += u64::from(says(Remasked::OneWay));
         tally.too_long += u64::from(says(Remasked::TooLong));
         if !new.iter().flatten().any(|new| matches!(new, Remasked::Changed(_))) {
             continue;
@@ -289,10 +303,14 @@ enum Remasked {
     Same,
     Changed(String),
     Unrecoverable,
+    OneWay,
     TooLong,
 }
 
 fn remasked(keyring: &Keyring, field: &Field, old: &str) -> Remasked {
+    if keyring.is_one_way(key_id(old)) {
+        return Remasked::OneWay;
+    }
     let Ok(value) = keyring.recover(&field.path, old) else { return Remasked::Unrecoverable };
     let value = field.normalized(&value).unwrap_or(std::borrow::Cow::Borrowed(&value));
     match keyring.mask(&field.path, &value) {

@@ -177,7 +177,10 @@ impl Settings {
         let found = self.mapping.masked_field(name).or_else(|| self.mapping.masked_field(&name.replace('-', "_")));
         found.ok_or_else(|| {
             let names: Vec<_> = self.mapping.masked().map(|(_, field)| &*field.path).collect();
-            Failure::Usage(format!("no masked field is called {name:?}; there is {}", names.join(", ")))
+            Failure::Usage(format!(
+                "no masked field is called {name:?}: there is {} (for more, try --help)",
+                names.join(", ")
+            ))
         })
     }
 

@@ -50,7 +50,9 @@ ARGUMENTS_FIT=3
 # set_up: everything that is needed to build, deploy and run, and what requirements/$ALSO.txt says; quick once it is there. LocalStack and the Python code in ./world run in
 # VENV; SAM CLI, cargo-lambda and the linters are in TOOLS, which comes first on PATH.
 set_up() {
-    mkdir -p "$LOCAL"
+    # pip and uv leave files where temporary files go.
+    mkdir -p "$LOCAL/tmp"
+    export TMPDIR=$LOCAL/tmp
     need_cargo
     need_build_tools
     need_python
@@ -80,8 +82,8 @@ move_in() {
     export CARGO_HOME=${CARGO_HOME:-$home/.cargo}
     [ ! -d "${RUSTUP_HOME:-$home/.rustup}" ] || export RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}
     unset "${!XDG_@}"
-    for directory in home tmp cache; do mkdir -p "$LOCAL/$directory"; done
-    export HOME=$LOCAL/home TMPDIR=$LOCAL/tmp XDG_CACHE_HOME=$LOCAL/cache
+    for directory in home cache; do mkdir -p "$LOCAL/$directory"; done
+    export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache
     export CARGO_ZIGBUILD_CACHE_DIR=$LOCAL/cache/zigbuild ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
 }
 

@@ -29,8 +29,10 @@ NICE_PROGRAMS = 5
 ROWS = (
     ("build function",),
     ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
-    ("workflows", "template", "executor", "fresh", "deployed", "soak"),
-    ("function", "etlctl"),
+    ("workflows", "template", "executor", "fresh"),
+    ("deployed", "soak"),
+    ("function",),
+    ("etlctl",),
     ("incidents",),
 )
 NEEDS = {

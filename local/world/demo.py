@@ -69,7 +69,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def map_to_table(servers: Servers, function: Path, mapping: Path | None) -> str:
-    """Puts a mapping beside the function's program, and makes its table; gives the table's name. Without a mapping, it is the one that ships."""
+    """Puts a mapping beside the function's program, and makes its table; gives the table's name. Without a mapping, the built-in one is used."""
     beside = function / "LoginFunction" / "mapping.toml"
     beside.unlink(missing_ok=True)
     if not mapping:

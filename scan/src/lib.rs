@@ -1,7 +1,7 @@
 //! A zero-copy JSON reader for the common case. It gives up where anything uncommon comes: the caller then asks serde_json, which
 //! also says what is wrong.
 //!
-//! What it takes, serde_json takes with the same meaning; but [`Reader::skip`] and [`Reader::raw_string`], which may go past what is not JSON.
+//! serde_json reads the same values from what it accepts. Two methods do not validate: [`Reader::skip`] and [`Reader::raw_string`].
 
 use wide::u8x16;
 

@@ -108,6 +108,7 @@ impl Fields {
     }
 }
 
+/// Reads an object of the usual shape, as [`Object`] reads any.
 fn scan<'a>(names: &[Name], reader: &mut Reader<'a, true>, values: &mut [Value<'a>]) -> Option<()> {
     let mut expected = 0;
     reader.object(|reader, key| {
@@ -128,9 +129,7 @@ fn scan<'a>(names: &[Name], reader: &mut Reader<'a, true>, values: &mut [Value<'
             },
             (None, inner, b'{') => {
                 scan(inner, reader, values)?;
-                inner
-                    .iter()
-                    .for_each(|name| name.replace(values, |value| matches!(value, Value::Absent), || Value::Null));
+                mark_absent_as_null(inner, values);
             }
             _ => return None,
         }
@@ -207,12 +206,17 @@ fn read_inner<'a>(names: &[Name], json: &'a str, values: &mut [Value<'a>]) -> Re
     match json.as_bytes() {
         [b'{', ..] => {
             Object { names, values: &mut *values }.deserialize(&mut serde_json::Deserializer::from_str(json))?;
-            names.iter().for_each(|name| name.replace(values, |value| matches!(value, Value::Absent), || Value::Null));
+            mark_absent_as_null(names, values);
         }
         b"null" => names.iter().for_each(|name| name.replace(values, |_| true, || Value::Null)),
         _ => names.iter().for_each(|name| name.replace(values, |_| true, || Value::NoParent)),
     }
     Ok(())
+}
+
+/// After an object was read: what it does not have is known, so that a second one of its name is noticed.
+fn mark_absent_as_null(names: &[Name], values: &mut [Value<'_>]) {
+    names.iter().for_each(|name| name.replace(values, |value| matches!(value, Value::Absent), || Value::Null));
 }
 
 impl Name {

@@ -1,6 +1,11 @@
 //! `mapping.toml`: read, and checked as a whole. Masking is a security control, so nothing is guessed.
 
-use std::{collections::HashMap, io, ops::Range, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    ops::Range,
+    sync::Arc,
+};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -54,7 +59,6 @@ struct ColumnText {
     #[serde(rename = "type")]
     column_type: Option<Spanned<ColumnType>>,
     max_length: Option<Spanned<usize>>,
-    #[serde(default)]
     optional: Option<Spanned<bool>>,
     convert: Option<Spanned<Convert>>,
     normalize: Option<Spanned<Steps>>,
@@ -121,10 +125,10 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     }
     let mut fields = Fields::default();
     let mut columns = Vec::with_capacity(file.column.len());
-    let mut names = HashMap::new();
+    let mut names = HashSet::new();
     for text in &file.column {
         let column = column(text, &mut fields)?;
-        if names.insert(column.name.clone(), ()).is_some() {
+        if !names.insert(column.name.clone()) {
             return broken(text.name.span(), format!("the column {:?} is there twice", column.name));
         }
         columns.push(column);

@@ -336,7 +336,7 @@ impl<'a> Validation<'a> {
     /// Why the function refuses this body; never any of its content.
     fn reason(&self, body: &str) -> Option<String> {
         let now = SystemTime::now();
-        // What is not in the body the function has of each message.
+        // The function knows these of each message.
         let envelope =
             Envelope { message_id: "00000000-0000-0000-0000-000000000000", sent: Some(now), queue: Some("queue"), now };
         let row = self.mapping.row(body, &envelope, &self.keyring, &mut BytesMut::new());

@@ -84,7 +84,17 @@ move_in() {
     unset "${!XDG_@}"
     for directory in home cache; do mkdir -p "$LOCAL/$directory"; done
     export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache
-    export CARGO_ZIGBUILD_CACHE_DIR=$LOCAL/cache/zigbuild ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
+    export CARGO_ZIGBUILD_CACHE_DIR ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
+    CARGO_ZIGBUILD_CACHE_DIR=$(place_of_compilers)
+}
+
+# OpenSSL's makefile does not bear a compiler with a space in its path, as cargo-lambda's would have in such a checkout.
+place_of_compilers() {
+    local place
+    for place in "$LOCAL/cache" "$CARGO_HOME"; do
+        case $place in *[[:space:]]*) ;; *) printf '%s\n' "$place/zigbuild" && return ;; esac
+    done
+    die "OpenSSL cannot be built where both paths have a space, the checkout's ($ROOT) and cargo's ($CARGO_HOME): move one, or set CARGO_HOME."
 }
 
 # cargo-lambda would start a Python to start zig, for each of OpenSSL's thousand files. It looks for that first, and in vain.

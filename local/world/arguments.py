@@ -17,7 +17,7 @@ FIT = 3
 CHECKS = ("fresh", "format", "workflows", "template", "executor", "clippy", "docs", "function", "deployed", "etlctl", "soak", "incidents", "instructions", "fuzz", "dependencies")
 INCIDENTS = ("database-down", "poison-flood", "keyring-broken", "bad-credentials", "backlog")
 HEALTHY = "dashboard"
-SECTIONS = ("batches", "ledger", "profile", "cold", "footprint", "environments", "scaling", "cost")
+SECTIONS = ("batches", "columns", "ledger", "profile", "cold", "footprint", "environments")
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def clean(_: argparse.ArgumentParser) -> None:
 
 
 def bench(parser: argparse.ArgumentParser) -> None:
-    """Measures the function beside other ways of doing its work, and what it needs and costs, and writes docs/performance.md with its plots.
+    """Measures the function beside other ways of doing its work, and what it needs, and writes docs/performance.md with its plots.
 
     What is measured goes to target/local/bench/results.json, each section with its time and commit; the page is made from that.
     """

@@ -27,7 +27,7 @@ use postgres_protocol::{
     },
 };
 
-const COPY: &str = "copy user_logins_ledger (sent_at, message_id) from stdin (format binary);
+const COPY: &str = "copy etl_ledger (sent_at, message_id) from stdin (format binary);
     copy user_logins (user_id, device_type, masked_ip, masked_device_id, locale, app_version, create_date)
     from stdin (format binary)";
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";

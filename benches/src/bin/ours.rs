@@ -40,8 +40,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
     let sdk_config = config::sdk_config().await;
     let secrets = Secrets::new(&sdk_config);
-    let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
     let mapping = Mapping::load(config.mapping_file)?;
+    let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);
+    let keyring = FreshKeyring::read(secrets.clone(), id, ttl, mapping.masks()).await?;
     let store = Store::new(config.database, secrets, &mapping).await?;
     store.connect().await?;
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
@@ -94,7 +95,7 @@ fn stacks(profiler: &ProfilerGuard<'_>) -> Result<String, Box<dyn Error>> {
 }
 
 fn observe() {
-    metrics::Batch {
+    metrics::Metrics {
         timestamp: SystemTime::now(),
         function_name: "login-etl".to_owned(),
         request_id: "8476a536-e9f4-11e8-9739-2dfe598c3fcd".to_owned(),

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import psutil
 from world import paths
-from world.bench.bench import Bench
-from world.bench.events import MOST, RECEIPT_HANDLE
+from measure.bench import Bench
+from measure.events import MOST, RECEIPT_HANDLE
 
 PAGE = paths.ROOT / "docs" / "performance.md"
 # The page's last section, which is written by hand; what is missed points to it.
@@ -41,12 +41,11 @@ STYLE = {
 COLOURS = {"ours": "#0072b2", "limit": "#555555", "best": "#009e73", "original": "#d55e00", "powertools": "#cc79a7", "hello": "#e69f00"}
 
 HEAD = """\
-<!-- Written by `./local/bench`: change that, in local/world/bench, and not this page. -->
+<!-- Written by `./local/bench`: change that, in benches/measure, and not this page. -->
 
 # Performance
 
-How fast the function is, beside other ways of doing the same work and beside the limit of what it works on; what it needs, and what it
-costs. One command measures all of it, on any machine:
+How fast the function is, beside other ways of doing the same work and beside the limit of what it works on; what it needs. One command measures all of it, on any machine:
 
     ./local/bench            # measures everything, and writes this page
     ./local/bench --quick    # the same in a few minutes on a small scale; writes target/local/bench/quick/performance.md

@@ -30,11 +30,11 @@ RECORD = (
 
 
 class Events:
-    """Makes events of valid logins; message ids are new, and times of sending rise, from each to the next."""
+    """Makes events of valid logins, or of other bodies; message ids are new, and times of sending rise, from each to the next."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, bodies: list[str] | None = None):
         self._chance = random.Random(seed)
-        bodies = [json.dumps(messages.login(self._chance), separators=(", ", ": ")) for _ in range(BODIES)]
+        bodies = bodies or [json.dumps(messages.login(self._chance), separators=(", ", ": ")) for _ in range(BODIES)]
         self._bodies = [(json.dumps(body), hashlib.md5(body.encode()).hexdigest()) for body in bodies]
         # Handles are cut from it.
         self._handles = base64.b64encode(self._chance.randbytes(1 << 16)).decode()

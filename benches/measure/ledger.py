@@ -4,9 +4,9 @@ import random
 import statistics
 from contextlib import ExitStack
 
-from world.bench.batches import BATCHES, Entry, Wrong, ratios, take_turns, thousands
-from world.bench.bench import LEDGER_DAYS, Bench
-from world.bench.report import bars, spread, table
+from measure.batches import BATCHES, Runner, Wrong, ratios, take_turns, thousands
+from measure.bench import LEDGER_DAYS, Bench
+from measure.report import bars, spread, table
 
 NAME = "ledger"
 TITLE = "The ledger"
@@ -30,7 +30,7 @@ OF_UNPRUNED = 0.95
 
 def measure(bench: Bench) -> dict:
     with ExitStack() as cleanup:
-        entries = {}
+        runners = {}
         for database, contenders in (("bench_empty", {EMPTY: "ours"}), ("bench_long", {LONG: "ours", LIMIT: "limit"})):
             long = database == "bench_long"
             bench.database(database, ledger=long)
@@ -38,10 +38,10 @@ def measure(bench: Bench) -> dict:
             connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
             for label, name in contenders.items():
                 contender = cleanup.enter_context(bench.contender(name, bench.environment(database, tls=False)))
-                entries[label] = Entry(name, contender, connection, keeps_ledger=long)
+                runners[label] = Runner(name, contender, connection, keeps_ledger=long)
         bench.say(f"  a ledger of {bench.ledger_keys:,} keys beside an empty one")
         rounds = QUICK_ROUNDS if bench.quick else ROUNDS
-        turns = {str(batch): take_turns(bench, entries, batch, rounds) for batch in BATCHES}
+        turns = {str(batch): take_turns(bench, runners, batch, rounds) for batch in BATCHES}
     bench.say("  pruning")
     return {"keys": bench.ledger_keys, "turns": turns, "pruning": prune(bench)}
 
@@ -52,41 +52,41 @@ def prune(bench: Bench) -> dict[str, dict[str, list[dict]]]:
         database = bench.database("bench_pruning")
         cleanup.callback(bench.drop, database)
         connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
-        entry = Entry("ours", cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))), connection)
+        runner = Runner("ours", cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))), connection)
         chance = random.Random(bench.seed)
         turns: dict[str, dict[str, list[dict]]] = {}
         for batch, events in PRUNING_EVENTS.items():
             turns[str(batch)] = {label: [] for label in EXPIRED}
             for _ in range(1 if bench.quick else 9):
                 for label in chance.sample(list(EXPIRED), len(EXPIRED)):
-                    turns[str(batch)][label].append(pruning_turn(bench, entry, batch, events, EXPIRED[label]))
+                    turns[str(batch)][label].append(pruning_turn(bench, runner, batch, events, EXPIRED[label]))
     return turns
 
 
-def pruning_turn(bench: Bench, entry: Entry, batch: int, events: int, expired_a_row: int) -> dict:
+def pruning_turn(bench: Bench, runner: Runner, batch: int, events: int, expired_a_row: int) -> dict:
     """Has the function handle events while keys expire; returns `ns` of each event, and the number of keys that went."""
     rows = (1 + events) * batch
     file = bench.directory / "events"
     bench.events.write(file, batch, 1 + events)
-    entry.empty()
+    runner.empty()
     keys = PRUNED_AT_MOST * rows
     expired = expired_a_row * rows
-    entry.database.execute(
-        """insert into user_logins_ledger
+    runner.database.execute(
+        """insert into etl_ledger
            select now() - case when number <= %s then %s else %s end * interval '1 day' + number * interval '1 millisecond',
                   md5(random()::text || number)::uuid
            from generate_series(1, %s) as number""",
         [expired, EXPIRED_DAYS, KEPT_DAYS, keys],
     )
-    entry.database.execute("vacuum analyze user_logins_ledger")
+    runner.database.execute("vacuum analyze etl_ledger")
     bench.checkpoint()
-    answer = entry.contender.run(file)
+    answer = runner.contender.run(file)
     file.unlink()
-    pruned = keys + rows - entry.count("user_logins_ledger")
+    pruned = keys + rows - runner.count("etl_ledger")
     # After the last pruning there may be rows that prune nothing yet; before the first, rows of an earlier turn.
     least = max(0, expired - PRUNED_AT_MOST * 10_000)
-    if entry.count("user_logins") != rows or not least <= pruned <= expired:
-        raise Wrong(f"{entry.count('user_logins')} rows of {rows} messages; {pruned} keys pruned instead of {least} to {expired}")
+    if runner.count("user_logins") != rows or not least <= pruned <= expired:
+        raise Wrong(f"{runner.count('user_logins')} rows of {rows} messages; {pruned} keys pruned instead of {least} to {expired}")
     return {"ns": answer["ns"][1:], "pruned": pruned}
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import certifi
 from world import paths
-from world.bench.bench import Bench
-from world.bench.report import COLOURS, bars, spread, table
-from world.bench.runtime import Runtime
-from world.bench.secretsmanager import SecretsManager
+from measure.bench import Bench
+from measure.report import COLOURS, bars, spread, table
+from measure.runtime import Runtime
+from measure.secretsmanager import SecretsManager
 from world.localstack import free_port
 from world.servers import DATABASE_USER
 

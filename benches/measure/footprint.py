@@ -8,11 +8,11 @@ import zipfile
 from pathlib import Path
 
 from world import paths
-from world.bench.bench import Bench, Contender, ContenderFailed
-from world.bench.events import MOST
-from world.bench.report import bars, number, spread, table
-from world.bench.runtime import Runtime
-from world.bench.share import ONE_CORE_MB, NoShare, Share
+from measure.bench import Bench, Contender, ContenderFailed
+from measure.events import MOST
+from measure.report import bars, number, spread, table
+from measure.runtime import Runtime
+from measure.share import ONE_CORE_MB, NoShare, Share
 
 NAME = "footprint"
 TITLE = "Footprint"

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from world.bench.bench import ContenderFailed
+from measure.bench import ContenderFailed
 
 NEXT = "GET /2018-06-01/runtime/invocation/next"
 INVOCATION = "POST /2018-06-01/runtime/invocation/"

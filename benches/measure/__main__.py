@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from world import arguments, down, paths
-from world.bench import batches, cold, cost, environments, footprint, ledger, profile, report, scaling
-from world.bench.batches import Wrong
-from world.bench.bench import Bench, ContenderFailed
+from measure import batches, cold, columns, environments, footprint, ledger, profile, report
+from measure.batches import Wrong
+from measure.bench import Bench, ContenderFailed
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
 WORLD = paths.BENCH_WORLD
 # In the order of the page, and of measuring: the last ones reckon with what the first ones found.
-SECTIONS = (batches, ledger, profile, cold, footprint, environments, scaling, cost)
+SECTIONS = (batches, columns, ledger, profile, cold, footprint, environments)
 
 
 def main() -> int:

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
-from world.bench.bench import Bench, Contender
-from world.bench.report import COLOURS, number, quartiles, spread, table
+from measure.bench import Bench, Contender
+from measure.report import COLOURS, number, quartiles, spread, table
 
 NAME = "environments"
 TITLE = "Many environments, one PostgreSQL"
@@ -83,7 +83,7 @@ def run(bench: Bench, batch: int, environments: int, events: list[bytes]) -> dic
             for contender in contenders:
                 contender.result()
             with bench.servers.postgres.connect(database, autocommit=True) as emptying:
-                emptying.execute("truncate user_logins, user_logins_ledger")
+                emptying.execute("truncate user_logins, etl_ledger")
                 emptying.execute("checkpoint")
             # Turn by turn, so that the times of sending rise in all environments alike, as they do in a queue.
             for place, file in enumerate(files):

@@ -6,8 +6,8 @@ import textwrap
 from collections import defaultdict
 from pathlib import Path
 
-from world.bench.bench import Bench, Contender
-from world.bench.report import table
+from measure.bench import Bench, Contender
+from measure.report import table
 
 NAME = "profile"
 TITLE = "Where the time goes"
@@ -80,7 +80,7 @@ def measure(bench: Bench) -> dict:
                     contender.run(file)
             stacks[str(batch)] = counted(folded.read_text())
             with bench.servers.postgres.connect(name) as connection:
-                connection.execute("truncate user_logins, user_logins_ledger")
+                connection.execute("truncate user_logins, etl_ledger")
     finally:
         bench.drop(name)
         file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The measuring instrument: the function beside other ways of doing its work, and what it costs.
+"""The measuring instrument: the function beside other ways of doing its work, and what it needs.
 
 What the sections measure with:
 
@@ -12,13 +12,12 @@ What the sections measure with:
 The sections:
 
 - ``batches``         the contenders, at batches of 1 to 7,400 messages
+- ``columns``         what a column costs, under mappings of up to 40
 - ``ledger``          what the ledger costs when it is long, and when it prunes itself
 - ``profile``         where the function's CPU time goes
 - ``cold``            from a process's start to its first request for an event
 - ``footprint``       memory, the package's size, a small share of a core, and what metrics and logs cost
 - ``environments``    many environments against one PostgreSQL
-- ``scaling``         how long a backlog takes, simulated from what was measured
-- ``cost``            what a million messages cost
 
 And ``report`` makes docs/performance.md and its plots of the results; the page's last section is benches/remarks.md.
 

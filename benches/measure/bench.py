@@ -11,15 +11,15 @@ from pathlib import Path
 
 from psycopg import sql
 from world import paths
-from world.bench.events import Events
+from measure.events import Events
 from world.localstack import CREDENTIALS
 from world.servers import DATABASE_SECRET, Servers
 
 # AES-256 in CBC mode with a fixed IV, which is the original's masking, and the only one that all contenders have.
 KEYRING_SECRET = "login-etl/bench"
 KEYRING = {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4", "iv": "000102030405060708090a0b0c0d0e0f"}
-SCHEMA = ("001_user_logins.sql", "002_ledger.sql", "004_role.sql", "006_open_transactions.sql")
-INDEXES = "003_duplicates.sql"
+SCHEMA = ("001_ledger.sql", "002_roles.sql", "user_logins.sql")
+INDEXES = ("user_logins_masked_ip_idx", "user_logins_masked_device_id_idx")
 LEDGER_DATABASE = "bench_ledger"
 # Less than the ledger's retention: none of its keys is pruned.
 LEDGER_DAYS = 14
@@ -79,8 +79,10 @@ class Bench:
             strategy = "strategy file_copy" if ledger and connection.info.server_version >= 150_000 else ""
             connection.execute(sql.SQL("create database {} {} {}").format(sql.Identifier(name), template, sql.SQL(strategy)))
         with self.servers.postgres.connect(name) as connection:
-            for file in (*SCHEMA, *([INDEXES] if indexes else [])):
+            for file in SCHEMA:
                 connection.execute((paths.ROOT / "schema" / file).read_text())
+            if not indexes:
+                connection.execute(f"drop index {', '.join(INDEXES)}")
         return name
 
     def drop(self, name: str) -> None:
@@ -97,7 +99,7 @@ class Bench:
         self.database(LEDGER_DATABASE)
         with self.servers.postgres.connect(LEDGER_DATABASE, autocommit=True) as connection:
             connection.execute(
-                """insert into user_logins_ledger
+                """insert into etl_ledger
                    select now() - interval '3 hours' - %(days)s * interval '1 day' * (1 - number / %(keys)s::float8),
                           md5(random()::text || number)::uuid
                    from generate_series(1, %(keys)s) as number""",

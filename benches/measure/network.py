@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import psycopg
-from world.bench.bench import Bench
+from measure.bench import Bench
 from world.localstack import free_port
 
 PATIENCE_SECONDS = 10

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
-from world.bench.bench import INDEXES, Bench, Contender
-from world.bench.events import MOST
-from world.bench.network import Network
-from world.bench.report import COLOURS, bars, number, spread, table
+from measure.bench import Bench, Contender
+from measure.events import MOST
+from measure.network import Network
+from measure.report import COLOURS, bars, number, spread, table
 
 NAME = "batches"
 TITLE = "Batches"
@@ -61,7 +61,7 @@ class Wrong(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Runner:
     """A contender in a database of which it has the tables to itself for a turn."""
 
     name: str
@@ -90,13 +90,13 @@ class Entry:
         found = {"events": len(answer["ns"]), "failures": answer["failures"], "rows": self.count("user_logins")}
         wanted = {"events": 1 + events, "failures": 0, "rows": messages}
         if self.name in HAVE_LEDGER and not self.keeps_ledger:
-            found["keys"], wanted["keys"] = self.count("user_logins_ledger"), messages
+            found["keys"], wanted["keys"] = self.count("etl_ledger"), messages
         if found != wanted:
             raise Wrong(f"{self.name}, {events} events of {batch} after one of {first}: {found} instead of {wanted}")
         return {"ns": answer["ns"][1:], "cpu_ns": answer["cpu_ns"] / messages, "wal": wal / messages}
 
     def empty(self) -> None:
-        self.database.execute(f"truncate user_logins{'' if self.keeps_ledger else ', user_logins_ledger'}")
+        self.database.execute(f"truncate user_logins{'' if self.keeps_ledger else ', etl_ledger'}")
 
     def count(self, name: str) -> int:
         return self.database.execute(f"select count(*) from {name}").fetchone()[0]
@@ -111,9 +111,9 @@ def measure(bench: Bench) -> dict:
             if situation == "delay":
                 network = cleanup.enter_context(Network(bench, DELAY_MICROSECONDS))
                 port, result["network"] = network.port, network.round_trips(300)
-            entries = enter(bench, cleanup, tls=situation == "tls", port=port, indexes=situation == "indexes")
+            runners = start_all(bench, cleanup, tls=situation == "tls", port=port, indexes=situation == "indexes")
             if situation == BASE:
-                compare(bench, entries)
+                compare(bench, runners)
             if bench.quick:
                 rounds = 2 if situation == BASE else 1
             else:
@@ -121,59 +121,59 @@ def measure(bench: Bench) -> dict:
             result["situations"][situation] = batches = {}
             for batch in BATCHES:
                 most = (SLOW_QUICK_MOST if bench.quick else SLOW_MOST).get(situation, 0)
-                taking_part = {name: entry for name, entry in entries.items() if name != SLOW or batch <= most}
+                taking_part = {name: runner for name, runner in runners.items() if name != SLOW or batch <= most}
                 batches[str(batch)] = take_turns(bench, taking_part, batch, rounds)
     bench.say("  round trips")
     with ExitStack() as cleanup:
         network = cleanup.enter_context(Network(bench, LONG_MICROSECONDS))
-        entries = enter(bench, cleanup, port=network.port)
+        runners = start_all(bench, cleanup, port=network.port)
         result["long_network"] = network.round_trips(10)
-        result["long_ns"] = {name: long_turns(bench, entry) for name, entry in entries.items()}
+        result["long_ns"] = {name: long_turns(bench, runner) for name, runner in runners.items()}
     return result
 
 
-def enter(bench: Bench, cleanup: ExitStack, tls: bool = False, port: int | None = None, indexes: bool = False) -> dict[str, Entry]:
+def start_all(bench: Bench, cleanup: ExitStack, tls: bool = False, port: int | None = None, indexes: bool = False) -> dict[str, Runner]:
     """Starts all contenders, on one database."""
     name = bench.database("bench_batches", indexes=indexes)
     cleanup.callback(bench.drop, name)
     database = cleanup.enter_context(bench.servers.postgres.connect(name, autocommit=True))
     environment = bench.environment(name, tls=tls, port=port)
     processes = {contender: cleanup.enter_context(bench.contender(contender, environment)) for contender in CONTENDERS}
-    return {contender: Entry(contender, process, database) for contender, process in processes.items()}
+    return {contender: Runner(contender, process, database) for contender, process in processes.items()}
 
 
-def compare(bench: Bench, entries: dict[str, Entry]) -> None:
+def compare(bench: Bench, runners: dict[str, Runner]) -> None:
     """Raises `Wrong` unless all contenders make the same rows of the same event."""
     file = bench.directory / "events"
     bench.events.write(file, 1000, 1)
     rows = {}
-    for name, entry in entries.items():
-        entry.empty()
-        entry.contender.run(file)
+    for name, runner in runners.items():
+        runner.empty()
+        runner.contender.run(file)
         ordered = "select md5(string_agg(row::text, chr(10) order by row::text)) from user_logins as row"
-        rows[name] = entry.database.execute(ordered).fetchone()[0]
+        rows[name] = runner.database.execute(ordered).fetchone()[0]
     if len(set(rows.values())) != 1:
         raise Wrong(f"the contenders make different rows of the same messages: {rows}")
 
 
-def take_turns(bench: Bench, entries: dict[str, Entry], batch: int, rounds: int) -> dict[str, list[dict]]:
-    """The turns of each entry, one a round."""
+def take_turns(bench: Bench, runners: dict[str, Runner], batch: int, rounds: int) -> dict[str, list[dict]]:
+    """The turns of each runner, one a round."""
     chance = random.Random(f"{bench.seed} {batch}")
-    turns: dict[str, list[dict]] = {name: [] for name in entries}
+    turns: dict[str, list[dict]] = {name: [] for name in runners}
     for past in range(rounds):
-        for name in chance.sample(list(entries), len(entries)):
-            if entries[name].name != SLOW or batch < SLOW_FROM or past < SLOW_ROUNDS:
-                turns[name].append(entries[name].turn(bench, batch))
+        for name in chance.sample(list(runners), len(runners)):
+            if runners[name].name != SLOW or batch < SLOW_FROM or past < SLOW_ROUNDS:
+                turns[name].append(runners[name].turn(bench, batch))
     return turns
 
 
-def long_turns(bench: Bench, entry: Entry) -> dict[str, list[int]]:
+def long_turns(bench: Bench, runner: Runner) -> dict[str, list[int]]:
     """By batch, the nanoseconds of two events over the long network; one of two at least prunes no ledger, which is a round trip more."""
     file, times = bench.directory / "events", {}
     for batch in BATCHES:
-        if entry.name != SLOW or batch <= SLOW_ROUND_TRIPS:
+        if runner.name != SLOW or batch <= SLOW_ROUND_TRIPS:
             bench.events.write(file, batch, 3)
-            times[str(batch)] = entry.contender.run(file)["ns"][1:]
+            times[str(batch)] = runner.contender.run(file)["ns"][1:]
     return times
 
 
@@ -296,8 +296,8 @@ not sent more than {SLOW_ROUND_TRIPS} messages over it.
 ### Situations
 
 The function where one thing is different each time: over TLS, verified to the name; through a proxy that adds {number(network_ms)} ms
-there and back (measured with `select 1`); and with the two indexes of [{INDEXES}](../schema/{INDEXES})
-on the table. Thousand messages a second:
+there and back (measured with `select 1`); and with the table's two
+indexes on its masks. Thousand messages a second:
 
 {table(header, ours_by_situation)}
 

@@ -1,6 +1,7 @@
 """The attack: messages through the whole local world while everything in it breaks, and an account of every one of them at the end.
 
 - ``load``         what is sent, and what is to become of each message
+- ``visits``       the second mapping, and its messages
 - ``proxy``        the network between the function and PostgreSQL
 - ``environment``  execution environments beyond the emulator's, under Lambda's contract
 - ``pollers``      what hands the queues' messages to them

@@ -15,7 +15,7 @@ from world.command import CommandFailed
 from world.localstack import LocalStackError
 from world.postgres import PostgresError
 from world.servers import Servers, alone
-from world.soak import checker, faults, load, rehearsal
+from world.soak import checker, faults, load, rehearsal, visits
 from world.soak.checker import Evidence
 from world.soak.faults import Attack
 from world.soak.proxy import Proxy
@@ -48,7 +48,7 @@ def run(servers: Servers, options: argparse.Namespace) -> int:
         aws_proxy = cleanup.enter_context(Proxy(servers.localstack.port))
         soak = cleanup.enter_context(Run(servers, proxy, aws_proxy, load.make(options.messages, options.seed), options.seed))
         print("Sending, and breaking things ...")
-        with Attack(soak.world, faults.plan(options.faults, options.seed), options.minutes * 60) as attack:
+        with Attack(soak.targets, faults.plan(options.faults, options.seed), options.minutes * 60) as attack:
             soak.send_during(attack)
         attacked = time.monotonic()
         overtaking, left = soak.settle()
@@ -56,7 +56,7 @@ def run(servers: Servers, options: argparse.Namespace) -> int:
         evidence = soak.evidence(overtaking, left, began)
     with servers.postgres.connect(autocommit=True) as database:
         findings = checker.check(evidence, database)
-        rows = database.execute("select count(*) from user_logins").fetchone()[0]
+        rows = database.execute(f"select (select count(*) from user_logins) + (select count(*) from {visits.TABLE})").fetchone()[0]
         clean = not any(finding.count for finding in findings)
         blind = rehearsal.blind_spots(evidence, database) if clean else []
 

@@ -4,6 +4,7 @@ Independent of the function: it shares no code with it, has its own masking, and
 """
 
 import base64
+import hmac
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ import psycopg
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import pad
 
+from world.soak import visits
 from world.soak.load import CANARIES, REFUSED_USER, Message
 
 # How long an old key may be used beyond the keyring's lifetime: Secrets Manager breaks, too, and invocations take their time.
@@ -64,8 +66,10 @@ class Finding:
 
 def check(evidence: Evidence, database: psycopg.Connection) -> list[Finding]:
     rows = read_rows(database)
+    of_rows = check_rows(evidence, rows)
+    check_visits(evidence, database, *of_rows)
     return [
-        *check_rows(evidence, rows),
+        *of_rows,
         check_order(evidence, rows),
         check_stale_masks(evidence, rows),
         *check_ledger(evidence, database),
@@ -99,7 +103,7 @@ def read_rows(database: psycopg.Connection) -> list[Row]:
 def check_rows(evidence: Evidence, rows: list[Row]) -> list[Finding]:
     lost, doubled, foreign = Finding("rows lost"), Finding("rows doubled"), Finding("rows that nobody may have written")
     masks, columns = Finding("masks wrong"), Finding("other columns wrong")
-    goods = [message.row for message in evidence.sent.values() if message.row]
+    goods = [message.row for message in evidence.sent.values() if message.good and not message.visit]
     # A user logs in once, or several times with the very same body.
     wanted, logins = Counter(row[0] for row in goods), {row[0]: row for row in goods}
     found = Counter(row.user_id for row in rows)
@@ -121,6 +125,32 @@ def check_rows(evidence: Evidence, rows: list[Row]) -> list[Finding]:
     return [lost, doubled, foreign, masks, columns]
 
 
+def check_visits(
+    evidence: Evidence, database: psycopg.Connection, lost: Finding, doubled: Finding, foreign: Finding, masks: Finding, columns: Finding
+) -> None:
+    """The second mapping's table: no row too few, too many or wrong."""
+    wanted = {message_id: message.row for message_id, message in evidence.sent.items() if message.visit and message.good}
+    query = f"select message_id::text, to_jsonb(t) - '{{message_id,masked_ip,masked_phone,sent}}'::text[], masked_ip, masked_phone from {visits.TABLE} t"
+    database.execute("set timezone = 'UTC'")
+    rows = database.execute(query).fetchall()
+    found = Counter(message_id for message_id, *_ in rows)
+    for message_id in wanted | found:
+        if message_id not in wanted:
+            foreign.add(f"visit {message_id}", found[message_id])
+        else:
+            lost.add(f"visit {message_id}", 1 - found[message_id])
+            doubled.add(f"visit {message_id}", found[message_id] - 1)
+    for message_id, plain, masked_ip, masked_phone in rows:
+        if not (row := wanted.get(message_id)):
+            continue
+        if masked_ip != mask(evidence.ring, key_id_of(masked_ip), "visitor.ip", row["ip"]):
+            masks.add(f"visitor.ip of {message_id}: {masked_ip}")
+        if masked_phone != mask(evidence.ring, evidence.ring["one_way"], "visitor.phone", row["phone"]):
+            masks.add(f"visitor.phone of {message_id}: {masked_phone}")
+        if plain != {name: value for name, value in row.items() if name not in ("ip", "phone")}:
+            columns.add(f"visit {message_id}: {plain}")
+
+
 def check_order(evidence: Evidence, rows: list[Row]) -> Finding:
     """A group's later message is never committed before an earlier one; together with it is fine, as a statement is atomic."""
     finding = Finding("order broken in a FIFO group")
@@ -128,7 +158,7 @@ def check_order(evidence: Evidence, rows: list[Row]) -> Finding:
     groups = defaultdict(list)
     for message in evidence.sent.values():
         if message.group and message.row and message.row[0] in committed:
-            groups[message.group].append((message.place, committed[message.row[0]], message.row[0]))
+            groups[message.group].append((message.index, committed[message.row[0]], message.row[0]))
     for members in groups.values():
         for (_, earlier, _), (_, later, user) in itertools.pairwise(sorted(members)):
             if later < earlier:
@@ -142,7 +172,7 @@ def check_stale_masks(evidence: Evidence, rows: list[Row]) -> Finding:
     finding = Finding("masks under a key long retired")
     ids = [key_id for key_id, _ in evidence.rotations]
     # A key retires when the next one comes; the first one of all is the ring's oldest.
-    oldest = next(iter(evidence.ring["keys"]))
+    oldest = next(key for key in evidence.ring["keys"] if key != evidence.ring["one_way"])
     retired = dict(zip([oldest, *ids], [at for _, at in evidence.rotations], strict=False))
     for row in rows:
         at = retired.get(key_id_of(row.masked_ip))
@@ -153,7 +183,7 @@ def check_stale_masks(evidence: Evidence, rows: list[Row]) -> Finding:
 
 def check_ledger(evidence: Evidence, database: psycopg.Connection) -> list[Finding]:
     missing, foreign = Finding("ledger entries lost"), Finding("ledger entries doubled or of messages that are no rows")
-    entries = Counter(str(message_id) for (message_id,) in database.execute("select message_id from user_logins_ledger"))
+    entries = Counter(str(message_id) for (message_id,) in database.execute("select message_id from etl_ledger"))
     goods = {message_id for message_id, message in evidence.sent.items() if message.good}
     for message_id in goods - entries.keys():
         missing.add(message_id)
@@ -202,7 +232,7 @@ def check_logs(evidence: Evidence) -> list[Finding]:
     return [personal, secret, panics]
 
 
-# The masks: AES-CBC or AES-SIV, Base64, the key's id in front if it has one.
+# The masks: AES-CBC, AES-SIV or HMAC, Base64, the key's id in front if it has one.
 
 
 def key_id_of(masked: str) -> str:
@@ -215,7 +245,9 @@ def mask(ring: dict, key_id: str, field_name: str, plain: str) -> str | None:
     if not (entry := ring["keys"].get(key_id)):
         return None
     key = bytes.fromhex(entry["key"])
-    if entry.get("cipher", "aes-cbc") == "aes-siv":
+    if entry.get("cipher") == "hmac-sha256":
+        sealed = hmac.digest(key, field_name.encode() + b"\0" + plain.encode(), "sha256")
+    elif entry.get("cipher", "aes-cbc") == "aes-siv":
         cipher = AES.new(key, AES.MODE_SIV)
         cipher.update(field_name.encode())
         ciphertext, tag = cipher.encrypt_and_digest(plain.encode())

@@ -33,7 +33,7 @@ class Fault:
 
 
 @dataclass
-class World:
+class Targets:
     """What there is to break."""
 
     servers: Servers
@@ -63,110 +63,110 @@ class World:
 # Each gives whether it broke anything.
 
 
-def cut_with_reset(world: World, chance: random.Random) -> bool:
-    return world.proxy.cut(reset=True) > 0
+def cut_with_reset(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.cut(reset=True) > 0
 
 
-def cut_in_order(world: World, chance: random.Random) -> bool:
-    return world.proxy.cut(reset=False) > 0
+def cut_in_order(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.cut(reset=False) > 0
 
 
-def refuse_connections(world: World, chance: random.Random) -> bool:
-    return world.proxy.refuse(chance.uniform(0.2, 2)) > 0
+def refuse_connections(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.refuse(chance.uniform(0.2, 2)) > 0
 
 
-def delay(world: World, chance: random.Random) -> bool:
-    return world.proxy.delay(chance.uniform(1, 3), each=chance.choice((0.05, 0.2, 0.8))) > 0
+def delay(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.delay(chance.uniform(1, 3), each=chance.choice((0.05, 0.2, 0.8))) > 0
 
 
-def stall(world: World, chance: random.Random) -> bool:
-    return world.proxy.stall(chance.uniform(0.1, 3)) > 0
+def stall(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.stall(chance.uniform(0.1, 3)) > 0
 
 
-def cut_after_commit(world: World, chance: random.Random) -> bool:
-    return world.proxy.spring("unheard", PATIENCE_SECONDS / 2)
+def cut_after_commit(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.spring("unheard", PATIENCE_SECONDS / 2)
 
 
-def stall_after_commit(world: World, chance: random.Random) -> bool:
-    return world.proxy.spring("silenced", PATIENCE_SECONDS / 2)
+def stall_after_commit(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.spring("silenced", PATIENCE_SECONDS / 2)
 
 
-def tear_statement(world: World, chance: random.Random) -> bool:
-    return world.proxy.spring("torn", PATIENCE_SECONDS / 2)
+def tear_statement(targets: Targets, chance: random.Random) -> bool:
+    return targets.proxy.spring("torn", PATIENCE_SECONDS / 2)
 
 
-def crash_postgres(world: World, chance: random.Random) -> bool:
-    world.servers.postgres.restart("immediate")
+def crash_postgres(targets: Targets, chance: random.Random) -> bool:
+    targets.servers.postgres.restart("immediate")
     return True
 
 
-def restart_postgres(world: World, chance: random.Random) -> bool:
-    world.servers.postgres.restart("fast")
+def restart_postgres(targets: Targets, chance: random.Random) -> bool:
+    targets.servers.postgres.restart("fast")
     return True
 
 
-def terminate_backends(world: World, chance: random.Random) -> bool:
-    with world.admin() as admin:
+def terminate_backends(targets: Targets, chance: random.Random) -> bool:
+    with targets.admin() as admin:
         return admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [DATABASE_USER]).rowcount > 0
 
 
-def lock_table(world: World, chance: random.Random) -> bool:
+def lock_table(targets: Targets, chance: random.Random) -> bool:
     """At times for longer than an invocation may take."""
-    table = chance.choice(("user_logins", "user_logins_ledger"))
-    with world.admin() as admin, admin.transaction():
+    table = chance.choice(("user_logins", "etl_ledger"))
+    with targets.admin() as admin, admin.transaction():
         admin.execute(f"lock table {table} in access exclusive mode")
-        return wait_for_waiting(world, chance.uniform(0.5, 4.5)) > 0
+        return wait_for_waiting(targets, chance.uniform(0.5, 4.5)) > 0
 
 
-def cancel_statements(world: World, chance: random.Random) -> bool:
+def cancel_statements(targets: Targets, chance: random.Random) -> bool:
     """Of those that wait for a lock, because others are too quick to be caught."""
-    with world.admin() as admin, admin.transaction():
+    with targets.admin() as admin, admin.transaction():
         admin.execute("lock table user_logins in access exclusive mode")
-        wait_for_waiting(world, 1)
-        with world.admin() as other:
+        wait_for_waiting(targets, 1)
+        with targets.admin() as other:
             query = "select pg_cancel_backend(pid) from pg_stat_activity where usename = %s and wait_event_type = 'Lock'"
             return other.execute(query, [DATABASE_USER]).rowcount > 0
 
 
-def wait_for_waiting(world: World, seconds: float) -> int:
+def wait_for_waiting(targets: Targets, seconds: float) -> int:
     """After so many seconds, how many statements wait for a lock."""
     time.sleep(seconds)
-    with world.admin() as admin:
+    with targets.admin() as admin:
         query = "select count(*) from pg_stat_activity where usename = %s and wait_event_type = 'Lock'"
         return admin.execute(query, [DATABASE_USER]).fetchone()[0]
 
 
-def make_read_only(world: World, chance: random.Random) -> bool:
+def make_read_only(targets: Targets, chance: random.Random) -> bool:
     """As a node is after a failover."""
-    return alter_role_for_a_while(world, chance, "set default_transaction_read_only = on", "reset default_transaction_read_only")
+    return alter_role_for_a_while(targets, chance, "set default_transaction_read_only = on", "reset default_transaction_read_only")
 
 
-def exhaust_connections(world: World, chance: random.Random) -> bool:
-    return alter_role_for_a_while(world, chance, "connection limit 0", "connection limit -1")
+def exhaust_connections(targets: Targets, chance: random.Random) -> bool:
+    return alter_role_for_a_while(targets, chance, "connection limit 0", "connection limit -1")
 
 
-def alter_role_for_a_while(world: World, chance: random.Random, change: str, back: str) -> bool:
-    with world.admin() as admin:
+def alter_role_for_a_while(targets: Targets, chance: random.Random, change: str, back: str) -> bool:
+    with targets.admin() as admin:
         admin.execute(f"alter role {DATABASE_USER} {change}")
         try:
-            terminate_backends(world, chance)
+            terminate_backends(targets, chance)
             time.sleep(chance.uniform(0.2, 2))
         finally:
             admin.execute(f"alter role {DATABASE_USER} {back}")
-        terminate_backends(world, chance)
+        terminate_backends(targets, chance)
     return True
 
 
-def rotate_password(world: World, chance: random.Random) -> bool:
+def rotate_password(targets: Targets, chance: random.Random) -> bool:
     """As a single user's rotation does: for a moment the secret and the server disagree. Connections end, so that all have to log in again."""
     password = secrets.token_urlsafe(24)
-    world.passwords.append(password)
+    targets.passwords.append(password)
     secret = json.dumps({"username": DATABASE_USER, "password": password})
 
     def store() -> None:
-        world.stack.localstack.client("secretsmanager").put_secret_value(SecretId=world.servers.database_secret_arn, SecretString=secret)
+        targets.stack.localstack.client("secretsmanager").put_secret_value(SecretId=targets.servers.database_secret_arn, SecretString=secret)
 
-    with world.admin() as admin:
+    with targets.admin() as admin:
 
         def alter() -> None:
             admin.execute(psycopg.sql.SQL("alter role {} password {}").format(psycopg.sql.Identifier(DATABASE_USER), password))
@@ -174,34 +174,34 @@ def rotate_password(world: World, chance: random.Random) -> bool:
         steps = [store, alter]
         chance.shuffle(steps)
         steps[0]()
-        terminate_backends(world, chance)
+        terminate_backends(targets, chance)
         time.sleep(chance.uniform(0, 1))
         steps[1]()
     return True
 
 
-def rotate_keyring(world: World, chance: random.Random) -> bool:
+def rotate_keyring(targets: Targets, chance: random.Random) -> bool:
     """A new active key, of any cipher and length; the old ones stay for what they have masked."""
-    key_id = f"soak-{len(world.ring['keys'])}"
+    key_id = f"soak-{len(targets.ring['keys'])}"
     cipher, digits, iv = chance.choice((("aes-cbc", 32, 1), ("aes-cbc", 48, 0), ("aes-cbc", 64, 1), ("aes-siv", 64, 0), ("aes-siv", 128, 0)))
     key = {"cipher": cipher, "key": secrets.token_hex(digits // 2)} | ({"iv": secrets.token_hex(16)} if iv else {})
-    world.ring = {"active": key_id, "keys": world.ring["keys"] | {key_id: key}}
-    secret = json.dumps(world.ring)
-    world.stack.localstack.client("secretsmanager").put_secret_value(SecretId=world.stack.masking_secret_arn, SecretString=secret)
-    world.rotations.append((key_id, time.time()))
+    targets.ring |= {"active": key_id, "keys": targets.ring["keys"] | {key_id: key}}
+    secret = json.dumps(targets.ring)
+    targets.stack.localstack.client("secretsmanager").put_secret_value(SecretId=targets.stack.masking_secret_arn, SecretString=secret)
+    targets.rotations.append((key_id, time.time()))
     return True
 
 
-def kill_function(world: World, chance: random.Random) -> bool:
+def kill_function(targets: Targets, chance: random.Random) -> bool:
     with suppress(IndexError, psutil.NoSuchProcess):
-        chance.choice(world.functions()).kill()
+        chance.choice(targets.functions()).kill()
         return True
     return False
 
 
-def freeze_function(world: World, chance: random.Random) -> bool:
+def freeze_function(targets: Targets, chance: random.Random) -> bool:
     with suppress(IndexError, psutil.NoSuchProcess):
-        process = chance.choice(world.functions())
+        process = chance.choice(targets.functions())
         process.suspend()
         time.sleep(chance.uniform(0.2, 4))
         with suppress(psutil.NoSuchProcess):
@@ -210,36 +210,36 @@ def freeze_function(world: World, chance: random.Random) -> bool:
     return False
 
 
-def refuse_secrets(world: World, chance: random.Random) -> bool:
+def refuse_secrets(targets: Targets, chance: random.Random) -> bool:
     """While an environment starts and the others read the keyring again."""
-    kill_function(world, chance)
-    world.aws_proxy.refuse(chance.uniform(0.5, 4))
+    kill_function(targets, chance)
+    targets.aws_proxy.refuse(chance.uniform(0.5, 4))
     return True
 
 
-def silence_secrets(world: World, chance: random.Random) -> bool:
-    kill_function(world, chance)
-    world.aws_proxy.stall(chance.uniform(0.5, 3))
+def silence_secrets(targets: Targets, chance: random.Random) -> bool:
+    kill_function(targets, chance)
+    targets.aws_proxy.stall(chance.uniform(0.5, 3))
     return True
 
 
-def shorten_visibility(world: World, chance: random.Random) -> bool:
+def shorten_visibility(targets: Targets, chance: random.Random) -> bool:
     """For a while, what is received comes back while it is still being handled."""
-    sqs = world.stack.localstack.client("sqs")
-    for queue_url in world.queue_urls:
+    sqs = targets.stack.localstack.client("sqs")
+    for queue_url in targets.queue_urls:
         sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": "1"})
     time.sleep(chance.uniform(1, 3))
-    for queue_url in world.queue_urls:
-        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": str(world.visibility_seconds)})
+    for queue_url in targets.queue_urls:
+        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": str(targets.visibility_seconds)})
     return True
 
 
-def redelivery(kind: str) -> Callable[[World, random.Random], bool]:
-    return lambda world, chance: world.redeliveries.cause(kind, PATIENCE_SECONDS / 2)
+def redelivery(kind: str) -> Callable[[Targets, random.Random], bool]:
+    return lambda targets, chance: targets.redeliveries.cause(kind, PATIENCE_SECONDS / 2)
 
 
 # Each lane is one thread's: what must not overlap is in one, and any two lanes break things at the same time. The number is a kind's weight.
-LANES: list[dict[str, tuple[int, Callable[[World, random.Random], bool]]]] = [
+LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
     {
         "connections cut (RST)": (2, cut_with_reset),
         "connections cut (FIN)": (2, cut_in_order),
@@ -291,8 +291,8 @@ def plan(count: int, seed: int) -> list[list[Fault]]:
 class Attack:
     """Owns the lanes' threads, as a context manager, and tells how far they have come."""
 
-    def __init__(self, world: World, schedule: list[list[Fault]], seconds: float):
-        self._world, self._schedule, self._seconds = world, schedule, seconds
+    def __init__(self, targets: Targets, schedule: list[list[Fault]], seconds: float):
+        self._targets, self._schedule, self._seconds = targets, schedule, seconds
         self._count = sum(map(len, schedule))
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -345,8 +345,8 @@ class Attack:
         except BaseException as error:
             self._error = error
 
-    def _inject(self, action: Callable[[World, random.Random], bool], chance: random.Random) -> bool:
+    def _inject(self, action: Callable[[Targets, random.Random], bool], chance: random.Random) -> bool:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (hit := action(self._world, chance)) and time.monotonic() < deadline and not self._stopping.is_set():
+        while not (hit := action(self._targets, chance)) and time.monotonic() < deadline and not self._stopping.is_set():
             time.sleep(0.05)
         return hit

@@ -1,4 +1,4 @@
-"""What is sent, from a seed: logins of every lawful shape, and a share of messages that are none."""
+"""What is sent, from a seed: logins of every lawful shape, visits for a second mapping, and a share of messages that are neither."""
 
 import ipaddress
 import json
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from world import messages
+from world.soak import visits
 
 FIFO_SHARE = 0.2
+VISITS_SHARE = 0.15
 BAD_SHARE = 0.03
 # Another login with the very same body: two messages, so two rows.
 COPY_SHARE = 0.02
@@ -30,11 +32,13 @@ class Message:
     """One message and its fate: the row it must become, or none if it must end in the dead-letter queue."""
 
     body: str
-    # user_id, device_type, ip, device_id, locale, app_version as an integer
-    row: tuple | None
+    # user_id, device_type, ip, device_id, locale, app_version as an integer; of a visit its columns by name
+    row: tuple | dict | None
+    # Whether it is for the second mapping.
+    visit: bool = False
     group: str | None = None
-    # Place in the group, and whether a bad message of the group comes before.
-    place: int = 0
+    # Index in the group, and whether a bad message of the group comes before.
+    index: int = 0
     held_back: bool = False
 
     @property
@@ -46,17 +50,19 @@ def make(count: int, seed: int) -> list[Message]:
     """`count` messages in the order in which they are sent; those with a group go to the FIFO queue."""
     chance = random.Random(seed)
     fifo = int(count * FIFO_SHARE)
-    standard = [bad(chance, number) for number in range(int((count - fifo) * BAD_SHARE))]
-    goods = [good(chance, f"{CANARY}-{number:07}") for number in range(count - fifo - len(standard))]
+    second = [Message(body, row, visit=True) for body, row in visits.make(chance, int(count * VISITS_SHARE), CANARY, BAD_SHARE)]
+    logins = count - fifo - len(second)
+    standard = [bad(chance, number) for number in range(int(logins * BAD_SHARE))]
+    goods = [good(chance, f"{CANARY}-{number:07}") for number in range(logins - len(standard))]
     for _ in range(int(len(goods) * COPY_SHARE)):
         goods[chance.randrange(len(goods))] = chance.choice(goods)
-    standard += goods
+    standard += goods + second
     chance.shuffle(standard)
     ordered = list(grouped(chance, fifo))
     # The FIFO queue's share is spread over the whole run; within it the order stands.
-    places = set(chance.sample(range(count), len(ordered)))
+    indexes = set(chance.sample(range(count), len(ordered)))
     streams = iter(standard), iter(ordered)
-    return [next(streams[place in places]) for place in range(count)]
+    return [next(streams[index in indexes]) for index in range(count)]
 
 
 def grouped(chance: random.Random, count: int) -> Iterator[Message]:
@@ -64,8 +70,8 @@ def grouped(chance: random.Random, count: int) -> Iterator[Message]:
     heights: dict[str, int] = {}
 
     def message(name: str, **fields) -> Message:
-        place = heights[name] = heights.get(name, -1) + 1
-        return good(chance, f"{CANARY}-{name}-{place:06}", group=f"{CANARY}-{name}", place=place, **fields)
+        index = heights[name] = heights.get(name, -1) + 1
+        return good(chance, f"{CANARY}-{name}-{index:06}", group=f"{CANARY}-{name}", index=index, **fields)
 
     left = count
     blocked = 0
@@ -76,7 +82,7 @@ def grouped(chance: random.Random, count: int) -> Iterator[Message]:
             blocked += 1
             yield from [message(name) for _ in range(BEFORE_BAD)]
             heights[name] += 1
-            yield bad(chance, blocked * 2 + blocked % 2, group=f"{CANARY}-{name}", place=heights[name])
+            yield bad(chance, blocked * 2 + blocked % 2, group=f"{CANARY}-{name}", index=heights[name])
             yield from [message(name, held_back=True) for _ in range(BEHIND_BAD)]
             left -= span
         else:
@@ -91,7 +97,7 @@ def login(chance: random.Random, user: str) -> dict:
     return messages.login(chance, user_id=user, ip=ip, device_id=device)
 
 
-def good(chance: random.Random, user: str, **placing) -> Message:
+def good(chance: random.Random, user: str, **grouping) -> Message:
     fields = login(chance, user)
     match chance.randrange(20):
         case 0:
@@ -116,10 +122,10 @@ def good(chance: random.Random, user: str, **placing) -> Message:
         ip = fields["ip"]
     version = int(fields["app_version"].replace(".", ""))
     row = (fields["user_id"], fields["device_type"], ip, fields["device_id"], fields.get("locale"), version)
-    return Message(json.dumps(fields, ensure_ascii=chance.random() < 0.5), row, **placing)
+    return Message(json.dumps(fields, ensure_ascii=chance.random() < 0.5), row, **grouping)
 
 
-def bad(chance: random.Random, kind: int, **placing) -> Message:
+def bad(chance: random.Random, kind: int, **grouping) -> Message:
     """A message that must not become a row, of the kind with this number; each is full of canaries."""
     fields = login(chance, f"{CANARY}-bad")
     text = json.dumps(fields)
@@ -145,4 +151,4 @@ def bad(chance: random.Random, kind: int, **placing) -> Message:
         json.dumps(fields | {"app_version": 2.3}),
         "[" * 200 + "]" * 200,
     ]
-    return Message(kinds[kind % len(kinds)], None, **placing)
+    return Message(kinds[kind % len(kinds)], None, **grouping)

@@ -48,34 +48,34 @@ class Order:
     def __init__(self):
         self._deleted: dict[str, set[int]] = {}
         self._lock = threading.Lock()
-        # By group, the places of bad messages, once they may leave for the dead-letter queue.
+        # By group, the indexes of bad messages, once they may leave for the dead-letter queue.
         self.excused: dict[str, set[int]] = {}
 
     def deleted(self, messages: list[dict]) -> None:
         with self._lock:
-            for group, place in map(place_of, messages):
-                self._deleted.setdefault(group, set()).add(place)
+            for group, index in map(index_of, messages):
+                self._deleted.setdefault(group, set()).add(index)
 
     def allows(self, messages: list[dict]) -> bool:
         """Whether each message's predecessors are gone or come before it in the batch."""
         with self._lock:
             ahead: dict[str, set[int]] = {}
-            for group, place in map(place_of, messages):
+            for group, index in map(index_of, messages):
                 here = ahead.setdefault(group, self._deleted.get(group, set()) | self.excused.get(group, set()))
-                if not here.issuperset(range(place)):
+                if not here.issuperset(range(index)):
                     return False
-                here.add(place)
+                here.add(index)
         return True
 
 
-def place_of(message: dict) -> tuple[str, int]:
-    """A FIFO queue's message's group and its place there, which its deduplication id tells: see `deduplication_id`."""
-    group, _, place = message["Attributes"]["MessageDeduplicationId"].rpartition(".")
-    return group, int(place)
+def index_of(message: dict) -> tuple[str, int]:
+    """A FIFO queue's message's group and its index there, which its deduplication id tells: see `deduplication_id`."""
+    group, _, index = message["Attributes"]["MessageDeduplicationId"].rpartition(".")
+    return group, int(index)
 
 
-def deduplication_id(group: str, place: int) -> str:
-    return f"{group}.{place}"
+def deduplication_id(group: str, index: int) -> str:
+    return f"{group}.{index}"
 
 
 class Pool:

@@ -7,21 +7,27 @@ import psycopg
 
 from world.soak import checker
 from world.soak.checker import Evidence
+from world.soak.visits import TABLE as VISITS
 
 ONE = "ctid = (select min(ctid) from user_logins where user_id like 'canary-0%')"
+ONE_VISIT = f"ctid = (select min(ctid) from {VISITS})"
 # What must be found, and the damage: to the tables, undone by a rollback ...
-TO_TABLES = {
-    "rows lost": f"delete from user_logins where {ONE}",
-    "rows doubled": f"insert into user_logins select * from user_logins where {ONE}",
-    "rows that nobody may have written": "insert into user_logins (user_id, masked_ip) values ('canary-bad', '')",
-    "masks wrong": f"update user_logins set masked_ip = masked_device_id where {ONE}",
-    "other columns wrong": f"update user_logins set app_version = app_version + 1 where {ONE}",
-    "personal values in a table": f"update user_logins set locale = 'canary' where {ONE}",
+TO_TABLES = (
+    ("rows lost", f"delete from user_logins where {ONE}"),
+    ("rows doubled", f"insert into user_logins select * from user_logins where {ONE}"),
+    ("rows that nobody may have written", "insert into user_logins (user_id, masked_ip) values ('canary-bad', '')"),
+    ("masks wrong", f"update user_logins set masked_ip = masked_device_id where {ONE}"),
+    ("other columns wrong", f"update user_logins set app_version = app_version + 1 where {ONE}"),
+    ("personal values in a table", f"update user_logins set locale = 'canary' where {ONE}"),
     # What is written anew is committed later than all that came after it.
-    "order broken in a FIFO group": "update user_logins set locale = locale where user_id like 'canary-blocked000-000000%'",
-    "ledger entries lost": "delete from user_logins_ledger where ctid = (select min(ctid) from user_logins_ledger)",
-    "ledger entries doubled or of messages that are no rows": "insert into user_logins_ledger values (now(), '00000000-0000-4000-8000-000000000000')",
-}
+    ("order broken in a FIFO group", "update user_logins set locale = locale where user_id like 'canary-blocked000-000000%'"),
+    ("ledger entries lost", "delete from etl_ledger where ctid = (select min(ctid) from etl_ledger)"),
+    ("ledger entries doubled or of messages that are no rows", "insert into etl_ledger values (now(), '00000000-0000-4000-8000-000000000000')"),
+    ("rows lost", f"delete from {VISITS} where {ONE_VISIT}"),
+    ("rows doubled", f"insert into {VISITS} select * from {VISITS} where {ONE_VISIT}"),
+    ("masks wrong", f"update {VISITS} set masked_phone = masked_ip where {ONE_VISIT}"),
+    ("other columns wrong", f"update {VISITS} set ratio = ratio + 1 where {ONE_VISIT}"),
+)
 # ... or to the rest of the evidence.
 TO_EVIDENCE: dict[str, Callable[[Evidence], Evidence]] = {
     "good messages dead-lettered": lambda seen: replace(seen, dead=[*seen.dead, next(key for key, sent in seen.sent.items() if sent.good)]),
@@ -38,8 +44,8 @@ TO_EVIDENCE: dict[str, Callable[[Evidence], Evidence]] = {
 
 def blind_spots(evidence: Evidence, database: psycopg.Connection) -> list[str]:
     """The damages to a clean outcome that the checker does not find; there is one for each of its findings."""
-    missed = [*({finding.name for finding in checker.check(evidence, database)} ^ (TO_TABLES.keys() | TO_EVIDENCE.keys()))]
-    for name, damage in TO_TABLES.items():
+    missed = [*({finding.name for finding in checker.check(evidence, database)} ^ ({name for name, _ in TO_TABLES} | TO_EVIDENCE.keys()))]
+    for name, damage in TO_TABLES:
         with database.transaction(force_rollback=True):
             database.execute(damage)
             missed += unnoticed(name, evidence, database)

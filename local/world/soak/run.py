@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 
 from world import paths, stack
 from world.servers import DATABASE_SECRET, DATABASE_USER, Servers
-from world.soak import load
+from world.soak import load, visits
 from world.soak.checker import Evidence
 from world.soak.environment import Environment
-from world.soak.faults import Attack, World
+from world.soak.faults import Attack, Targets
 from world.soak.load import Message
 from world.soak.pollers import Order, Poller, Pool, Redeliveries, deduplication_id, redrive_policy
 from world.soak.proxy import Proxy
@@ -60,54 +60,62 @@ class Run:
         )
         self._sqs = self.stack.localstack.client("sqs")
         self._sqs.set_queue_attributes(QueueUrl=self.stack.queue_url, Attributes={"VisibilityTimeout": str(VISIBILITY_SECONDS)})
-        self._fifo_url, self._fifo_dead_url = create_fifo_queue(self._sqs)
-        self.world = World(servers, self.stack, proxy, aws_proxy, Redeliveries(), [self.stack.queue_url, self._fifo_url], VISIBILITY_SECONDS)
+        self._fifo_url, self._fifo_dead_url = create_queue(self._sqs, "logins", fifo=True)
+        self._visits_url, self._visits_dead_url = create_queue(self._sqs, "visits")
+        urls = [self.stack.queue_url, self._fifo_url, self._visits_url]
+        self.targets = Targets(servers, self.stack, proxy, aws_proxy, Redeliveries(), urls, VISIBILITY_SECONDS)
         client = self.stack.localstack.client("secretsmanager")
-        self.world.passwords.append(json.loads(client.get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])["password"])
+        self.targets.passwords.append(json.loads(client.get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])["password"])
         first = json.loads(client.get_secret_value(SecretId=self.stack.masking_secret_arn)["SecretString"])
-        self.world.ring = {"active": "", "keys": {"": first}}
+        one_way = {"cipher": "hmac-sha256", "key": random.Random(seed).randbytes(32).hex()}
+        self.targets.ring = {"active": "", "one_way": "one-way", "keys": {"": first, "one-way": one_way}}
+        client.put_secret_value(SecretId=self.stack.masking_secret_arn, SecretString=json.dumps(self.targets.ring))
+        mapping = WORLD / "visits.toml"
+        mapping.write_text(visits.MAPPING)
         logs = WORLD / "environments"
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir()
         aws_endpoint = f"http://127.0.0.1:{aws_proxy.port}"
 
-        def pool(url: str, size: int, outage_delay: int, order: Order | None = None) -> Pool:
+        def pool(url: str, size: int, outage_delay: int, order: Order | None = None, settings: dict[str, str] | None = None) -> Pool:
             def environment(number: int) -> Environment:
                 log = logs / f"{url.rpartition('/')[2]}-{number}.log"
-                variables = {"AWS_ENDPOINT_URL": aws_endpoint, "OUTAGE_DELAY": str(outage_delay)}
+                variables = {"AWS_ENDPOINT_URL": aws_endpoint, "OUTAGE_DELAY": str(outage_delay)} | (settings or {})
                 # The deployed function never sees batches that are large enough for `COPY`; of these environments half do.
                 variables["COPY_THRESHOLD"] = "5" if number % 2 else "2000"
                 return Environment(self.stack, paths.SAM_BUILD / "LoginFunction", log, self.tally, self.answers, **variables)
 
             def poller() -> Poller:
                 client = self.stack.localstack.client("sqs")
-                return Poller(client, url, size, random.Random(self._chance.random()), self.world.redeliveries, self.tally, order)
+                return Poller(client, url, size, random.Random(self._chance.random()), self.targets.redeliveries, self.tally, order)
 
             return Pool([environment(number) for number in range(ENVIRONMENTS)], [poller() for _ in range(POLLERS)])
 
         self._pool = pool(self.stack.queue_url, POLLER_BATCH, OUTAGE_DELAY)
         # In the emulator's FIFO queues a hidden message keeps those of other groups from coming back.
         self._fifo_pool = pool(self._fifo_url, FIFO_BATCH, 0, self._order)
+        self._visits_pool = pool(self._visits_url, POLLER_BATCH, OUTAGE_DELAY, settings={"MAPPING_FILE": str(mapping)})
+        self._pools = self._pool, self._fifo_pool, self._visits_pool
 
     def __enter__(self) -> "Run":
-        self._pool.__enter__()
-        self._fifo_pool.__enter__()
+        for pool in self._pools:
+            pool.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.__exit__()
-        self._fifo_pool.__exit__()
+        for pool in self._pools:
+            pool.__exit__()
 
     def send_during(self, attack: Attack) -> None:
         """Sends all messages, evenly over the attack."""
         shown = time.monotonic()
-        place = 0
-        while place < len(self.messages) or not attack.over:
+        sent = 0
+        while sent < len(self.messages) or not attack.over:
             attack.check()
             self._check()
             until = int(attack.progress * len(self.messages))
-            self._send(self.messages[place:until])
-            place = max(place, until)
+            self._send(self.messages[sent:until])
+            sent = max(sent, until)
             if time.monotonic() - shown >= TICK_SECONDS:
                 shown = time.monotonic()
                 print(f"  ... {len(self.sent)} messages sent, {attack.done.total()} faults, {self._remaining()} messages in the queues")
@@ -116,7 +124,8 @@ class Run:
 
     def _send(self, messages: list[Message]) -> None:
         for url, some in (
-            (self.stack.queue_url, [message for message in messages if not message.group]),
+            (self.stack.queue_url, [message for message in messages if not (message.group or message.visit)]),
+            (self._visits_url, [message for message in messages if message.visit]),
             (self._fifo_url, [message for message in messages if message.group]),
         ):
             for start in range(0, len(some), 10):
@@ -136,10 +145,11 @@ class Run:
         self._reveal()
         self._wait_until(lambda: self._remaining() <= stuck)
         held_back = [message.row[0] for message in self.messages if message.held_back]
-        with self.world.admin() as database:
+        with self.targets.admin() as database:
             overtaking = database.execute("select user_id from user_logins where user_id = any (%s)", [held_back]).fetchall()
 
         self._set(self.stack.queue_url, redrive_policy(self.stack.dead_letter_queue_url, MOST_RECEIVES_AT_LAST))
+        self._set(self._visits_url, redrive_policy(self._visits_dead_url, MOST_RECEIVES_AT_LAST))
         # In a FIFO queue what waits behind a bad message is received as often as that one, and would go with it to the dead-letter queue. One
         # at a time, the bad one at the head of its group is received more often than all others, and leaves alone.
         for poller in self._fifo_pool.pollers:
@@ -147,7 +157,7 @@ class Run:
         time.sleep(TIMEOUT_SECONDS)
         for message in self.messages:
             if message.group and not message.good:
-                self._order.excused.setdefault(message.group, set()).add(message.place)
+                self._order.excused.setdefault(message.group, set()).add(message.index)
         most = max(poller.most_received for poller in self._fifo_pool.pollers) + 3
         self._set(self._fifo_url, redrive_policy(self._fifo_dead_url, most))
         self._wait_until(lambda: self._remaining() == 0)
@@ -155,14 +165,14 @@ class Run:
 
     def _check(self) -> None:
         """Raises what made a poller end."""
-        self._pool.check()
-        self._fifo_pool.check()
+        for pool in self._pools:
+            pool.check()
 
     def _set(self, queue_url: str, attributes: dict[str, str]) -> None:
         self._sqs.set_queue_attributes(QueueUrl=queue_url, Attributes=attributes)
 
     def _remaining(self) -> int:
-        return sum(self.stack.depth(self.stack.queue_url)) + sum(self.stack.depth(self._fifo_url))
+        return sum(sum(self.stack.depth(url)) for url in self.targets.queue_urls)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Gives up when nothing has changed for a while; the account then says what is missing."""
@@ -180,23 +190,23 @@ class Run:
 
     def _reveal(self) -> None:
         """Shows at once what the function has hidden for a while."""
-        for poller in self._pool.pollers:
+        for poller in (*self._pool.pollers, *self._visits_pool.pollers):
             poller.reveal()
 
     def evidence(self, overtaking: list[str], left: int, began: datetime) -> Evidence:
-        world = self.world
+        targets = self.targets
         files = [*self.stack.localstack.function_logs.glob("*.log"), *(WORLD / "environments").glob("*.log"), self._servers.postgres.log_file]
-        keys = [text for key in world.ring["keys"].values() for text in (key["key"], key.get("iv")) if text]
+        keys = [text for key in targets.ring["keys"].values() for text in (key["key"], key.get("iv")) if text]
         return Evidence(
             sent=self.sent,
-            dead=[message for url in (self.stack.dead_letter_queue_url, self._fifo_dead_url) for message in take_all(self._sqs, url)],
+            dead=[message for url in (self.stack.dead_letter_queue_url, self._fifo_dead_url, self._visits_dead_url) for message in take_all(self._sqs, url)],
             left=left,
             overtaking=overtaking,
             malformed=self.tally["failed: malformed answer"],
             logs={file.name: file.read_bytes() for file in files} | {"answers": b"\n".join(self.answers)},
-            secrets=[*world.passwords, self._servers.postgres.admin_password, *keys],
-            ring=world.ring,
-            rotations=world.rotations,
+            secrets=[*targets.passwords, self._servers.postgres.admin_password, *keys],
+            ring=targets.ring,
+            rotations=targets.rotations,
             secrets_ttl=SECRETS_TTL,
             days={began.date(), datetime.now(UTC).date()},
         )
@@ -207,20 +217,22 @@ def prepare_database(servers: Servers) -> None:
     with servers.postgres.connect(autocommit=True) as admin:
         admin.execute("alter system set track_commit_timestamp = on")
         admin.execute(f"alter table user_logins add constraint refused check (user_id not like '{load.REFUSED_USER}%')")
+        admin.execute(visits.SCHEMA)
         admin.execute(f"alter role {DATABASE_USER} set statement_timeout = '{TIMEOUT_SECONDS}s'")
     servers.postgres.restart()
 
 
-def create_fifo_queue(sqs) -> tuple[str, str]:
-    """A FIFO queue and its dead-letter queue; the stack has none."""
-    fifo = {"FifoQueue": "true", "VisibilityTimeout": str(VISIBILITY_SECONDS)}
-    dead = sqs.create_queue(QueueName="logins-dead.fifo", Attributes=fifo)["QueueUrl"]
-    queue = sqs.create_queue(QueueName="logins.fifo", Attributes=fifo | redrive_policy(dead, MOST_RECEIVES))["QueueUrl"]
+def create_queue(sqs, name: str, fifo: bool = False) -> tuple[str, str]:
+    """A queue beside the stack's, and its dead-letter queue."""
+    attributes = {"VisibilityTimeout": str(VISIBILITY_SECONDS)} | ({"FifoQueue": "true"} if fifo else {})
+    end = ".fifo" if fifo else ""
+    dead = sqs.create_queue(QueueName=f"{name}-dead{end}", Attributes=attributes)["QueueUrl"]
+    queue = sqs.create_queue(QueueName=f"{name}{end}", Attributes=attributes | redrive_policy(dead, MOST_RECEIVES))["QueueUrl"]
     return queue, dead
 
 
 def entry(number: int, message: Message) -> dict:
-    group = {"MessageGroupId": message.group, "MessageDeduplicationId": deduplication_id(message.group, message.place)} if message.group else {}
+    group = {"MessageGroupId": message.group, "MessageDeduplicationId": deduplication_id(message.group, message.index)} if message.group else {}
     return {"Id": str(number), "MessageBody": message.body, **group}
 
 

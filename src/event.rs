@@ -260,9 +260,9 @@ mod tests {
         let event = format!(r#"{{"Records": [{message}, {message}], "more": {{"Records": []}}}}"#);
         assert!(scanned_messages(&event).is_some());
         // Each byte gone, or another one in its place.
-        for place in 0..event.len() {
+        for position in 0..event.len() {
             for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "n", "0", "é"] {
-                let event = format!("{}{put}{}", &event[..place], &event[place + 1..]);
+                let event = format!("{}{put}{}", &event[..position], &event[position + 1..]);
                 let parsed = parsed_messages(event.as_bytes());
                 if let (Some(scanned), Ok(parsed)) = (scanned_messages(&event), &parsed) {
                     assert_eq!(content(&scanned), content(parsed), "{event}");

@@ -99,9 +99,9 @@ impl fmt::Display for Failure {
 
 /// What became of a message before the database saw it.
 enum Prepared {
-    /// It is the entry at this place.
+    /// It is the entry at this index.
     Entry(usize),
-    /// It is a second copy of the message at this place of the batch, and shares its fate.
+    /// It is a second copy of the message at this index in the batch, and shares its fate.
     CopyOf(usize),
     /// It will not be written.
     Failed(Failure),
@@ -160,7 +160,7 @@ impl Handler {
         };
         let count = messages.len() as u64;
         let deduplicated = if result.is_ok() { count - failed - inserted } else { 0 };
-        metrics::Batch {
+        metrics::Metrics {
             timestamp,
             function_name: context.env_config.function_name.clone(),
             request_id: context.request_id.clone(),
@@ -214,7 +214,7 @@ impl Handler {
         let mut first_places = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
         let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
-        for (place, message) in messages.iter().enumerate() {
+        for (index, message) in messages.iter().enumerate() {
             let id = message.id().unwrap_or_default();
             let key = LedgerKey::new(id, message.sent_timestamp(), horizon);
             match first_places.entry(key.message_id) {
@@ -222,7 +222,7 @@ impl Handler {
                     prepared.push(Prepared::CopyOf(*first.get()));
                     continue;
                 }
-                hash_map::Entry::Vacant(unknown) => unknown.insert(place),
+                hash_map::Entry::Vacant(unknown) => unknown.insert(index),
             };
             let group = message.fifo_group();
             let row = if group.is_some_and(|group| stopped_groups.contains(group)) {
@@ -255,7 +255,7 @@ fn settle(prepared: Vec<Prepared>, fates: &[store::Fate]) -> Vec<Option<Failure>
         failures.push(match message {
             Prepared::Failed(failure) => Some(failure),
             Prepared::CopyOf(first) => failures[first].clone(),
-            Prepared::Entry(place) => match &fates[place] {
+            Prepared::Entry(index) => match &fates[index] {
                 store::Fate::Stored => None,
                 store::Fate::Refused(error) => Some(Failure::Refused(error.clone())),
                 store::Fate::HeldBack => Some(Failure::HeldBack),

@@ -34,6 +34,15 @@ pub const KEY_ID_MAX: usize = 32;
 /// Encrypted under the key alone, this block is the IV of an `aes-cbc` key that comes without one.
 const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
 
+/// How a field is masked: under which of the ring's two keys in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// Under the active key; recoverable, unless that is a one-way key itself.
+    Recoverable,
+    /// Under the key for one-way masks.
+    OneWay,
+}
+
 /// A masked value, at most 256 ASCII characters. Only a [`Keyring`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Masked(String);
@@ -73,6 +82,15 @@ pub enum KeyringError {
     /// The active key id names no key.
     #[error("has no key with the id that \"active\" names")]
     NoActiveKey,
+    /// The id of the key for one-way masks names none, or one of another cipher.
+    #[error("has no hmac-sha256 key with the id that \"one_way\" names")]
+    NoHmacKey,
+    /// The mapping has one-way masks, and the ring says no key for them.
+    #[error(
+        "says no \"one_way\" key, which the mapping asks for: `etlctl keys add ID --cipher hmac-sha256` makes one, and \
+         `etlctl keys activate ID --one-way` has it used"
+    )]
+    NoOneWayKey,
     /// A key id breaks the rule for ids.
     #[error("has a key id that is not 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")]
     KeyId,
@@ -93,10 +111,12 @@ pub enum KeyringError {
     NoIv,
 }
 
-/// The keys by id, one of them active; the empty id is the unnamed key's. `Debug` shows ids and ciphers only.
+/// The keys by id, one of them active, and one for one-way masks, if there is need of it; the empty id is the unnamed
+/// key's. `Debug` shows ids and ciphers only.
 pub struct Keyring {
     active: String,
     active_key: Arc<Key>,
+    one_way: Option<(String, Arc<Key>)>,
     keys: BTreeMap<String, Arc<Key>>,
 }
 
@@ -115,11 +135,13 @@ impl Keyring {
         let text: KeyringText = serde_json::from_str(text)
             // The error itself may quote a key, so only its place is kept.
             .map_err(|error| KeyringError::Shape { line: error.line(), column: error.column() })?;
-        let (active, keys) = match text {
-            KeyringText { key: key @ Some(_), iv, active: None, keys: None } => {
-                (String::new(), BTreeMap::from([(String::new(), KeyText { key, iv, ..KeyText::default() })]))
+        let (active, one_way, keys) = match text {
+            KeyringText { key: key @ Some(_), iv, active: None, one_way: None, keys: None } => {
+                (String::new(), None, BTreeMap::from([(String::new(), KeyText { key, iv, ..KeyText::default() })]))
             }
-            KeyringText { key: None, iv: None, active: Some(active), keys: Some(keys) } => (active, keys),
+            KeyringText { key: None, iv: None, active: Some(active), one_way, keys: Some(keys) } => {
+                (active, one_way, keys)
+            }
             _ => return Err(KeyringError::Shape { line: 1, column: 1 }),
         };
         let keys = keys
@@ -127,7 +149,30 @@ impl Keyring {
             .map(|(id, key)| if is_key_id(&id) { Ok((id, Arc::new(key.parse()?))) } else { Err(KeyringError::KeyId) })
             .collect::<Result<BTreeMap<_, _>, _>>()?;
         let active_key = Arc::clone(keys.get(&active).ok_or(KeyringError::NoActiveKey)?);
-        Ok(Self { active, active_key, keys })
+        let one_way = match one_way {
+            None => None,
+            Some(id) => {
+                let key = keys.get(&id).filter(|key| key.0.name() == HMAC).map(Arc::clone);
+                Some((id, key.ok_or(KeyringError::NoHmacKey)?))
+            }
+        };
+        Ok(Self { active, active_key, one_way, keys })
+    }
+
+    /// The ring itself, if it has what these ways of masking need.
+    ///
+    /// # Errors
+    /// [`KeyringError::NoOneWayKey`], the operator's fault.
+    pub fn for_masks(self, mut masks: impl Iterator<Item = Mask>) -> Result<Self, KeyringError> {
+        if self.one_way.is_none() && masks.any(|mask| mask == Mask::OneWay) {
+            return Err(KeyringError::NoOneWayKey);
+        }
+        Ok(self)
+    }
+
+    /// The id of the key that new one-way masks are made under.
+    pub fn one_way(&self) -> Option<&str> {
+        self.one_way.as_ref().map(|(id, _)| id.as_str())
     }
 
     /// The id of the key that new values are masked under.
@@ -153,17 +198,23 @@ impl Keyring {
         mask(&self.active, &self.active_key, field, value)
     }
 
-    /// Masks `value` as [`mask`](Self::mask) does, and appends it to `text`.
+    /// Masks `value` in this way, and appends it to `text`. The ring has what this takes, see [`for_masks`](Self::for_masks).
     ///
     /// # Errors
     /// [`TooLong`], the message's fault; what `text` then ends with is no mask.
-    pub fn mask_onto(&self, text: &mut BytesMut, field: &str, value: &str) -> Result<(), TooLong> {
-        append(text, &self.active, &self.active_key, field, value)
+    pub fn mask_onto(&self, text: &mut BytesMut, way: Mask, field: &str, value: &str) -> Result<(), TooLong> {
+        match (way, &self.one_way) {
+            (Mask::Recoverable, _) => append(text, &self.active, &self.active_key, field, value),
+            (Mask::OneWay, Some((id, key))) => append(text, id, key, field, value),
+            (Mask::OneWay, None) => Err(TooLong),
+        }
     }
 
-    /// Masks `value` under every key, as rows of different ages may have it. A key under which it is too long is left out.
-    pub fn mask_under_all(&self, field: &str, value: &str) -> Vec<(&str, Masked)> {
-        let masks = self.keys.iter().map(|(id, key)| (id.as_str(), mask(id, key, field, value)));
+    /// Masks `value` under every key that may have masked it in this way, as rows are of different ages. A key under which it
+    /// is too long is left out.
+    pub fn mask_under_all(&self, way: Mask, field: &str, value: &str) -> Vec<(&str, Masked)> {
+        let keys = self.keys.iter().filter(|(_, key)| way == Mask::Recoverable || key.0.name() == HMAC);
+        let masks = keys.map(|(id, key)| (id.as_str(), mask(id, key, field, value)));
         masks.filter_map(|(id, masked)| Some((id, masked.ok()?))).collect()
     }
 
@@ -224,6 +275,7 @@ pub fn is_key_id(id: &str) -> bool {
 #[serde(deny_unknown_fields)]
 struct KeyringText {
     active: Option<String>,
+    one_way: Option<String>,
     keys: Option<BTreeMap<String, KeyText>>,
     key: Option<Zeroizing<String>>,
     iv: Option<Zeroizing<String>>,
@@ -458,7 +510,7 @@ mod tests {
 
     #[test]
     fn a_secret_that_is_no_keyring_says_what_is_wrong() {
-        use KeyringError::{CbcKey, HmacKey, Iv, KeyId, NoActiveKey, NoIv, Shape, SivKey};
+        use KeyringError::{CbcKey, HmacKey, Iv, KeyId, NoActiveKey, NoHmacKey, NoIv, Shape, SivKey};
         let start = Shape { line: 1, column: 1 };
         for (text, error) in [
             ("hunter2", start.clone()),
@@ -470,6 +522,10 @@ mod tests {
             (r#"{"key": "zz7e151628aed2a6abf7158809cf4f3c"}"#, CbcKey),
             (r#"{"key": "2b7e151628aed2a6abf7158809cf4f3c", "iv": "00"}"#, Iv),
             (r#"{"active": "b", "keys": {"a": {"key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#, NoActiveKey),
+            (
+                r#"{"active": "a", "one_way": "a", "keys": {"a": {"key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#,
+                NoHmacKey,
+            ),
             (r#"{"active": "A", "keys": {"A": {"key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#, KeyId),
             (
                 r#"{"active": "a", "keys": {"a": {"cipher": "aes-siv", "key": "2b7e151628aed2a6abf7158809cf4f3c"}}}"#,

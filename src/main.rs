@@ -54,7 +54,8 @@ async fn init() -> Result<Arc<Handler>, Error> {
         }
         Ok::<_, StoreError>(store)
     };
-    let reading_keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl);
+    let reading_keyring =
+        FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl, mapping.masks());
     let (store, keyring) = tokio::join!(connected_store, reading_keyring);
     let (keyring, store) = (keyring?, store?);
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);

@@ -20,7 +20,7 @@ const NAMESPACE: &str = "login-etl";
 /// A batch's figures: the metrics of namespace `login-etl`, by function name.
 #[metrics(rename_all = "PascalCase", emf::dimension_sets = [["FunctionName"]])]
 #[derive(Debug)]
-pub struct Batch {
+pub struct Metrics {
     /// When the batch came.
     #[metrics(timestamp)]
     pub timestamp: SystemTime,
@@ -65,7 +65,7 @@ pub struct Batch {
     pub prune_failures: u64,
 }
 
-impl Batch {
+impl Metrics {
     /// Writes the event to standard output, at once: what waits in a buffer may be frozen with the environment.
     #[expect(clippy::print_stdout, reason = "where Lambda takes metrics from; `print!` because tests can capture it")]
     pub fn emit(self) {

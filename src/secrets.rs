@@ -18,7 +18,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::keyring::{Keyring, KeyringError};
+use crate::keyring::{Keyring, KeyringError, Mask};
 
 /// Reads secrets, with the SDK's own retries.
 #[derive(Clone, Debug)]
@@ -130,13 +130,14 @@ impl Secrets {
         Self { client: Client::new(sdk_config) }
     }
 
-    /// Reads the keyring.
+    /// Reads the keyring, which has to have what these ways of masking need.
     ///
     /// # Errors
-    /// [`SecretError`], when the secret cannot be read or is no keyring.
-    pub async fn keyring(&self, id: &str) -> Result<Keyring, SecretError> {
+    /// [`SecretError`], when the secret cannot be read, is no keyring, or lacks a key.
+    pub async fn keyring(&self, id: &str, masks: &[Mask]) -> Result<Keyring, SecretError> {
         let text = self.text(id).await?;
-        Keyring::from_json(&text).map_err(|error| SecretError::Keyring { id: id.to_owned(), error })
+        let keyring = Keyring::from_json(&text).and_then(|keyring| keyring.for_masks(masks.iter().copied()));
+        keyring.map_err(|error| SecretError::Keyring { id: id.to_owned(), error })
     }
 
     /// Reads the database's credentials.
@@ -172,6 +173,8 @@ pub struct FreshKeyring {
     secrets: Secrets,
     id: String,
     ttl: Duration,
+    /// The ways of masking that it has to know.
+    masks: Vec<Mask>,
     current: Mutex<(Arc<Keyring>, SystemTime)>,
     failures: AtomicU64,
 }
@@ -181,10 +184,17 @@ impl FreshKeyring {
     ///
     /// # Errors
     /// [`SecretError`], when the secret cannot be read or is no keyring.
-    pub async fn read(secrets: Secrets, id: String, ttl: Duration) -> Result<Self, SecretError> {
-        let keyring = secrets.keyring(&id).await?;
+    pub async fn read(
+        secrets: Secrets,
+        id: String,
+        ttl: Duration,
+        masks: impl Iterator<Item = Mask>,
+    ) -> Result<Self, SecretError> {
+        let masks: Vec<_> = masks.collect();
+        let keyring = secrets.keyring(&id, &masks).await?;
         let expires = SystemTime::now() + ttl;
-        Ok(Self { secrets, id, ttl, current: Mutex::new((Arc::new(keyring), expires)), failures: AtomicU64::new(0) })
+        let current = Mutex::new((Arc::new(keyring), expires));
+        Ok(Self { secrets, id, ttl, masks, current, failures: AtomicU64::new(0) })
     }
 
     /// The keyring to mask with now. One that cannot be read again is kept, with a warning: what it masks stays recoverable.
@@ -192,7 +202,7 @@ impl FreshKeyring {
         let mut current = self.current.lock().await;
         let now = SystemTime::now();
         if now >= current.1 {
-            let reading = self.secrets.keyring(&self.id);
+            let reading = self.secrets.keyring(&self.id, &self.masks);
             let read = match timeout_at(deadline.min(Instant::now() + REFRESH_TIMEOUT), reading).await {
                 Ok(read) => read.map_err(|error| error.to_string()),
                 Err(_) => Err("no answer in time".to_owned()),

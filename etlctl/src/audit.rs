@@ -39,12 +39,12 @@ pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) ->
     let keys: Vec<&str> = keys.into_iter().collect();
     let masks = (record.masks.len() <= MASKS_MAX).then_some(record.masks);
     let number = |count: usize| i32::try_from(count).map_err(|_| failed("that many values cannot be recorded"));
-    let what = || sql("record this in user_logins_audit, so nothing is shown");
+    let what = || sql("record this in etl_audit, so nothing is shown");
 
     let transaction = client.transaction().await.map_err(what())?;
     // The server may be set to answer before it has written.
     transaction.batch_execute("set local synchronous_commit = on").await.map_err(what())?;
-    let insert = "insert into user_logins_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
+    let insert = "insert into etl_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
                   values ($1, $2, $3, $4, $5, $6, $7, $8)";
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 8] = [
         (&operator, Type::TEXT),
@@ -58,9 +58,7 @@ pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) ->
     ];
     let written = transaction.execute_typed(insert, &parameters).await.map_err(what())?;
     if written != 1 {
-        return Err(failed(
-            "user_logins_audit swallows what is written to it, by a rule or a trigger, so nothing is shown",
-        ));
+        return Err(failed("etl_audit swallows what is written to it, by a rule or a trigger, so nothing is shown"));
     }
     transaction.commit().await.map_err(what())
 }

@@ -128,9 +128,10 @@ pub struct Global {
 pub enum Command {
     /// Bring the database's schema up to date
     ///
-    /// Applies what is missing of the schema, each file in a transaction of its own, and records it with its checksum in
-    /// login_etl_migrations. Takes a user_logins that is there already as it is, if its columns fit. Two at once wait for
-    /// each other. Needs the tables' owner, and the right to create roles the first time.
+    /// Applies what is missing: the ledger, the roles and the audit, and what `etlctl mapping ddl` prints; each in a
+    /// transaction of its own, recorded with its checksum in login_etl_migrations. Takes a table that is there already as it
+    /// is, if its columns fit. Two at once wait for each other. Needs the tables' owner, and the right to create roles the
+    /// first time.
     Migrate(Migrate),
     /// Check that everything is set up right; changes nothing
     ///
@@ -139,7 +140,7 @@ pub enum Command {
     Doctor,
     /// Show a value's masks, one for each key of the ring
     Mask(Mask),
-    /// Find the logins from an address or a device
+    /// Find the rows with a value of a masked field
     ///
     /// Masks the value under every key of the ring, and looks for rows that have one of the masks. Nothing is decrypted.
     /// Read from standard input, a value stays out of the shell's history and the list of processes.
@@ -150,7 +151,7 @@ Examples:
     Find(Find),
     /// Recover masked values, for a reason that is recorded
     ///
-    /// Who asks, when, why, for how many, under which keys and with what outcome is committed to user_logins_audit before
+    /// Who asks, when, why, for how many, under which keys and with what outcome is committed to etl_audit before
     /// anything is shown. Values go to standard output or to a new file that only you can read, and nowhere else. What
     /// cannot be recovered reads alike, whatever is wrong with it.
     #[command(after_help = "\
@@ -177,7 +178,8 @@ Examples:
     },
     /// The mapping: which fields of a message become which columns
     ///
-    /// Needs neither AWS nor a database. `--mapping FILE` or MAPPING_FILE takes another one than the one that is built in.
+    /// Needs neither AWS nor a database. The mapping is the one that `--mapping FILE` or MAPPING_FILE names, else the
+    /// built-in one.
     #[command(after_help = "\
 Examples:
   etlctl mapping check mapping.toml
@@ -314,6 +316,9 @@ pub enum Keys {
     Activate {
         /// The key's id
         id: String,
+        /// For columns with `keep = "one-way"`; it is an hmac-sha256 key
+        #[arg(long)]
+        one_way: bool,
     },
     /// Bring all rows under the active key, while messages flow
     ///

@@ -3,7 +3,7 @@
 use std::io;
 
 use login_etl::{
-    keyring::Keyring,
+    keyring::{Keyring, Mask},
     mapping::{Field, quoted},
 };
 use serde_json::{Value, json};
@@ -22,7 +22,11 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
     let keyring = settings.keyring().await?;
     let masks = masks(&keyring, field, &value)?;
     let cipher = |id: &str| keyring.keys().find(|(key, _)| *key == id).map_or("", |(_, cipher)| cipher);
-    let is_active = |id: &str| id == keyring.active();
+    let in_use = match field.masked {
+        Some(Mask::OneWay) => keyring.one_way(),
+        _ => Some(keyring.active()),
+    };
+    let is_active = |id: &str| Some(id) == in_use;
     let rows = masks.iter().map(|(id, masked)| {
         let active = if is_active(id) { "active" } else { "" };
         vec![key_name(id), cipher(id), active, masked.as_str()]
@@ -71,21 +75,23 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     let counted = format!("select count(*), count(distinct {subject}), min({day})::text, max({day})::text {matching}");
     let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
     let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
-    let (logins, users): (i64, i64) = (total.get(0), total.get(1));
+    let (row_count, subject_count): (i64, i64) = (total.get(0), total.get(1));
     let days: (Option<String>, Option<String>) = (total.get(2), total.get(3));
 
     let mut text = if rows.is_empty() { "No row has this value.\n".to_owned() } else { row_table(&rows) };
-    if logins > 0 {
+    if row_count > 0 {
         let days = match &days {
             (Some(first), Some(last)) => format!(", {first} to {last}"),
             _ => String::new(),
         };
-        text += &format!("\n{} of {}{days}\n", count(logins, "login"), count(users, "user"));
+        let subjects =
+            mapping.subject().map_or(String::new(), |subject| format!(", {subject_count} different {}", subject.name));
+        text += &format!("\n{}{subjects}{days}\n", count(row_count, "row"));
     }
-    if logins > limit {
+    if row_count > limit {
         text += &format!("{FAINT}The latest {limit} are shown; --limit shows more.{FAINT:#}\n");
     }
-    let json = json!({"logins": logins, "users": users, "first_day": days.0, "last_day": days.1, "masks": masks, "rows": rows});
+    let json = json!({"row_count": row_count, "subject_count": subject_count, "first_day": days.0, "last_day": days.1, "masks": masks, "rows": rows});
     Ok(Reply::new(text, json))
 }
 
@@ -107,7 +113,11 @@ fn cell(value: &Value) -> String {
 /// The masks of a value, each under a key of the ring.
 fn masks(keyring: &Keyring, field: &Field, value: &str) -> Result<Vec<(String, String)>, Failure> {
     let value = field.normalized(value).map_err(|fault| failed(format!("the value {fault}, so no row has it")))?;
-    let masks = keyring.mask_under_all(&field.path, &value);
+    let way = field.masked.unwrap_or(Mask::Recoverable);
+    let masks = keyring.mask_under_all(way, &field.path, &value);
+    if masks.is_empty() && way == Mask::OneWay {
+        return Err(failed("the keyring has no hmac-sha256 key, so no row has a one-way mask of its making"));
+    }
     if masks.is_empty() {
         return Err(failed("the value is too long to be masked, so no row has it"));
     }

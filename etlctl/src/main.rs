@@ -5,7 +5,7 @@
 //! settings  flags, stack, environment → clients and connections
 //! output    a command's reply, as text or JSON; tables, questions, progress
 //!
-//! migrate   schema/ into the database          find     values to masks, and the rows that have them
+//! migrate   schema and table into the database find     values to masks, and the rows that have them
 //! doctor    is all of it set up right?         recover  masks to values, behind the audit
 //! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
 //! mapping   which fields become which columns  dlq      the dead letters

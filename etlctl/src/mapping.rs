@@ -6,8 +6,8 @@ use bytes::BytesMut;
 use jiff::{Timestamp, civil, civil::date};
 use login_etl::{
     event,
-    keyring::{Keyring, MASKED_MAX},
-    mapping::{Attribute, Column, ColumnType, Envelope, Invalid, Mapping, Row, Source, quoted},
+    keyring::{Keyring, MASKED_MAX, Mask},
+    mapping::{Attribute, Column, ColumnType, Envelope, Field, Invalid, Mapping, Row, Source, Table, quoted},
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -20,8 +20,9 @@ use crate::{
 };
 
 /// What masks where no keyring is given, which is nobody's key.
-const MADE_UP: &str = r#"{"active": "made-up", "keys": {"made-up": {"cipher": "aes-siv",
-    "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}}}"#;
+const MADE_UP: &str = r#"{"active": "made-up", "one_way": "made-up-hmac", "keys": {
+    "made-up": {"cipher": "aes-siv", "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"},
+    "made-up-hmac": {"cipher": "hmac-sha256", "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}}}"#;
 const NO_ID: &str = "00000000-0000-0000-0000-000000000000";
 
 pub fn run(mapping: Option<&Path>, command: &cli::MappingCommand) -> Result<Reply, Failure> {
@@ -43,8 +44,7 @@ fn show(mapping: &Mapping) -> Reply {
         .iter()
         .map(|column| {
             let (from, keep) = match &column.source {
-                Source::Field(field) if field.masked => (field.path.to_string(), "masked"),
-                Source::Field(field) => (field.path.to_string(), "plain"),
+                Source::Field(field) => (field.path.to_string(), kept(field)),
                 Source::Envelope(attribute) => (format!("({})", attribute.name()), ""),
             };
             [column.name.clone(), sql_type(column), from, keep.to_owned(), refused(column)]
@@ -57,6 +57,15 @@ fn show(mapping: &Mapping) -> Reply {
     let text = table(&["column", "type", "from", "kept", "refused"], rows.into_iter().map(Vec::from));
     let table = mapping.table().plain();
     Reply::new(format!("{table}\n{text}"), json!({"table": table, "columns": json}))
+}
+
+/// How a field is kept, as the mapping says it.
+fn kept(field: &Field) -> &'static str {
+    match field.masked {
+        None => "plain",
+        Some(Mask::Recoverable) => "masked",
+        Some(Mask::OneWay) => "one-way",
+    }
 }
 
 /// What a message is refused for, for this column's sake.
@@ -83,7 +92,7 @@ fn refused(column: &Column) -> String {
     if column.column_type == ColumnType::Text {
         refused.push(if column.optional { "with a NUL character" } else { "empty, with a NUL character" }.to_owned());
         match column.max_length {
-            _ if field.masked => refused.push(format!("a mask of over {MASKED_MAX} characters")),
+            _ if field.masked.is_some() => refused.push(format!("a mask of over {MASKED_MAX} characters")),
             Some(max) => refused.push(format!("over {max} characters")),
             None => {}
         }
@@ -98,7 +107,7 @@ fn check(file: Option<&Path>) -> Reply {
     let mapping = match Mapping::load(file.map(Path::to_owned)) {
         Ok(mapping) => mapping,
         Err(error) => {
-            let (line, column) = error.place.unzip();
+            let (line, column) = error.position.unzip();
             let json =
                 json!({"valid": false, "file": error.file, "line": line, "column": column, "error": error.message});
             return Reply { no: true, ..Reply::new(format!("{BAD}Not valid:{BAD:#} {error}\n"), json) };
@@ -111,7 +120,7 @@ fn check(file: Option<&Path>) -> Reply {
     Reply::new(text, json!({"valid": true, "table": name, "columns": columns, "masked": masked}))
 }
 
-/// The table, an index and a view of duplicates for each masked column, and the grants.
+/// The table, an index and a view of duplicates for each masked column, and the grants. Can be run again at will.
 pub fn ddl(mapping: &Mapping) -> String {
     let table = mapping.table();
     let schema = table.schema.as_ref().map(|schema| format!("{}.", quoted(schema))).unwrap_or_default();
@@ -121,38 +130,78 @@ pub fn ddl(mapping: &Mapping) -> String {
         .iter()
         .map(|column| format!("    {:width$} {}", quoted(&column.name), sql_type(column)))
         .collect();
-    let mut text = match &table.schema {
-        Some(schema) => {
-            let schema = quoted(schema);
-            format!(
-                "create schema if not exists {schema};\ngrant usage on schema {schema} to login_etl, login_etl_operator;\n\n"
-            )
-        }
-        None => String::new(),
-    };
+    let masked: Vec<_> = mapping.masked().map(|(column, _)| column).collect();
+    let recoverable: Vec<_> = mapping.recoverable().map(|(column, _)| column).collect();
+
+    let mut text = format!(
+        "-- The table {}, as `etlctl mapping ddl` prints it; `etlctl migrate` makes the roles before it.\n",
+        table.plain()
+    );
+    if let Some(schema) = &table.schema {
+        let schema = quoted(schema);
+        text += &format!(
+            "create schema if not exists {schema};\ngrant usage on schema {schema} to login_etl, login_etl_operator;\n"
+        );
+    }
     text += &format!("create table if not exists {table} (\n{}\n);\n", columns.join(",\n"));
+    text += &format!("grant insert on {table} to login_etl;\n{}", operator_grants(table, &recoverable));
+    if !masked.is_empty() {
+        text += "\n-- Equal values have equal masks: what finds the rows that share one.\n";
+    }
     let subject = mapping.subject().map(|column| quoted(&column.name));
     let day = mapping.day().map(|column| quoted(&column.name));
-    for (column, _) in mapping.masked() {
+    for column in masked {
         let masked = quoted(&column.name);
         let index = quoted(&short(format!("{}_{}_idx", table.name, column.name)));
         let view = format!("{schema}{}", quoted(&short(format!("{}_{}_duplicates", table.name, column.name))));
         let mut facts = vec![masked.clone(), "count(*) as row_count".to_owned()];
         facts.extend(subject.iter().map(|subject| format!("count(distinct {subject}) as subject_count")));
-        facts.extend(day.iter().map(|day| format!("min({day}) as first_day, max({day}) as last_day")));
+        facts
+            .extend(day.iter().flat_map(|day| [format!("min({day}) as first_day"), format!("max({day}) as last_day")]));
         text += &format!(
-            "\ncreate index if not exists {index} on {table} ({masked});\n\
+            "create index if not exists {index} on {table} ({masked});\n\
              create or replace view {view} as\n\
-             select {}\nfrom {table} where {masked} is not null group by {masked} having count(*) > 1;\n\
+             select {}\nfrom {table}\nwhere {masked} is not null\ngroup by {masked}\nhaving count(*) > 1;\n\
              grant select on {view} to login_etl_operator;\n",
             facts.join(", ")
         );
     }
-    text += &format!("\n-- `etlctl migrate` makes the roles.\ngrant insert on {table} to login_etl;\n");
-    let masked: Vec<_> = mapping.masked().map(|(column, _)| quoted(&column.name)).collect();
-    let update = if masked.is_empty() { String::new() } else { format!(", update ({})", masked.join(", ")) };
-    text += &format!("grant select{update} on {table} to login_etl_operator;\n");
     text
+}
+
+/// Operators read rows and bring masks under a new key, in each partition too: that is where it is done.
+fn operator_grants(table: &Table, recoverable: &[&Column]) -> String {
+    if recoverable.is_empty() {
+        return format!("grant select on {table} to login_etl_operator;\n");
+    }
+    let columns: Vec<_> = recoverable.iter().map(|column| quoted(&column.name)).collect();
+    format!(
+        "do $grants$
+declare
+    part regclass;
+begin
+    for part in
+        with recursive tree (oid) as (
+            select {}::regclass::oid
+            union all
+            select inhrelid from pg_inherits join tree on inhparent = tree.oid
+        )
+        select oid from tree
+    loop
+        execute format('grant select, update ({}) on %s to login_etl_operator', part);
+    end loop;
+end
+$grants$;
+",
+        literal(&table.to_string()),
+        // Doubled, as `format` takes a percent sign for its own.
+        columns.join(", ").replace('\'', "''").replace('%', "%%"),
+    )
+}
+
+/// A string as SQL has it.
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
 }
 
 /// A name that PostgreSQL does not cut: a long one ends with a digest of it.
@@ -171,7 +220,8 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
         None => MADE_UP.to_owned(),
         Some(file) => read(file)?,
     };
-    let keyring = Keyring::from_json(&keyring).map_err(|error| failed(format!("the keyring {error}")))?;
+    let keyring = Keyring::from_json(&keyring).and_then(|keyring| keyring.for_masks(mapping.masks()));
+    let keyring = keyring.map_err(|error| failed(format!("the keyring {error}")))?;
     let (mut text, mut json, mut good) = (String::new(), Vec::new(), 0);
     let lines = read(file)?;
     // A whole file may be one event, as the samples are. A body may have a field of that name, too.

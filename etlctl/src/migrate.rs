@@ -1,25 +1,29 @@
 //! The schema: what of it the database has, and the rest of it applied.
 
+use std::borrow::Cow;
+
 use login_etl::mapping::{Column, ColumnType, Mapping};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio_postgres::{Client, GenericClient};
 
 use crate::{
-    cli,
+    cli, mapping,
     output::{Failure, GOOD, Reply, WARNING, failed, spinner, sql, table},
     settings::Settings,
 };
 
-/// `schema/`, in order.
-const MIGRATIONS: [(&str, &str); 6] = [
-    ("001_user_logins", include_str!("../../schema/001_user_logins.sql")),
-    ("002_ledger", include_str!("../../schema/002_ledger.sql")),
-    ("003_duplicates", include_str!("../../schema/003_duplicates.sql")),
-    ("004_role", include_str!("../../schema/004_role.sql")),
-    ("005_audit", include_str!("../../schema/005_audit.sql")),
-    ("006_open_transactions", include_str!("../../schema/006_open_transactions.sql")),
+/// What every mapping needs of `schema/`, in order. The mapping's table comes after.
+const FILES: [(&str, &str); 3] = [
+    ("001_ledger", include_str!("../../schema/001_ledger.sql")),
+    ("002_roles", include_str!("../../schema/002_roles.sql")),
+    ("003_audit", include_str!("../../schema/003_audit.sql")),
 ];
+/// What may be recorded besides: by versions from before there were mappings. The files above begin with what those left.
+const BEFORE_THE_MAPPING: [&str; 6] =
+    ["001_user_logins", "002_ledger", "003_duplicates", "004_role", "005_audit", "006_open_transactions"];
+/// How the record of a mapping's table begins.
+pub const TABLE: &str = "table ";
 
 /// Held while migrating. The number is this tool's, made up.
 const LOCK: i64 = 0x6c6f_6769_6e65_746c;
@@ -32,7 +36,12 @@ create table if not exists login_etl_migrations (
     applied_by text not null default session_user
 )";
 
-/// What became of one migration.
+struct Migration {
+    name: Cow<'static, str>,
+    text: Cow<'static, str>,
+    state: State,
+}
+
 enum State {
     Applied,
     Pending,
@@ -40,29 +49,42 @@ enum State {
     Changed,
 }
 
+impl Migration {
+    /// The table of a mapping may change, and its SQL can be run again.
+    fn is_table(&self) -> bool {
+        self.name.starts_with(TABLE)
+    }
+}
+
 pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, Failure> {
     let mut connection = settings.database().await?;
+    let mapping = &settings.mapping;
     if options.check {
-        return check(&connection.client).await;
+        return check(mapping, &connection.client).await;
     }
     let client = &mut connection.client;
     let waiting = spinner("Waiting for another migration to end");
     client.query("select pg_advisory_lock($1)", &[&LOCK]).await.map_err(sql("lock the schema"))?;
     drop(waiting);
+    let misfits = misfits(mapping, client).await?.unwrap_or_default();
+    if !misfits.is_empty() {
+        let name = mapping.table().plain();
+        return Err(failed(format!("the table {name} does not fit: {}", misfits.join("; "))));
+    }
     client
         .batch_execute(&format!("set client_min_messages = warning; {RECORDS}"))
         .await
         .map_err(sql("record migrations"))?;
     let mut applied = Vec::new();
-    for (name, text, state) in states(client).await? {
-        match state {
+    for migration in migrations(mapping, client).await? {
+        match migration.state {
             State::Applied => continue,
-            State::Changed => return Err(failed(changed_text(name))),
+            State::Changed => return Err(failed(changed_text(&migration.name))),
             State::Pending => {}
         }
-        let _spinner = spinner(format!("Applying {name}"));
-        apply(client, name, text).await?;
-        applied.push(name);
+        let _spinner = spinner(format!("Applying {}", migration.name));
+        apply(client, &migration).await?;
+        applied.push(migration.name);
     }
     client
         .batch_execute("grant select on login_etl_migrations to login_etl_operator")
@@ -72,51 +94,38 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
         0 => format!("{GOOD}The schema is up to date.{GOOD:#}\n"),
         _ => format!("{GOOD}Applied:{GOOD:#} {}\n", applied.join(", ")),
     };
-    if applied.contains(&"004_role") {
+    if applied.iter().any(|name| name == FILES[1].0) {
         text += "If they are new: login_etl, the function's user, has no password yet (`\\password login_etl` in psql); and give\n\
                  those who operate the pipeline their rights (`grant login_etl_operator to NAME`).\n";
     }
     Ok(Reply::new(text, json!({ "applied": applied })))
 }
 
-async fn apply(client: &mut Client, name: &str, text: &str) -> Result<(), Failure> {
-    let what = || format!("apply {name}");
+async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure> {
+    let what = || format!("apply {}", migration.name);
     let transaction = client.transaction().await.map_err(sql(what()))?;
-    transaction.batch_execute(text).await.map_err(sql(what()))?;
-    if name == MIGRATIONS[0].0 {
-        let mapping = Mapping::built_in().map_err(|error| failed(error.to_string()))?;
-        // Another mapping's table is not this migration's.
-        let misfits = match mapping.table().plain() == "user_logins" {
-            true => misfits(&mapping, &transaction).await?,
-            false => Vec::new(),
-        };
-        if !misfits.is_empty() {
-            return Err(failed(format!("the table user_logins does not fit: {}", misfits.join("; "))));
-        }
-    }
-    let record = "insert into login_etl_migrations (name, checksum) values ($1, $2)";
-    transaction.execute(record, &[&name, &checksum(text)]).await.map_err(sql(what()))?;
+    transaction.batch_execute(&migration.text).await.map_err(sql(what()))?;
+    let record = "insert into login_etl_migrations (name, checksum) values ($1, $2)
+                  on conflict (name) do update set checksum = excluded.checksum, applied_at = now(), applied_by = session_user";
+    transaction.execute(record, &[&migration.name.as_ref(), &checksum(&migration.text)]).await.map_err(sql(what()))?;
     transaction.commit().await.map_err(sql(what()))
 }
 
-async fn check(client: &Client) -> Result<Reply, Failure> {
-    let states = states(client).await?;
-    let no = states.iter().any(|(_, _, state)| !matches!(state, State::Applied));
-    let rows = states.iter().map(|(name, _, state)| match state {
-        State::Applied => vec![*name, "applied"],
-        State::Pending => vec![*name, "missing"],
-        State::Changed => vec![*name, "applied, but the file has changed since"],
+async fn check(mapping: &Mapping, client: &Client) -> Result<Reply, Failure> {
+    let migrations = migrations(mapping, client).await?;
+    let no = migrations.iter().any(|migration| !matches!(migration.state, State::Applied));
+    let rows = migrations.iter().map(|migration| match migration.state {
+        State::Applied => vec![migration.name.as_ref(), "applied"],
+        State::Pending => vec![migration.name.as_ref(), "missing"],
+        State::Changed => vec![migration.name.as_ref(), "applied, but the file has changed since"],
     });
     let rows: Vec<_> = rows.collect();
     let json = rows.iter().map(|row| json!({"name": row[0], "state": row[1]})).collect();
-    let changed = states.iter().find(|(_, _, state)| matches!(state, State::Changed));
-    let last = match no {
-        true if changed.is_some() => {
-            let name = changed.map_or("", |(name, ..)| name);
-            format!("\n{WARNING}{}{WARNING:#}\n", changed_text(name))
-        }
-        true => format!("\n{WARNING}The schema is not up to date: run `etlctl migrate`.{WARNING:#}\n"),
-        false => format!("\n{GOOD}The schema is up to date.{GOOD:#}\n"),
+    let changed = migrations.iter().find(|migration| matches!(migration.state, State::Changed));
+    let last = match (changed, no) {
+        (Some(changed), _) => format!("\n{WARNING}{}{WARNING:#}\n", changed_text(&changed.name)),
+        (None, true) => format!("\n{WARNING}The schema is not up to date: run `etlctl migrate`.{WARNING:#}\n"),
+        (None, false) => format!("\n{GOOD}The schema is up to date.{GOOD:#}\n"),
     };
     Ok(Reply { no, ..Reply::new(table(&["migration", "state"], rows) + &last, json) })
 }
@@ -128,13 +137,14 @@ fn changed_text(name: &str) -> String {
     )
 }
 
-/// How many migrations are not in the database as this tool has them.
-pub async fn outstanding(client: &impl GenericClient) -> Result<Vec<&'static str>, Failure> {
-    let states = states(client).await?;
-    Ok(states.into_iter().filter(|(_, _, state)| !matches!(state, State::Applied)).map(|(name, ..)| name).collect())
+/// The migrations that are not in the database as this tool has them.
+pub async fn outstanding(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
+    let migrations = migrations(mapping, client).await?.into_iter();
+    let outstanding = migrations.filter(|migration| !matches!(migration.state, State::Applied));
+    Ok(outstanding.map(|migration| migration.name.into_owned()).collect())
 }
 
-async fn states(client: &impl GenericClient) -> Result<Vec<(&'static str, &'static str, State)>, Failure> {
+async fn migrations(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<Migration>, Failure> {
     let there = client.query_one("select to_regclass('login_etl_migrations') is not null", &[]).await;
     let records = match there.map_err(sql("read the schema"))?.get(0) {
         true => client
@@ -143,35 +153,50 @@ async fn states(client: &impl GenericClient) -> Result<Vec<(&'static str, &'stat
             .map_err(sql("read the migrations"))?,
         false => Vec::new(),
     };
-    let unknown = records.iter().map(|record| record.get::<_, String>("name"));
-    let unknown: Vec<_> = unknown.filter(|name| !MIGRATIONS.iter().any(|(known, _)| known == name)).collect();
-    if !unknown.is_empty() {
-        let names = unknown.join(", ");
+    let mut unknown = records.iter().map(|record| record.get::<_, &str>("name")).filter(|name| {
+        !name.starts_with(TABLE) && !BEFORE_THE_MAPPING.contains(name) && FILES.iter().all(|(known, _)| known != name)
+    });
+    if let Some(name) = unknown.next() {
         return Err(failed(format!(
-            "the database is ahead of this etlctl, which does not know {names}: use a newer one"
+            "the database is ahead of this etlctl, which does not know {name}: use a newer one"
         )));
     }
-    let states = MIGRATIONS.into_iter().map(|(name, text)| {
+    let files = FILES.map(|(name, text)| (Cow::from(name), Cow::from(text)));
+    let table = (Cow::from(table_record(mapping)), Cow::from(mapping::ddl(mapping)));
+    let migrations = files.into_iter().chain([table]).map(|(name, text)| {
         let record = records.iter().find(|record| record.get::<_, &str>("name") == name);
-        let state = match record.map(|record| record.get::<_, &str>("checksum") == checksum(text)) {
+        let state = match record.map(|record| record.get::<_, &str>("checksum") == checksum(&text)) {
             None => State::Pending,
             Some(true) => State::Applied,
             Some(false) => State::Changed,
         };
-        (name, text, state)
+        let mut migration = Migration { name, text, state };
+        if migration.is_table() && matches!(migration.state, State::Changed) {
+            migration.state = State::Pending;
+        }
+        migration
     });
-    Ok(states.collect())
+    Ok(migrations.collect())
+}
+
+/// How the SQL of a mapping's table is recorded.
+pub fn table_record(mapping: &Mapping) -> String {
+    format!("{TABLE}{}", mapping.table().plain())
 }
 
 fn checksum(text: &str) -> String {
     hex::encode(Sha256::digest(text))
 }
 
-/// Where the table's columns would not take what the function writes, each with what to do.
-pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
+/// Where the table's columns would not take what the function writes, each with what to do. `None` if there is no table.
+pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<Option<Vec<String>>, Failure> {
     let query = "select attname::text, format_type(atttypid, atttypmod), attnotnull, attnotnull and not atthasdef and attidentity = '' \
                  from pg_attribute where attrelid = to_regclass($1) and attnum > 0 and not attisdropped";
     let table = mapping.table().to_string();
+    let there = "select to_regclass($1) is not null";
+    if !client.query_one(there, &[&table]).await.map_err(sql("look for the table"))?.get::<_, bool>(0) {
+        return Ok(None);
+    }
     let columns = client.query(query, &[&table]).await.map_err(sql("read the table's columns"))?;
     let found = |wanted: &str| columns.iter().find(|column| column.get::<_, &str>(0) == wanted);
     let mut misfits = Vec::new();
@@ -180,7 +205,7 @@ pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<V
         match found(name).map(|column| column.get::<_, &str>(1)) {
             None => misfits.push(format!("it has no column {name} {wanted}: add it")),
             Some(found) if fits(found, &wanted) => {}
-            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted} (without the views duplicate_*, which are to be made again after)")),
+            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}, without the views that read it; `etlctl mapping ddl | psql` makes those again")),
         }
     }
     for column in &columns {
@@ -195,7 +220,7 @@ pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<V
             _ => {}
         }
     }
-    Ok(misfits)
+    Ok(Some(misfits))
 }
 
 /// The type that a column should have, as SQL has it.
@@ -232,17 +257,15 @@ mod tests {
             .filter(|name| name.ends_with(".sql"))
             .collect();
         files.sort_unstable();
-        assert_eq!(files, MIGRATIONS.map(|(name, _)| format!("{name}.sql")));
+        let shipped = table_record(&Mapping::built_in().unwrap()).replace(TABLE, "");
+        let names = FILES.map(|(name, _)| name.to_owned()).into_iter().chain([shipped]);
+        assert_eq!(files, names.map(|name| format!("{name}.sql")).collect::<Vec<_>>());
     }
 
+    /// `etlctl mapping ddl > schema/user_logins.sql` brings the file there.
     #[test]
-    fn the_table_of_the_exercise_is_what_the_mapping_that_ships_expects() {
-        let inner = MIGRATIONS[0].1.lines().filter(|line| line.starts_with("    "));
-        let columns = inner.filter_map(|line| line.trim().trim_end_matches(',').split_once(' '));
-        let columns: Vec<_> = columns.map(|(name, kind)| (name.to_owned(), kind.trim().to_owned())).collect();
-        let mapping = Mapping::built_in().unwrap();
-        let expected: Vec<_> = mapping.columns().iter().map(|column| (column.name.clone(), sql_type(column))).collect();
-        assert_eq!(columns, expected);
+    fn the_schema_has_the_table_of_the_mapping_that_ships() {
+        assert_eq!(include_str!("../../schema/user_logins.sql"), mapping::ddl(&Mapping::built_in().unwrap()));
     }
 
     #[test]

@@ -8,7 +8,10 @@ use std::{
 };
 
 use futures_util::TryStreamExt;
-use login_etl::mapping::{Field, Mapping};
+use login_etl::{
+    keyring::Mask,
+    mapping::{Field, Mapping},
+};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 use zeroize::Zeroizing;
@@ -96,6 +99,9 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
 async fn read<'a>(settings: &'a Settings, options: &Recover, client: &Client) -> Result<(Source<'a>, String), Failure> {
     let mapping = &settings.mapping;
     let field = options.field.as_deref().map(|name| settings.masked_field(name)).transpose()?.map(|(_, field)| field);
+    if let Some(field) = field.filter(|field| field.masked == Some(Mask::OneWay)) {
+        return Err(failed(format!("the masks of {} are one-way: nobody can recover them", field.path)));
+    }
     if let Some(query) = &options.query {
         let text = run_query(client, query).await?;
         return Ok((Source::table(mapping, &text, options.column.as_deref(), field)?, format!("query {query}")));
@@ -157,19 +163,19 @@ impl<'m> Source<'m> {
         };
         let mut reader = csv::Reader::from_reader(text);
         let headings = reader.headers().map_err(not_csv)?.clone();
-        let place = |name: &str| headings.iter().position(|heading| heading == name);
+        let position = |name: &str| headings.iter().position(|heading| heading == name);
         let masked = match (column, field) {
             (Some(column), Some(field)) => {
-                vec![(place(column).ok_or_else(|| failed(format!("there is no column {column:?}")))?, field)]
+                vec![(position(column).ok_or_else(|| failed(format!("there is no column {column:?}")))?, field)]
             }
             _ => mapping
-                .masked()
+                .recoverable()
                 .filter(|(_, masked)| field.is_none_or(|field| field.path == masked.path))
-                .filter_map(|(column, field)| Some((place(&column.name)?, field)))
+                .filter_map(|(column, field)| Some((position(&column.name)?, field)))
                 .collect(),
         };
         if masked.is_empty() {
-            let names: Vec<_> = mapping.masked().map(|(column, _)| column.name.as_str()).collect();
+            let names: Vec<_> = mapping.recoverable().map(|(column, _)| column.name.as_str()).collect();
             let names = names.join(" or ");
             return Err(failed(format!("there is no column {names}: name it with --column and --field")));
         }
@@ -182,7 +188,8 @@ impl<'m> Source<'m> {
         match self {
             Self::Masks(field, masks) => masks.iter().map(|masked| (*field, masked.as_str())).collect(),
             Self::Table { rows, masked, .. } => {
-                let cells = rows.iter().flat_map(|row| masked.iter().map(|(place, field)| (*field, &row[*place])));
+                let cells =
+                    rows.iter().flat_map(|row| masked.iter().map(|(position, field)| (*field, &row[*position])));
                 cells.filter(|(_, cell)| !cell.is_empty()).collect()
             }
         }
@@ -203,7 +210,7 @@ impl<'m> Source<'m> {
         let headings = headings.iter().map(str::to_owned).chain(masked.iter().map(|(_, field)| name(field))).collect();
         let mut values = values.iter();
         let rows = rows.iter().map(move |row| {
-            let recovered = masked.iter().map(|(place, _)| match &row[*place] {
+            let recovered = masked.iter().map(|(position, _)| match &row[*position] {
                 "" => "",
                 _ => values.next().and_then(Option::as_ref).map_or("", |value| value.as_str()),
             });

@@ -20,6 +20,7 @@ use tokio::time::sleep;
 use crate::{
     cli,
     find::key_name,
+    keys::key_use,
     logs::{self, Batches},
     output::{
         BAD, BOLD, Failure, GOOD, Reply, WARNING, aws, bytes, count, duration, failed, printable, spinner, sql, time,
@@ -81,11 +82,13 @@ async fn look(settings: &Settings) -> Reply {
     screen.part("last hour", batches, |batches| (batch_lines(&batches), batch_json(&batches)));
     screen.part("rows", database, |database| (database.lines(), database.json()));
     screen.part("keys", keys, |keys| {
-        let lines = keys.iter().map(|(id, cipher, active)| {
-            let active = if *active { ", active" } else { "" };
-            format!("{} {cipher}{active}", key_name(id))
+        let lines = keys.iter().map(|(id, cipher, active, one_way)| {
+            let used = key_use(*active, *one_way);
+            format!("{} {cipher}{}{used}", key_name(id), if used.is_empty() { "" } else { ", " })
         });
-        let json = keys.iter().map(|(id, cipher, active)| json!({"id": id, "cipher": cipher, "active": active}));
+        let json = keys.iter().map(
+            |(id, cipher, active, one_way)| json!({"id": id, "cipher": cipher, "active": active, "one_way": one_way}),
+        );
         (lines.collect(), json.collect())
     });
     screen.json.insert("at".to_owned(), json!(time(now)));
@@ -254,9 +257,9 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
         Ok::<_, Failure>((counted.get(0), bytes))
     };
     let (all, table_bytes) = size(&table).await?;
-    let (ledger, ledger_bytes) = size("user_logins_ledger").await?;
+    let (ledger, ledger_bytes) = size("etl_ledger").await?;
     let oldest =
-        "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from user_logins_ledger where sent_at > 'epoch'";
+        "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from etl_ledger where sent_at > 'epoch'";
     let oldest_key = client.query_one(oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
     let today = match settings.mapping.day() {
         Some(day) => {
@@ -269,7 +272,9 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
     Ok(Database { today, all, table_bytes, ledger, ledger_bytes, oldest_key })
 }
 
-async fn keys(settings: &Settings) -> Result<Vec<(String, &'static str, bool)>, Failure> {
+async fn keys(settings: &Settings) -> Result<Vec<(String, &'static str, bool, bool)>, Failure> {
     let keyring = settings.keyring().await?;
-    Ok(keyring.keys().map(|(id, cipher)| (id.to_owned(), cipher, id == keyring.active())).collect())
+    let used = |id: &str| (id == keyring.active(), Some(id) == keyring.one_way());
+    let keys = keyring.keys().map(|(id, cipher)| (id.to_owned(), cipher, used(id).0, used(id).1));
+    Ok(keys.collect())
 }

@@ -164,12 +164,12 @@ def show_rows(database, table: str) -> None:
 
 def show_duplicates(database) -> None:
     heading("Addresses and devices that logins share, found through their masks")
-    columns = "logins, users, first_day, last_day"
+    columns = "row_count, subject_count as users, first_day, last_day"
     show(
         database.execute(
-            f"""(select 'ip' as what, masked_ip as masked_value, {columns} from duplicate_ips order by logins desc limit {SHOWN})
+            f"""(select 'ip' as what, masked_ip as masked_value, {columns} from {LOGINS}_masked_ip_duplicates order by row_count desc limit {SHOWN})
                 union all
-                (select 'device', masked_device_id, {columns} from duplicate_devices order by logins desc limit {SHOWN})"""
+                (select 'device', masked_device_id, {columns} from {LOGINS}_masked_device_id_duplicates order by row_count desc limit {SHOWN})"""
         )
     )
 

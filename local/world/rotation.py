@@ -179,7 +179,7 @@ class Bench:
         rows, filled, wrong = self.database.execute(
             f"select count(*), count(distinct user_id) filter (where length(user_id) < 32), count(*) filter (where {wrong}) from user_logins"
         ).fetchone()
-        inserted = self.database.execute("select count(*) from user_logins_ledger").fetchone()[0]
+        inserted = self.database.execute("select count(*) from etl_ledger").fetchone()[0]
         good = (rows, filled + inserted, wrong, self.left()) == (self.rows, self.rows, 0, 0)
         print(f"\n{rows} of {self.rows} rows are there, {wrong} of them with a wrong mask, {self.left()} not under the active key.")
         print("Nothing lost, nothing doubled, nothing damaged." if good else "It does not hold.")

@@ -10,30 +10,30 @@ const TOGETHER: usize = 16;
 /// How deep a value may be nested that is skipped.
 const DEPTH_MAX: u32 = 32;
 
-/// A place in a JSON text. Every step leads over white space, and is `None` if something else is there.
+/// A position in a JSON text. Every step leads over white space, and is `None` if something else is there.
 ///
 /// With `QUOTED` the text is the content of a string: JSON in JSON, whose own quotes have a backslash before them. So a text
 /// need not be copied to be read.
 #[derive(Clone, Debug)]
 pub struct Reader<'a, const QUOTED: bool = false> {
     text: &'a str,
-    place: usize,
+    position: usize,
 }
 
 impl<'a> Reader<'a> {
     /// At the start of `text`.
     pub fn new(text: &'a str) -> Self {
-        Self { text, place: 0 }
+        Self { text, position: 0 }
     }
 
     /// Any string, as it stands there with its quotes.
     pub fn raw_string(&mut self) -> Option<&'a str> {
         self.peek()?;
-        let start = self.place;
+        let start = self.position;
         self.take_quote()?;
-        self.place += end_of_string(&self.text.as_bytes()[self.place..]);
+        self.position += end_of_string(&self.text.as_bytes()[self.position..]);
         self.take_quote()?;
-        self.text.get(start..self.place)
+        self.text.get(start..self.position)
     }
 
     /// Goes over a value, which need not be JSON in every part.
@@ -43,22 +43,22 @@ impl<'a> Reader<'a> {
             match self.peek()? {
                 b'"' => drop(self.raw_string()?),
                 b'{' | b'[' => {
-                    self.place += 1;
+                    self.position += 1;
                     depth += 1;
                     continue;
                 }
                 b'}' | b']' => {
-                    self.place += 1;
+                    self.position += 1;
                     depth = depth.checked_sub(1)?;
                 }
                 b',' | b':' if depth > 0 => {
-                    self.place += 1;
+                    self.position += 1;
                     continue;
                 }
                 b',' | b':' => return None,
                 _ => {
-                    let rest = self.text.as_bytes()[self.place..].iter();
-                    self.place += rest.take_while(|byte| !b"]}, \t\r\n".contains(byte)).count();
+                    let rest = self.text.as_bytes()[self.position..].iter();
+                    self.position += rest.take_while(|byte| !b"]}, \t\r\n".contains(byte)).count();
                 }
             }
             if depth == 0 {
@@ -72,7 +72,7 @@ impl<'a> Reader<'a, true> {
     /// At the start of what `json`, a string, stands for.
     pub fn in_string(json: &'a str) -> Option<Self> {
         let text = json.strip_prefix('"')?.strip_suffix('"')?;
-        Some(Self { text, place: 0 })
+        Some(Self { text, position: 0 })
     }
 
     /// Goes over a value whose strings have no escapes.
@@ -124,19 +124,19 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
     pub fn string(&mut self) -> Option<&'a str> {
         self.peek()?;
         self.take_quote()?;
-        let start = self.place;
+        let start = self.position;
         self.go_to_special();
-        let text = self.text.get(start..self.place);
+        let text = self.text.get(start..self.position);
         self.take_quote().and(text)
     }
 
     /// Reads a number, `true`, `false` or `null`, as it stands there.
     pub fn literal(&mut self) -> Option<&'a str> {
         self.peek()?;
-        let rest = self.text.get(self.place..)?;
+        let rest = self.text.get(self.position..)?;
         let end = rest.bytes().position(|byte| b",]} \t\r\n".contains(&byte)).unwrap_or(rest.len());
         let literal = rest.get(..end)?;
-        (matches!(literal, "true" | "false" | "null") || is_number(literal)).then(|| self.place += end)?;
+        (matches!(literal, "true" | "false" | "null") || is_number(literal)).then(|| self.position += end)?;
         Some(literal)
     }
 
@@ -149,8 +149,8 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
     #[inline]
     pub fn peek(&mut self) -> Option<u8> {
         loop {
-            match self.text.as_bytes().get(self.place)? {
-                b' ' | b'\t' | b'\r' | b'\n' => self.place += 1,
+            match self.text.as_bytes().get(self.position)? {
+                b' ' | b'\t' | b'\r' | b'\n' => self.position += 1,
                 byte => return Some(*byte),
             }
         }
@@ -158,24 +158,24 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
 
     #[inline]
     fn take(&mut self, byte: u8) -> Option<()> {
-        (self.peek()? == byte).then(|| self.place += 1)
+        (self.peek()? == byte).then(|| self.position += 1)
     }
 
     /// Reads a quote, if it is the very next.
     #[inline]
     fn take_quote(&mut self) -> Option<()> {
         let quote: &[u8] = if QUOTED { b"\\\"" } else { b"\"" };
-        self.text.as_bytes().get(self.place..)?.starts_with(quote).then(|| self.place += quote.len())
+        self.text.as_bytes().get(self.position..)?.starts_with(quote).then(|| self.position += quote.len())
     }
 
     /// Goes to the first byte that does not stand for itself in a string, or to the end.
     #[inline]
     fn go_to_special(&mut self) {
-        let rest = self.text.as_bytes().get(self.place..).unwrap_or_default();
+        let rest = self.text.as_bytes().get(self.position..).unwrap_or_default();
         let (chunks, end) = rest.as_chunks();
         // Where in its chunk the byte is, is asked once only, at the end: the processor need not wait for it before it reads on.
         let found = chunks.iter().map(|chunk| Special::of(*chunk).any()).enumerate().find(|(_, special)| *special != 0);
-        self.place += match found {
+        self.position += match found {
             Some((index, special)) => index * TOGETHER + special.trailing_zeros() as usize,
             None => rest.len() - end.len() + end.iter().take_while(|byte| is_plain(**byte)).count(),
         };
@@ -184,7 +184,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
 
 /// How many bytes come before the quote that ends a string, or before something that no string has.
 fn end_of_string(text: &[u8]) -> usize {
-    let mut place = 0;
+    let mut position = 0;
     // JSON in JSON has an escape every few bytes, a quote behind a backslash. Chunks with those alone are looked at whole; from a
     // backslash on that is itself escaped, which is rare, the rest goes byte by byte.
     let mut is_escaped = 0;
@@ -196,10 +196,10 @@ fn end_of_string(text: &[u8]) -> usize {
         }
         let found = quotes & !escaped | controls;
         if found != 0 {
-            return place + found.trailing_zeros() as usize;
+            return position + found.trailing_zeros() as usize;
         }
         is_escaped = escaped >> TOGETHER;
-        place += TOGETHER;
+        position += TOGETHER;
     }
     let mut is_escaped = is_escaped != 0;
     let ends = |byte: &u8| {
@@ -207,7 +207,7 @@ fn end_of_string(text: &[u8]) -> usize {
         is_escaped = *byte == b'\\' && !is_escaped;
         ends
     };
-    place + text[place..].iter().position(ends).unwrap_or(text.len() - place)
+    position + text[position..].iter().position(ends).unwrap_or(text.len() - position)
 }
 
 /// Whether a text is a number by JSON's grammar.
@@ -275,10 +275,10 @@ mod tests {
         };
         assert!(skips(&json(value)));
         // Each byte gone, or another one in its place.
-        for (place, _) in value.char_indices() {
+        for (position, _) in value.char_indices() {
             for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "\n", "\0", "n", "0", "-", ".", "e"] {
-                let rest = value[place..].chars().next().map_or(0, char::len_utf8);
-                let text = format!("{}{put}{}", &value[..place], &value[place + rest..]);
+                let rest = value[position..].chars().next().map_or(0, char::len_utf8);
+                let text = format!("{}{put}{}", &value[..position], &value[position + rest..]);
                 if skips(&json(&text)) {
                     assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{text}");
                 }
@@ -290,11 +290,11 @@ mod tests {
 
     #[test]
     fn a_byte_that_does_not_stand_for_itself_is_found_at_every_place() {
-        for place in 0..TOGETHER {
+        for position in 0..TOGETHER {
             for byte in 0..=u8::MAX {
                 for filler in [b' ', b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0xff] {
                     let mut bytes = [filler; TOGETHER];
-                    bytes[place] = byte;
+                    bytes[position] = byte;
                     let expected = bytes.iter().rev().fold(0, |bits, byte| bits << 1 | u32::from(!is_plain(*byte)));
                     assert_eq!(Special::of(bytes).any(), expected, "{bytes:?}");
                 }

@@ -6,7 +6,7 @@ create or replace view login_etl_partitioning (name, key, unit, step, ahead, suf
 values
     ('user_logins', 'create_date', 'month', interval '1 month', interval '2 months', 'YYYY_MM'),
     -- A message lives for 28 days at most, so whole weeks are remembered for 28 to 35.
-    ('user_logins_ledger', 'sent_at', 'week', interval '7 days', interval '3 weeks', 'YYYY_MM_DD');
+    ('etl_ledger', 'sent_at', 'week', interval '7 days', interval '3 weeks', 'YYYY_MM_DD');
 
 -- The columns that can be written, for rows that move from one table to another.
 create or replace function login_etl_columns(of regclass) returns text language sql stable as $$
@@ -73,7 +73,7 @@ begin
         from login_etl_partitioning, to_regclass(name) as parent, pg_partitioned_table, pg_class
         where partrelid = parent and pg_class.oid = parent
         -- The ledger first, in which order the function's statement locks them.
-        order by name desc
+        order by name <> 'etl_ledger'
     loop
         select max(partitions.ends) into starts from login_etl_partitions(scheme.parent) as partitions;
         while starts <= now() + scheme.ahead loop
@@ -100,7 +100,7 @@ begin
         end loop;
         for part in
             select partitions.part from login_etl_partitions(scheme.parent) as partitions
-            where scheme.name = 'user_logins_ledger' and partitions.ends <= now() - remember
+            where scheme.name = 'etl_ledger' and partitions.ends <= now() - remember
         loop
             execute format('alter table %s detach partition %s', scheme.parent, part);
             -- Keys under the epoch stay.

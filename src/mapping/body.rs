@@ -51,7 +51,7 @@ struct Wanted {
 }
 
 impl Fields {
-    /// Adds the field of this path, which then has its value at the place that is returned. With `as_json`, the value is wanted as
+    /// Adds the field of this path, which then has its value at the index that is returned. With `as_json`, the value is wanted as
     /// it stands in the body, and not as a string.
     pub(super) fn add(&mut self, path: &str, as_json: bool) -> usize {
         let mut names = &mut self.names;
@@ -89,7 +89,7 @@ impl Fields {
         std::iter::repeat_with(|| Value::Absent).take(self.count).collect()
     }
 
-    /// The values of a body, each at its field's place.
+    /// The values of a body, each at its field's index.
     ///
     /// # Errors
     /// [`Invalid`]: the body is no JSON object.

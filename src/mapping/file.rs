@@ -11,7 +11,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::{Attribute, Column, ColumnType, Convert, Field, Mapping, Normalize, Source, Table, Unwrap, body::Fields};
-use crate::keyring::MASKED_MAX;
+use crate::keyring::{MASKED_MAX, Mask};
 
 /// PostgreSQL's limit on a name, in bytes: <https://www.postgresql.org/docs/current/limits.html>.
 const NAME_MAX: usize = 63;
@@ -24,19 +24,19 @@ const COLUMNS_MAX: usize = 1_600;
 
 /// Why a mapping cannot be used. The operator's fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{file}{}: {message}", place.map(|(line, column)| format!(", line {line}, column {column}")).unwrap_or_default())]
+#[error("{file}{}: {message}", position.map(|(line, column)| format!(", line {line}, column {column}")).unwrap_or_default())]
 pub struct MappingError {
     /// The file's name.
     pub file: String,
     /// Line and column where it breaks a rule, from 1.
-    pub place: Option<(usize, usize)>,
+    pub position: Option<(usize, usize)>,
     /// The rule.
     pub message: String,
 }
 
 impl MappingError {
     pub(super) fn unreadable(file: &str, error: &io::Error) -> Self {
-        Self { file: file.to_owned(), place: None, message: format!("cannot be read: {}", error.kind()) }
+        Self { file: file.to_owned(), position: None, message: format!("cannot be read: {}", error.kind()) }
     }
 }
 
@@ -68,10 +68,11 @@ struct ColumnText {
 }
 
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 enum Keep {
     Plain,
     Masked,
+    OneWay,
 }
 
 #[derive(Deserialize)]
@@ -99,7 +100,7 @@ impl Mapping {
             .and_then(validated);
         read.map_err(|Broken(span, message)| MappingError {
             file: file.to_owned(),
-            place: Some(line_and_column(text, span.start)),
+            position: Some(line_and_column(text, span.start)),
             message,
         })
     }
@@ -200,10 +201,15 @@ fn field_column(
     let Some(keep) = &text.keep else {
         return broken(
             text.name.span(),
-            format!("the column {name:?} does not say `keep = \"plain\"` or `keep = \"masked\"`"),
+            format!("the column {name:?} does not say `keep = \"plain\"`, `\"masked\"` or `\"one-way\"`"),
         );
     };
-    let masked = *keep.get_ref() == Keep::Masked;
+    let way = match keep.get_ref() {
+        Keep::Plain => None,
+        Keep::Masked => Some(Mask::Recoverable),
+        Keep::OneWay => Some(Mask::OneWay),
+    };
+    let masked = way.is_some();
     let column_type = match (&text.column_type, masked) {
         (None, true) => ColumnType::Text,
         (None, false) => return broken(text.name.span(), format!("the column {name:?} has no `type`")),
@@ -269,7 +275,7 @@ fn field_column(
         ColumnType::Date | ColumnType::Uuid => false,
     };
     let slot = fields.add(path, as_json);
-    let field = Field { path: Arc::from(path.as_str()), masked, convert, normalize, strict, slot };
+    let field = Field { path: Arc::from(path.as_str()), masked: way, convert, normalize, strict, slot };
     let is_set = |given: &Option<Spanned<bool>>| given.as_ref().is_some_and(|given| *given.get_ref());
     let (optional, subject) = (is_set(&text.optional), is_set(&text.subject));
     Ok(Column { name, column_type, max_length, optional, subject, source: Source::Field(field) })
@@ -329,7 +335,7 @@ fn keeps_masked_fields_masked(mapping: &Mapping, texts: &[ColumnText]) -> Result
         let Source::Field(field) = &column.source else { continue };
         let hidden = masked.iter().find(|masked| is_within(masked, &field.path) || is_within(&field.path, masked));
         match (hidden, &text.also_plain) {
-            _ if field.masked => {}
+            _ if field.masked.is_some() => {}
             (Some(masked), None) => {
                 return broken(
                     text.name.span(),
@@ -354,8 +360,8 @@ fn masks_a_field_in_one_way(mapping: &Mapping, texts: &[ColumnText]) -> Result<(
     let mut ways = HashMap::new();
     for (column, text) in mapping.columns.iter().zip(texts) {
         let Source::Field(field) = &column.source else { continue };
-        let way = (field.convert, &field.normalize, field.strict);
-        if field.masked && ways.insert(&field.path, way).is_some_and(|other| other != way) {
+        let way = (field.masked, field.convert, &field.normalize, field.strict);
+        if field.masked.is_some() && ways.insert(&field.path, way).is_some_and(|other| other != way) {
             return broken(text.name.span(), format!("another column masks the field {:?} in another way", field.path));
         }
     }

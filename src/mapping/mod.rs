@@ -23,7 +23,7 @@ pub use self::{
     row::{Cell, ROWS_CAPACITY, Row},
     shape::Shape,
 };
-use crate::keyring::Keyring;
+use crate::keyring::{Keyring, Mask};
 
 /// The mapping that is built in: login messages into `user_logins`.
 const BUILT_IN: &str = include_str!("../../mapping.toml");
@@ -85,15 +85,15 @@ pub enum Source {
 pub struct Field {
     /// Its path: names with dots between them. It also binds an `aes-siv` mask to its column.
     pub path: Arc<str>,
-    /// Whether it is masked.
-    pub masked: bool,
+    /// How it is masked, if it is.
+    pub masked: Option<Mask>,
     /// How its value becomes the column's.
     pub convert: Option<Convert>,
     /// How its text gets one spelling, in this order.
     pub normalize: Vec<Normalize>,
     /// Whether a text that is no IP address is refused, where addresses are normalized.
     pub strict: bool,
-    /// Its place among the mapping's fields.
+    /// Its index among the mapping's fields.
     slot: usize,
 }
 
@@ -234,9 +234,19 @@ impl Mapping {
     /// The columns that are masked, each with the field whose mask it has.
     pub fn masked(&self) -> impl Iterator<Item = (&Column, &Field)> {
         self.columns.iter().filter_map(|column| match &column.source {
-            Source::Field(field) if field.masked => Some((column, field)),
+            Source::Field(field) if field.masked.is_some() => Some((column, field)),
             _ => None,
         })
+    }
+
+    /// Those of them that an authorised person can recover, and bring under another key.
+    pub fn recoverable(&self) -> impl Iterator<Item = (&Column, &Field)> {
+        self.masked().filter(|(_, field)| field.masked == Some(Mask::Recoverable))
+    }
+
+    /// The ways of masking that it asks for.
+    pub fn masks(&self) -> impl Iterator<Item = Mask> {
+        self.masked().filter_map(|(_, field)| field.masked)
     }
 
     /// The masked column of the field with this path.

@@ -10,7 +10,7 @@ use super::{
     body::Value,
     convert::{self, normalized},
 };
-use crate::keyring::Keyring;
+use crate::keyring::{Keyring, Mask};
 
 /// Bytes of a buffer that rows are made in, some four hundred of them, before the next piece of memory is taken.
 pub const ROWS_CAPACITY: usize = 64 * 1024;
@@ -72,9 +72,14 @@ impl Column {
             Value::Absent | Value::Null => return Err(Fault::Missing),
             Value::Twice => return Err(Fault::Twice),
             Value::NoParent => return Err(Fault::NoParent),
-            value if field.masked => push_masked(row, keyring, field, &self.text(field, value)?)?,
             value => match (self.column_type, field.convert) {
-                (ColumnType::Text, _) => push(row, Some(self.text(field, value)?.as_bytes())),
+                (ColumnType::Text, _) => {
+                    let text = self.text(field, value)?;
+                    match field.masked {
+                        Some(way) => push_masked(row, keyring, way, field, &text)?,
+                        None => push(row, Some(text.as_bytes())),
+                    }
+                }
                 (_, Some(Convert::VersionDigits)) => push(row, Some(&version(value, false)?.to_be_bytes())),
                 (_, Some(Convert::VersionOrdered)) => push(row, Some(&version(value, true)?.to_be_bytes())),
                 (ColumnType::Integer, from) => {
@@ -126,7 +131,9 @@ impl Column {
         }
         // A character is one to four bytes, so most texts need no count. How long a mask is, the keyring sees.
         match self.max_length {
-            Some(max) if !field.masked && text.len() > max && text.chars().count() > max => Err(Fault::TooLong),
+            Some(max) if field.masked.is_none() && text.len() > max && text.chars().count() > max => {
+                Err(Fault::TooLong)
+            }
             _ => Ok(text),
         }
     }
@@ -171,10 +178,10 @@ impl Column {
     }
 }
 
-fn push_masked(row: &mut BytesMut, keyring: &Keyring, field: &Field, text: &str) -> Result<(), Fault> {
+fn push_masked(row: &mut BytesMut, keyring: &Keyring, way: Mask, field: &Field, text: &str) -> Result<(), Fault> {
     push(row, Some(&[]));
     let start = row.len();
-    keyring.mask_onto(row, &field.path, text).map_err(|_| Fault::TooLong)?;
+    keyring.mask_onto(row, way, &field.path, text).map_err(|_| Fault::TooLong)?;
     let len = (row.len() - start) as i32;
     row[start - 4..start].copy_from_slice(&len.to_be_bytes());
     Ok(())
@@ -201,8 +208,8 @@ fn push_jsonb(row: &mut BytesMut, value: &Value<'_>) -> Result<(), Fault> {
 
 /// Whether a string in a JSON text has U+0000, which only an escape can stand for.
 fn has_nul(json: &str) -> bool {
-    json.match_indices("\\u0000").any(|(place, _)| {
-        let backslashes = json[..place].bytes().rev().take_while(|byte| *byte == b'\\').count();
+    json.match_indices("\\u0000").any(|(position, _)| {
+        let backslashes = json[..position].bytes().rev().take_while(|byte| *byte == b'\\').count();
         backslashes % 2 == 0
     })
 }

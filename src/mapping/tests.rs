@@ -328,7 +328,7 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
     };
     let masked =
         |more: &str| format!("table = \"t\"\n[[column]]\nname = \"c\"\nfrom = \"f\"\nkeep = \"masked\"\n{more}");
-    for (text, place, message) in [
+    for (text, position, message) in [
         ("table = 1".to_owned(), (1, 9), "invalid type"),
         ("table = \"t\"".to_owned(), (1, 9), "there is no [[column]]"),
         ("table = \"a.b.c\"\n[[column]]\nname = \"c\"".to_owned(), (1, 9), "a table is its name"),
@@ -373,7 +373,7 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
     ] {
         let error = Mapping::from_toml(&text, "m").unwrap_err();
         assert!(error.message.contains(message), "{text}\n{error}");
-        assert_eq!(error.place, Some(place), "{text}\n{error}");
+        assert_eq!(error.position, Some(position), "{text}\n{error}");
     }
     let allowed =
         masked("") + "[[column]]\nname = \"d\"\nfrom = \"f\"\nkeep = \"plain\"\ntype = \"text\"\nalso_plain = true";
@@ -422,9 +422,9 @@ fn whatever_is_scanned_is_read_as_it_is_parsed() {
     let body = r#"{"a": "é", "b": {"c": -12, "x": [1, {}], "d": true}, "y": null}"#;
     assert!(mapping.fields.scanned(&serde_json::to_string(body).unwrap()).is_some());
     // Each byte gone, or another one in its place; `row_of` compares both ways.
-    for (place, character) in body.char_indices() {
+    for (position, character) in body.char_indices() {
         for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "\n", "\0", "n", "0", "-", ".", "é"] {
-            let body = format!("{}{put}{}", &body[..place], &body[place + character.len_utf8()..]);
+            let body = format!("{}{put}{}", &body[..position], &body[position + character.len_utf8()..]);
             drop(row_of(&mapping, &body));
         }
     }

@@ -215,10 +215,10 @@ impl Session {
         let mut stopped_groups = HashSet::new();
         let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(mut part) = pending.pop() {
-            part.retain(|&place| {
-                let is_held_back = entries[place].group.is_some_and(|group| stopped_groups.contains(group));
+            part.retain(|&index| {
+                let is_held_back = entries[index].group.is_some_and(|group| stopped_groups.contains(group));
                 if is_held_back {
-                    fates[place] = Some(Fate::HeldBack);
+                    fates[index] = Some(Fate::HeldBack);
                 }
                 !is_held_back
             });
@@ -226,17 +226,17 @@ impl Session {
             if part.is_empty() {
                 continue;
             }
-            let (used, written) = self.write(part.iter().map(|&place| &entries[place]).collect(), way).await;
+            let (used, written) = self.write(part.iter().map(|&index| &entries[index]).collect(), way).await;
             way = used;
             match written {
                 Ok(count) => {
                     inserted += count;
-                    part.iter().for_each(|&place| fates[place] = Some(Fate::Stored));
+                    part.iter().for_each(|&index| fates[index] = Some(Fate::Stored));
                 }
                 Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
-                    if let [place] = part[..] {
-                        fates[place] = Some(Fate::Refused(error));
-                        stopped_groups.extend(entries[place].group);
+                    if let [index] = part[..] {
+                        fates[index] = Some(Fate::Refused(error));
+                        stopped_groups.extend(entries[index].group);
                     } else {
                         let later = part.split_off(part.len() / 2);
                         pending.extend([later, part]);

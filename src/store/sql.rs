@@ -42,12 +42,12 @@ impl Sql {
             // message that the ledger refuses.
             insert: format!(
                 "with inserted as (insert into {table} ({names}) select {unnested}) \
-                 insert into user_logins_ledger (sent_at, message_id) \
+                 insert into etl_ledger (sent_at, message_id) \
                  select unnest($1::timestamptz[]), unnest($2::uuid[])"
             ),
             insert_unknown: format!(
                 "with entered as ( \
-                     insert into user_logins_ledger (sent_at, message_id) \
+                     insert into etl_ledger (sent_at, message_id) \
                      select * from unnest($1::timestamptz[], $2::uuid[]) \
                      on conflict do nothing \
                      returning sent_at as ledger_sent_at, message_id as ledger_message_id \
@@ -59,7 +59,7 @@ impl Sql {
                  join entered using (ledger_sent_at, ledger_message_id)"
             ),
             copy_rows: format!("copy {table} ({names}) from stdin (format binary)"),
-            copy_ledger: "copy user_logins_ledger (sent_at, message_id) from stdin (format binary)",
+            copy_ledger: "copy etl_ledger (sent_at, message_id) from stdin (format binary)",
             arrays: mapping.columns().iter().map(|column| array_type(column.column_type)).collect(),
         }
     }

@@ -107,11 +107,11 @@ def test_a_keyring_that_cannot_be_read_again_is_counted(stack, metrics_of, login
 
 def test_a_ledger_that_cannot_be_pruned_is_counted(servers, stack, metrics_of, login):
     with servers.postgres.connect(autocommit=True) as database:
-        database.execute(f"revoke delete on user_logins_ledger from {DATABASE_USER}")
+        database.execute(f"revoke delete on etl_ledger from {DATABASE_USER}")
         try:
             restart(stack)
             assert metrics_of(record(login))["PruneFailures"] == 1
         finally:
-            database.execute(f"grant delete on user_logins_ledger to {DATABASE_USER}")
+            database.execute(f"grant delete on etl_ledger to {DATABASE_USER}")
     restart(stack)
     assert metrics_of(record(login))["PruneFailures"] == 0

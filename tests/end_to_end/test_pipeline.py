@@ -48,7 +48,7 @@ def run(servers, stack):
     bodies = [json.dumps(login) for login in logins] + list(BAD)
     chance.shuffle(bodies)
     with servers.postgres.connect() as database:
-        database.execute("truncate user_logins, user_logins_ledger")
+        database.execute("truncate user_logins, etl_ledger")
         database.execute(f"alter table user_logins add constraint no_canary check (user_id not like '{CANARY}%')")
     stack.enable_mapping(False)
     started = 1000 * time.time()

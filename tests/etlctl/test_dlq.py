@@ -234,7 +234,7 @@ def test_a_body_is_revealed_for_a_reason_that_is_recorded_and_cannot_steer_the_t
     assert shown.stdout.endswith(f"\n\nfirst {CANARY} \\u{{9b}}31m\nsecond \\u{{202e}}{CANARY}\n")
     assert dead.json("show", message_id, "--reveal", "--reason", "Ticket 13")["body"] == body
     with dead.pipeline.connect() as database:
-        query = "select action, reason, requested, recovered, masks from user_logins_audit where source like %s order by id"
+        query = "select action, reason, requested, recovered, masks from etl_audit where source like %s order by id"
         audit = database.execute(query, [f"%{message_id}%"]).fetchall()
     assert audit == [("reveal", f"Ticket {number}", 1, 1, []) for number in (12, 13)]
 
@@ -247,10 +247,10 @@ def test_nothing_is_revealed_without_a_reason(graveyard, reason):
 
 
 def test_nothing_is_revealed_that_cannot_be_recorded(graveyard):
-    with graveyard.pipeline.without("user_logins_audit"):
+    with graveyard.pipeline.without("etl_audit"):
         shown = graveyard.run("show", next(iter(graveyard.bodies)), "--reveal", "--reason", "Ticket 12")
     assert (shown.returncode, shown.stdout) == (3, "")
-    assert "cannot record this in user_logins_audit, so nothing is shown" in shown.stderr
+    assert "cannot record this in etl_audit, so nothing is shown" in shown.stderr
     assert CANARY not in shown.stderr
 
 
@@ -336,7 +336,7 @@ def test_a_function_that_cannot_be_invoked_costs_nothing(dead):
 
 def test_a_function_that_fails_costs_nothing_and_its_error_is_shown(dead):
     sent = dead.bury(login(), login())
-    with dead.pipeline.without("user_logins_ledger"):
+    with dead.pipeline.without("etl_ledger"):
         failed = dead.run("redrive", "--fixed", "--yes")
     assert (failed.returncode, failed.stdout) == (3, "")
     assert re.search(r"the function failed: Database: .*SQLSTATE 42P01", failed.stderr)

@@ -222,7 +222,7 @@ def test_credentials_that_do_not_parse_are_found(pipeline, undo):
         ("", "alter role {} reset statement_timeout", "warning", "no time limit"),
         ("", "grant select (masked_ip) on user_logins to {}", "warning", "may read or change rows"),
         ("", "revoke insert on user_logins from {}", "failed", "may not insert rows"),
-        ("", "revoke delete on user_logins_ledger from {}", "warning", "may not delete expired ledger keys"),
+        ("", "revoke delete on etl_ledger from {}", "warning", "may not delete expired ledger keys"),
     ],
 )
 def test_what_the_functions_user_may_not_do_or_should_not_is_found(pipeline, undo, options, change, state, found):
@@ -231,7 +231,7 @@ def test_what_the_functions_user_may_not_do_or_should_not_is_found(pipeline, und
     database = undo.enter_context(pipeline.connect())
     database.execute(f"create role {name} login password '{name}' {options}")
     undo.callback(database.execute, f"drop owned by {name}; drop role {name}")
-    database.execute(f"grant insert on user_logins to {name}; grant select, insert, update, delete on user_logins_ledger to {name}")
+    database.execute(f"grant insert on user_logins to {name}; grant select, insert, update, delete on etl_ledger to {name}")
     database.execute(f"alter role {name} set statement_timeout = '30s'; {change.format(name)}")
     finding, *others = findings(pipeline, DATABASE_SECRET_ID=its)
     assert (finding["area"], finding["state"]) == (USER, state)
@@ -242,12 +242,12 @@ def test_what_the_functions_user_may_not_do_or_should_not_is_found(pipeline, und
 
 IN_DATABASE = [
     pytest.param("drop index user_logins_masked_ip_idx", DATABASE, "warning", "index", id="no index"),
-    pytest.param("alter table user_logins_ledger drop constraint user_logins_ledger_pkey", DATABASE, "failed", "has no key", id="no ledger key"),
+    pytest.param("alter table etl_ledger drop constraint etl_ledger_pkey", DATABASE, "failed", "has no key", id="no ledger key"),
     pytest.param("alter table user_logins alter locale type varchar(2)", DATABASE, "failed", "does not fit", id="narrow column"),
     pytest.param("drop table user_logins cascade", DATABASE, "failed", "no table user_logins", id="no table"),
-    pytest.param("drop table user_logins_ledger", DATABASE, "failed", "no table user_logins_ledger", id="no ledger"),
+    pytest.param("drop table etl_ledger", DATABASE, "failed", "no table etl_ledger", id="no ledger"),
     pytest.param("revoke insert on user_logins from login_etl", USER, "failed", "may not insert", id="no insert"),
-    pytest.param("revoke insert on user_logins_ledger from login_etl", USER, "failed", "may not insert", id="no key"),
+    pytest.param("revoke insert on etl_ledger from login_etl", USER, "failed", "may not insert", id="no key"),
     pytest.param("grant select on user_logins to login_etl", USER, "warning", "may read", id="reads rows"),
     pytest.param("delete from login_etl_migrations where name like '003%'", DATABASE, "warning", "not recorded as applied: 003", id="record"),
 ]
@@ -274,7 +274,7 @@ def test_failures_of_the_last_hour_are_found(pipeline, undo):
     undo.callback(pipeline.forget_log)
     record = {"MessageId": str(uuid.uuid4()), "ReceiptHandle": "", "Body": messages.WRONG_TYPE, "Attributes": {}, "MD5OfBody": ""}
     assert pipeline.invoke([record]) == {record["MessageId"]}
-    with pipeline.without("user_logins_ledger"), pytest.raises(KeyError):
+    with pipeline.without("etl_ledger"), pytest.raises(KeyError):
         pipeline.invoke([record | {"Body": messages.make(1)[0]}])
     for line in ("message failed", "batch failed"):
         pipeline.logged(line)

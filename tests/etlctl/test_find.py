@@ -58,24 +58,24 @@ def test_an_address_has_one_mask_in_whatever_way_it_is_written_and_a_device_is_t
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_a_value_comes_from_standard_input_without_its_line_ending(logins, end):
     assert logins.json("mask", "--field", "ip", "-", input=ADDRESS + end) == logins.json("mask", "--field", "ip", ADDRESS)
-    assert logins.json("find", "--device-id", "-", input=DEVICE + end)["logins"] == 3
+    assert logins.json("find", "--device-id", "-", input=DEVICE + end)["row_count"] == 3
 
 
 @pytest.mark.parametrize("arguments", [("--ip", ADDRESS), ("--device-id", DEVICE)])
 def test_rows_are_found_under_every_key_the_latest_first(logins, arguments):
     answer = logins.json("find", *arguments)
     assert days(answer) == ["2026-11-03", "2026-11-02", "2026-11-01"]
-    assert (answer["logins"], answer["users"], answer["first_day"], answer["last_day"]) == (3, 2, "2026-11-01", "2026-11-03")
+    assert (answer["row_count"], answer["subject_count"], answer["first_day"], answer["last_day"]) == (3, 2, "2026-11-01", "2026-11-03")
     text = logins.run("find", *arguments).stdout
     shown = [(line.split()[-1], line.split()[0]) for line in text.splitlines()[1:4]]
     assert shown == [("2026-11-03", "first"), ("2026-11-02", "second"), ("2026-11-01", "first")]
-    assert "3 logins of 2 users, 2026-11-01 to 2026-11-03" in text
+    assert "3 rows, 2 different user_id, 2026-11-01 to 2026-11-03" in text
 
 
 def test_since_leaves_earlier_days_out_and_limit_shows_fewer_but_counts_all(logins):
     assert days(logins.json("find", "--ip", ADDRESS, "--since", "2026-11-02")) == ["2026-11-03", "2026-11-02"]
     limited = logins.json("find", "--ip", ADDRESS, "--limit", "1")
-    assert (days(limited), limited["logins"]) == (["2026-11-03"], 3)
+    assert (days(limited), limited["row_count"]) == (["2026-11-03"], 3)
     assert "--limit shows more" in logins.run("find", "--ip", ADDRESS, "--limit", "1").stdout
     assert "--limit" not in logins.run("find", "--ip", ADDRESS, "--limit", "3").stdout
 
@@ -94,7 +94,7 @@ def test_a_row_of_an_unknown_day_is_found_as_well(logins):
     with logins.connect() as database:
         database.execute("update user_logins set create_date = null where create_date = '2026-11-01'")
     answer = logins.json("find", "--ip", ADDRESS)
-    assert (days(answer), answer["logins"]) == (["2026-11-03", "2026-11-02", None], 3)
+    assert (days(answer), answer["row_count"]) == (["2026-11-03", "2026-11-02", None], 3)
 
 
 def test_what_would_steer_a_terminal_is_shown_as_escapes(logins):
@@ -130,21 +130,21 @@ def test_the_plain_value_is_nowhere_but_in_the_question(world):
 
 def test_an_operator_finds_and_recovers_and_may_change_nothing_but_masks(logins):
     operator = logins.user("login_etl_operator")
-    assert logins.json("find", "--ip", ADDRESS, environment=operator)["logins"] == 3
+    assert logins.json("find", "--ip", ADDRESS, environment=operator)["row_count"] == 3
     masked = logins.masks("ip", ADDRESS)["new"]
     result = logins.run("recover", "--field", "ip", "--reason", "why", masked, environment=operator)
     assert (result.returncode, result.stdout) == (0, f"{ADDRESS}\n")
     with logins.connect() as database:
-        assert database.execute("select db_user, reason from user_logins_audit").fetchall() == [(operator["DATABASE_USER"], "why")]
+        assert database.execute("select db_user, reason from etl_audit").fetchall() == [(operator["DATABASE_USER"], "why")]
         database.execute(f"set role {operator['DATABASE_USER']}")
         record = (
-            "insert into user_logins_audit (operator, action, reason, source, requested, recovered, key_ids{}) "
+            "insert into etl_audit (operator, action, reason, source, requested, recovered, key_ids{}) "
             "values ('', 'recover', 'r', '', 0, 0, array[]::text[]{})"
         )
         for forbidden in (
-            "update user_logins_audit set reason = 'another'",
-            "delete from user_logins_audit",
-            "truncate user_logins_audit",
+            "update etl_audit set reason = 'another'",
+            "delete from etl_audit",
+            "truncate etl_audit",
             record.format(", at", ", '2000-01-01'"),
             record.format(", db_user", ", 'another'"),
             "update user_logins set user_id = 'another'",

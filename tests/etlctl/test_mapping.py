@@ -49,14 +49,3 @@ def test_the_sql_of_an_example_makes_its_table_once_and_again(etlctl, servers):
         grants = "select has_table_privilege('login_etl', 'web.clicks', 'insert'), has_table_privilege('login_etl', 'web.clicks', 'select')"
         assert database.execute(grants).fetchone() == (True, False)
         database.execute("drop schema web cascade")
-
-
-def test_the_sql_of_the_mapping_that_ships_makes_the_exercise_s_table(etlctl, servers):
-    ddl = etlctl.run("mapping", "ddl").stdout
-    columns = "select column_name, format('%%s(%%s)', data_type, character_maximum_length) from information_schema.columns where table_name = 'user_logins' and table_schema = %s order by ordinal_position"
-    with servers.postgres.connect() as database:
-        database.execute("create schema again; set search_path = again")
-        database.execute(ddl)
-        again = database.execute(columns, ["again"]).fetchall()
-        assert again == database.execute(columns, ["public"]).fetchall() and len(again) == 7
-        database.execute("drop schema again cascade; reset search_path")

@@ -2,14 +2,19 @@
 
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import psycopg
 import pytest
 from world import paths
 
-FILES = sorted((paths.ROOT / "schema").glob("*.sql"))
-NAMES = [file.stem for file in FILES]
-TABLE = FILES[0].read_text()
+*FILES, TABLE_FILE = sorted((paths.ROOT / "schema").glob("*.sql"))
+NAMES = [*(file.stem for file in FILES), "table user_logins"]
+# As a table of the exercise's stands in a database in which nothing else was made.
+TABLE = re.search(r"create table [^;]*;", TABLE_FILE.read_text()).group()
+BEFORE_THE_MAPPING = sorted((Path(__file__).parent / "before_the_mapping").glob("*.sql"))
+VIEWS = "user_logins_masked_ip_duplicates, user_logins_masked_device_id_duplicates"
 # The widest rows that the function writes; a locale may also be null.
 WIDEST = """
 insert into user_logins (user_id, device_type, masked_ip, masked_device_id, locale, app_version, create_date)
@@ -40,8 +45,10 @@ def test_every_file_is_applied_in_order_and_recorded_with_its_checksum(empty_wor
     with empty_world.connect() as database:
         assert recorded(database) == NAMES
         records = database.execute("select name, checksum, applied_by from login_etl_migrations").fetchall()
-        database.execute("select from user_logins, user_logins_ledger, duplicate_ips, duplicate_devices, user_logins_audit")
-    assert set(records) == {(file.stem, hashlib.sha256(file.read_bytes()).hexdigest(), "postgres") for file in FILES}
+        database.execute(f"select from user_logins, etl_ledger, {VIEWS}, etl_audit")
+    assert set(records) == {
+        (name, hashlib.sha256(file.read_bytes()).hexdigest(), "postgres") for name, file in zip(NAMES, [*FILES, TABLE_FILE], strict=True)
+    }
 
 
 def test_check_says_what_is_missing_and_changes_nothing(empty_world):
@@ -55,7 +62,7 @@ def test_check_says_what_is_missing_and_changes_nothing(empty_world):
 def test_what_is_applied_is_not_applied_again(world):
     with world.connect() as database:
         # The file would make it again.
-        database.execute("drop view duplicate_ips")
+        database.execute("drop view user_logins_masked_ip_duplicates")
         before = relations(database)
         assert world.json("migrate") == {"applied": []}
         assert relations(database) == before
@@ -99,7 +106,7 @@ def test_a_table_that_takes_what_the_function_writes_is_adopted_with_its_rows(em
         rows = database.execute("select * from user_logins").fetchall()
         assert empty_world.json("migrate") == {"applied": NAMES}
         assert database.execute("select * from user_logins").fetchall() == rows
-        assert database.execute("select count(*) from duplicate_ips").fetchone() == (1,)
+        assert database.execute("select count(*) from user_logins_masked_ip_duplicates").fetchone() == (1,)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +139,13 @@ def test_a_table_that_does_not_is_refused_by_the_name_of_its_column_and_nothing_
 
 def test_a_file_that_has_changed_since_it_was_applied_is_refused_and_no_migration_is_advised(world):
     with world.connect() as database:
-        database.execute("update login_etl_migrations set checksum = 'another' where name = '002_ledger'")
+        database.execute("update login_etl_migrations set checksum = 'another' where name = '001_ledger'")
     result = world.run("migrate")
     assert (result.returncode, result.stdout) == (3, "")
-    assert "002_ledger was applied with another content" in result.stderr
+    assert "001_ledger was applied with another content" in result.stderr
     check = world.run("migrate", "--check")
     assert check.returncode == 1
-    assert [line.split()[0] for line in check.stdout.splitlines() if "changed" in line] == ["002_ledger"]
+    assert [line.split()[0] for line in check.stdout.splitlines() if "changed" in line] == ["001_ledger"]
     assert "run `etlctl migrate`" not in check.stdout
 
 
@@ -161,8 +168,8 @@ def test_an_operator_may_check(world):
 def test_a_migration_that_is_killed_leaves_nothing_half_applied_and_the_next_finishes(world, table, mode):
     with world.connect() as database:
         complete = relations(database)
-        database.execute("drop view duplicate_ips, duplicate_devices; drop index user_logins_masked_ip_idx, user_logins_masked_device_id_idx")
-        database.execute("delete from login_etl_migrations where name = '003_duplicates'")
+        database.execute(f"drop view {VIEWS}; drop index user_logins_masked_ip_idx, user_logins_masked_device_id_idx")
+        database.execute("delete from login_etl_migrations where name = 'table user_logins'")
         before = relations(database)
         # In the way of the file's first statement, or of the record when all of the file is done.
         with world.locked(table, mode):
@@ -172,6 +179,55 @@ def test_a_migration_that_is_killed_leaves_nothing_half_applied_and_the_next_fin
             process.communicate()
         world.until(lambda: not world.sessions())
         assert relations(database) == before
-        assert missing(world) == ["003_duplicates"]
-        assert world.json("migrate") == {"applied": ["003_duplicates"]}
+        assert missing(world) == ["table user_logins"]
+        assert world.json("migrate") == {"applied": ["table user_logins"]}
         assert relations(database) == complete
+
+
+def test_a_database_from_before_the_mapping_keeps_its_rows_and_the_function_of_that_time_goes_on(empty_world):
+    with empty_world.connect() as database:
+        database.execute("create table login_etl_migrations (name text primary key, checksum text not null, applied_at timestamptz not null default now(), applied_by text not null default session_user)")
+        for file in BEFORE_THE_MAPPING:
+            database.execute(file.read_text())
+            database.execute("insert into login_etl_migrations (name, checksum) values (%s, 'of that time')", [file.stem])
+        database.execute(WIDEST)
+        database.execute("insert into user_logins_ledger values ('2026-11-01', '00000000-0000-0000-0000-000000000001')")
+        database.execute(
+            "insert into user_logins_audit (operator, action, reason, source, requested, recovered, key_ids) values ('me', 'recover', 'why', 'there', 1, 1, '{}')"
+        )
+        rows = database.execute("select * from user_logins").fetchall()
+        assert missing(empty_world) == NAMES
+        assert empty_world.json("migrate") == {"applied": NAMES}
+        assert database.execute("select * from user_logins").fetchall() == rows
+        assert database.execute("select operator from etl_audit").fetchall() == [("me",)]
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="etl_audit only grows"):
+            database.execute("delete from etl_audit")
+        for statement in (
+            "set role login_etl",
+            "insert into user_logins_ledger values ('2026-11-02', '00000000-0000-0000-0000-000000000002')",
+            "insert into user_logins_ledger values ('2026-11-01', '00000000-0000-0000-0000-000000000001') on conflict do nothing",
+            "delete from user_logins_ledger where message_id in (select message_id from user_logins_ledger for update skip locked limit 0)",
+            "reset role",
+        ):
+            database.execute(statement)
+        assert database.execute("select count(*) from etl_ledger").fetchone() == (2,)
+        # Run again, nothing is left to do.
+        assert empty_world.json("migrate") == {"applied": []}
+
+
+def test_the_table_of_another_mapping_is_made_and_follows_its_changes(empty_world, tmp_path):
+    mapping, shipped = tmp_path / "mapping.toml", (paths.ROOT / "mapping.toml").read_text()
+    mapping.write_text(shipped.replace('table = "user_logins"', 'table = "app.visits"'))
+    names = [*NAMES[:-1], "table app.visits"]
+    assert empty_world.json("migrate", "--mapping", mapping) == {"applied": names}
+    with empty_world.connect() as database:
+        tables = "select oid::regclass::text from pg_class where relkind = 'r' and relnamespace in ('public'::regnamespace, 'app'::regnamespace)"
+        assert {name for (name,) in database.execute(tables)} == {"app.visits", "etl_ledger", "etl_audit", "login_etl_migrations"}
+    mapping.write_text(mapping.read_text().replace("max_length = 32\n", "max_length = 64\n", 1))
+    refused = empty_world.run("migrate", "--mapping", mapping)
+    assert (refused.returncode, "the table app.visits does not fit: its column device_type" in refused.stderr) == (3, True)
+    with empty_world.connect() as database:
+        database.execute("alter table app.visits alter device_type type varchar(64)")
+    assert empty_world.json("migrate", "--mapping", mapping) == {"applied": ["table app.visits"]}
+    # The built-in mapping's table is another one, which is not there yet.
+    assert missing(empty_world) == ["table user_logins"]

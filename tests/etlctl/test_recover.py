@@ -46,7 +46,7 @@ def recover(*arguments, reason="a ticket"):
 
 def audit(world, columns="requested, recovered"):
     with world.connect() as database:
-        return database.execute(f"select {columns} from user_logins_audit order by id").fetchall()
+        return database.execute(f"select {columns} from etl_audit order by id").fetchall()
 
 
 def shows_no_value(*texts):
@@ -243,7 +243,7 @@ def test_what_can_be_recovered_is_and_the_rest_is_counted(ring):
     assert (result.returncode, result.stdout.split("\n")) == (1, ["", *ADDRESSES, "", ""])
     assert result.stderr == "2 values cannot be recovered with this keyring\n"
     assert audit(ring) == [(4, 2)]
-    (record,) = audit(ring, "user_logins_audit::text")
+    (record,) = audit(ring, "etl_audit::text")
     assert MASKS[0] in record[0] and plain not in record[0] and "gone" not in record[0]
 
 
@@ -252,7 +252,7 @@ def test_what_can_be_recovered_is_and_the_rest_is_counted(ring):
 
 def test_not_even_the_owner_changes_a_record(ring):
     ring.run(*recover(MASKS[0]))
-    for change in ("update user_logins_audit set reason = 'another'", "delete from user_logins_audit", "truncate user_logins_audit"):
+    for change in ("update etl_audit set reason = 'another'", "delete from etl_audit", "truncate etl_audit"):
         with ring.connect() as database, pytest.raises(psycopg.errors.InsufficientPrivilege, match="only grows"):
             database.execute(change)
     assert audit(ring, "reason") == [("a ticket",)]
@@ -261,12 +261,12 @@ def test_not_even_the_owner_changes_a_record(ring):
 @pytest.mark.parametrize(
     "obstacle",
     [
-        "alter table user_logins_audit rename to elsewhere",
-        "alter table user_logins_audit add check (reason <> 'a ticket')",
+        "alter table etl_audit rename to elsewhere",
+        "alter table etl_audit add check (reason <> 'a ticket')",
         "alter database {} set default_transaction_read_only = on",
         # No sooner than at the commit.
-        "create constraint trigger late after insert on user_logins_audit initially deferred"
-        " for each row execute procedure user_logins_audit_only_grows()",
+        "create constraint trigger late after insert on etl_audit initially deferred"
+        " for each row execute procedure etl_audit_only_grows()",
     ],
 )
 def test_what_cannot_be_recorded_is_not_shown(ring, tmp_path, obstacle):
@@ -276,13 +276,13 @@ def test_what_cannot_be_recorded_is_not_shown(ring, tmp_path, obstacle):
     for arguments in ([], ["--output", str(output)], ["--json"]):
         result = ring.run(*recover(MASKS[0], *arguments))
         assert (result.returncode, result.stdout) == (3, "")
-        assert "record this in user_logins_audit, so nothing is shown" in result.stderr and "SQLSTATE" in result.stderr
+        assert "record this in etl_audit, so nothing is shown" in result.stderr and "SQLSTATE" in result.stderr
     assert not output.exists()
 
 
 def test_a_record_that_the_database_swallows_is_none(ring):
     with ring.connect() as database:
-        database.execute("create rule swallow as on insert to user_logins_audit do instead nothing")
+        database.execute("create rule swallow as on insert to etl_audit do instead nothing")
     result = ring.run(*recover(MASKS[0]))
     assert (result.returncode, result.stdout) == (3, "")
 
@@ -302,7 +302,7 @@ def test_an_attempt_without_a_keyring_is_recorded(ring, tmp_path):
 def test_a_process_that_dies_before_its_record_is_written_has_shown_nothing(ring, tmp_path):
     output = tmp_path / "values.txt"
     for arguments in ([], ["--output", str(output)]):
-        with ring.locked("user_logins_audit", "share"):
+        with ring.locked("etl_audit", "share"):
             process = ring.start(*recover(MASKS[0], *arguments))
             ring.until(lambda: "relation" in ring.sessions())
             process.kill()
@@ -349,7 +349,7 @@ def test_however_often_it_is_killed_nothing_was_shown_that_is_not_on_record(ring
             process = ring.start(*recover(MASKS[0], reason=str(number)))
             time.sleep(chance.uniform(0, length * 1.2))
         else:
-            with ring.locked("user_logins_audit", "share"):
+            with ring.locked("etl_audit", "share"):
                 process = ring.start(*recover(MASKS[0], reason=str(number)))
                 ring.until(lambda: "relation" in ring.sessions())
             # Its record is being written.

@@ -29,7 +29,7 @@ def ran(servers, pipeline):
     pipeline.until(lambda: len(pipeline.logged("message failed")) == 3)
     with pipeline.connect() as database:
         pipeline.until(lambda: database.execute("select count(*) from user_logins").fetchone() == (13,))
-    with pipeline.without("user_logins_ledger"), pytest.raises(KeyError):
+    with pipeline.without("etl_ledger"), pytest.raises(KeyError):
         pipeline.invoke(once)
     pipeline.logged("batch failed")
     for body in messages.NOT_JSON:

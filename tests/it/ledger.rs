@@ -20,7 +20,7 @@ fn sent_days_ago(days: u64, event: &str) -> String {
 
 async fn remember_expired(world: &World, count: u32) {
     let keys = format!(
-        "insert into user_logins_ledger
+        "insert into etl_ledger
          select now() - interval '36 days' - number * interval '1 second', md5(number::text)::uuid
          from generate_series(1, {count}) as number"
     );
@@ -34,7 +34,7 @@ async fn expired_keys_go_by_themselves_and_the_others_stay() {
     let handler = world.handler().await;
     let young = sent_days_ago(34, &event(0, bodies(0..10)));
     invoke(&handler, &young).await.unwrap();
-    assert_eq!(world.count("user_logins_ledger").await, 10);
+    assert_eq!(world.count("etl_ledger").await, 10);
     invoke(&handler, &young).await.unwrap();
     assert_eq!(world.count("user_logins").await, 10);
 }
@@ -48,7 +48,7 @@ async fn a_ledger_that_has_grown_shrinks_by_more_than_what_is_inserted() {
         invoke(&handler, &sent_days_ago(1, &event(batch * 10_000, bodies(0..10_000)))).await.unwrap();
     }
     // 20,000 when the environment is new and has inserted 10,000, then twice what came in between.
-    assert_eq!(world.count("user_logins_ledger where sent_at < now() - interval '35 days'").await, 0);
+    assert_eq!(world.count("etl_ledger where sent_at < now() - interval '35 days'").await, 0);
     assert_eq!(world.count("user_logins").await, 30_000);
 }
 
@@ -58,7 +58,7 @@ async fn retention_is_a_setting() {
     world.settings.insert("LEDGER_RETENTION_DAYS", "40".to_owned());
     remember_expired(&world, 10).await;
     invoke(&world.handler().await, &sent_days_ago(1, &event(0, bodies(0..1)))).await.unwrap();
-    assert_eq!(world.count("user_logins_ledger").await, 11);
+    assert_eq!(world.count("etl_ledger").await, 11);
 }
 
 #[tokio::test]
@@ -70,13 +70,13 @@ async fn a_message_beyond_the_ledger_s_memory_is_inserted_once_all_the_same() {
         assert!(failed(&invoke(&world.handler().await, &old).await.unwrap()).is_empty());
     }
     assert_eq!(world.count("user_logins").await, 1);
-    assert_eq!(world.count("user_logins_ledger where sent_at = 'epoch'").await, 1);
+    assert_eq!(world.count("etl_ledger where sent_at = 'epoch'").await, 1);
 }
 
 #[tokio::test]
 async fn a_ledger_that_cannot_be_pruned_stops_nothing() {
     let world = World::new().await;
-    world.admin.batch_execute("revoke delete on user_logins_ledger from login_etl").await.unwrap();
+    world.admin.batch_execute("revoke delete on etl_ledger from login_etl").await.unwrap();
     let handler = world.handler().await;
     for batch in 0..2 {
         assert!(failed(&invoke(&handler, &event(batch, [body(1)])).await.unwrap()).is_empty());

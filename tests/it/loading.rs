@@ -35,7 +35,7 @@ async fn a_batch_becomes_masked_rows() {
         (kind.to_owned(), ip.to_owned(), device.to_owned(), locale.map(ToOwned::to_owned), version)
     });
     assert_eq!(rows, expected);
-    assert_eq!(world.count("user_logins_ledger").await, 3);
+    assert_eq!(world.count("etl_ledger").await, 3);
 }
 
 #[tokio::test]
@@ -48,7 +48,7 @@ async fn a_redelivered_batch_inserts_nothing() {
         }
     }
     assert_eq!(world.count("user_logins").await, 100);
-    assert_eq!(world.count("user_logins_ledger").await, 100);
+    assert_eq!(world.count("etl_ledger").await, 100);
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn a_batch_has_the_same_rows_however_it_is_written() {
     }
     assert_eq!(world.count("(select distinct * from user_logins) as rows").await, 51);
     assert_eq!(world.count("user_logins").await, 102);
-    assert_eq!(world.count("user_logins_ledger").await, 102);
+    assert_eq!(world.count("etl_ledger").await, 102);
 }
 
 /// The driver would take one answer for another on a connection on which a `COPY` failed.
@@ -87,7 +87,7 @@ async fn a_redelivered_batch_that_is_written_by_copy_gets_a_new_connection() {
         assert!(failed(&invoke(&handler, &event(first, bodies(0..10))).await.unwrap()).is_empty());
         world.until(&format!("not exists (select from pg_stat_activity where pid = {before})")).await;
         assert_eq!(world.count("user_logins").await, rows);
-        assert_eq!(world.count("user_logins_ledger").await, rows);
+        assert_eq!(world.count("etl_ledger").await, rows);
     }
 }
 
@@ -113,10 +113,11 @@ async fn a_message_that_is_twice_in_a_batch_is_inserted_once() {
     let world = World::new().await;
     assert!(failed(&invoke(&world.handler().await, &sample("duplicates")).await.unwrap()).is_empty());
     assert_eq!(world.count("user_logins").await, 3);
-    let shared = world.rows("select logins, users, first_day = last_day from duplicate_ips").await;
+    let shared =
+        world.rows("select row_count, subject_count, first_day = last_day from user_logins_masked_ip_duplicates").await;
     assert_eq!(shared.len(), 1);
     assert_eq!((shared[0].get::<_, i64>(0), shared[0].get::<_, i64>(1), shared[0].get::<_, bool>(2)), (2, 2, true));
-    assert_eq!(world.count("duplicate_devices").await, 1);
+    assert_eq!(world.count("user_logins_masked_device_id_duplicates").await, 1);
 }
 
 #[tokio::test]
@@ -155,7 +156,7 @@ async fn environments_that_share_messages_insert_each_once() {
 async fn keys_are_written_in_one_order_whatever_the_batch_s() {
     let world = World::new().await;
     invoke(&world.handler().await, &reversed(&event(0, bodies(0..100)))).await.unwrap();
-    let unordered = "(select message_id, lag(message_id) over (order by ctid) as before from user_logins_ledger) as keys \
+    let unordered = "(select message_id, lag(message_id) over (order by ctid) as before from etl_ledger) as keys \
                      where message_id < before";
     assert_eq!(world.count(unordered).await, 0);
 }
@@ -186,8 +187,8 @@ async fn the_function_s_user_can_insert_and_nothing_else() {
         "select from user_logins",
         "update user_logins set locale = null",
         "delete from user_logins",
-        "truncate user_logins_ledger",
-        "select from duplicate_ips",
+        "truncate etl_ledger",
+        "select from user_logins_masked_ip_duplicates",
         "select from pg_authid",
     ] {
         let refused = world.admin.batch_execute(&format!("set role login_etl; {statement}")).await.unwrap_err();
@@ -200,7 +201,7 @@ async fn the_function_s_user_can_insert_and_nothing_else() {
 async fn the_schema_takes_an_existing_table_as_it_is_and_can_be_applied_again() {
     let world = World::new().await;
     let exercise = "
-        drop table user_logins, user_logins_ledger cascade;
+        drop table user_logins, etl_ledger cascade;
         create table user_logins (
             user_id varchar(128), device_type varchar(32), masked_ip varchar(256), masked_device_id varchar(256),
             locale varchar(32), app_version integer, create_date date
@@ -213,5 +214,5 @@ async fn the_schema_takes_an_existing_table_as_it_is_and_can_be_applied_again() 
     }
     invoke(&world.handler().await, &sample("valid")).await.unwrap();
     assert_eq!(world.count("user_logins").await, 6);
-    assert_eq!(world.count("duplicate_ips").await, 0, "what is unknown is no duplicate");
+    assert_eq!(world.count("user_logins_masked_ip_duplicates").await, 0, "what is unknown is no duplicate");
 }

@@ -1,5 +1,6 @@
 //! Mappings other than the one that ships, into a real table.
 
+use login_etl::keyring::Keyring;
 use serde_json::{Value, json};
 
 use crate::world::{World, event, failed, invoke, message_id};
@@ -144,5 +145,50 @@ async fn a_mapping_that_does_not_fit_the_table_fails_the_batch_and_loses_nothing
     world.use_mapping(&MAPPING.replace("app.every type", "nowhere"));
     let error = invoke(&world.handler().await, &event(1, [body(1, "x").to_string()])).await.unwrap_err();
     assert!(error.to_string().contains("42P01"), "{error}");
-    assert_eq!(world.count("user_logins_ledger").await, 0);
+    assert_eq!(world.count("etl_ledger").await, 0);
+}
+
+const ONE_WAY_BESIDE_RECOVERABLE: &str = r#"
+    table = "visits"
+    [[column]]
+    name = "mail"
+    from = "mail"
+    keep = "masked"
+    [[column]]
+    name = "phone"
+    from = "phone"
+    keep = "one-way"
+    normalize = "trim"
+"#;
+
+#[tokio::test]
+async fn a_one_way_column_has_masks_that_nobody_recovers_beside_one_that_can_be() {
+    let mut world = World::new().await;
+    world
+        .admin
+        .batch_execute("create table visits (mail text, phone text); grant insert on visits to login_etl")
+        .await
+        .unwrap();
+    world.use_mapping(ONE_WAY_BESIDE_RECOVERABLE);
+    let error = world.try_handler().await.unwrap_err().to_string();
+    assert!(error.contains("`etlctl keys activate ID --one-way`"), "{error}");
+
+    let key = "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff";
+    let ring = json!({"active": "a", "one_way": "h", "keys": {
+        "a": {"cipher": "aes-siv", "key": key},
+        "h": {"cipher": "hmac-sha256", "key": key},
+    }});
+    world.put_secret("masking", &ring.to_string()).await;
+    let handler = world.handler().await;
+    let bodies = ["1", " 1 ", "2"].map(|phone| json!({"mail": "m", "phone": phone}).to_string());
+    assert!(failed(&invoke(&handler, &event(0, &bodies)).await.unwrap()).is_empty());
+
+    let rows = world.rows("select mail, phone, count(*) from visits group by 1, 2 order by 3").await;
+    assert_eq!(rows.iter().map(|row| row.get::<_, i64>(2)).collect::<Vec<_>>(), [1, 2]);
+    let keyring = Keyring::from_json(&ring.to_string()).unwrap();
+    for row in rows {
+        assert_eq!(*keyring.recover("mail", row.get(0)).unwrap(), "m");
+        let phone: &str = row.get(1);
+        assert!(phone.starts_with("h:") && keyring.recover("phone", phone).is_err(), "{phone}");
+    }
 }

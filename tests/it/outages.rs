@@ -73,7 +73,7 @@ async fn a_large_batch_whose_connection_breaks_half_way_is_written_once() {
         assert!(failed(&response.unwrap()).is_empty());
     }
     assert_eq!(world.count("user_logins").await, 8000);
-    assert_eq!(world.count("user_logins_ledger").await, 8000);
+    assert_eq!(world.count("etl_ledger").await, 8000);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -174,7 +174,7 @@ async fn a_large_batch_whose_commit_s_answer_is_lost_is_not_repeated() {
         .admin
         .batch_execute(&format!(
             "{STOP}
-        create constraint trigger stop after insert on user_logins_ledger deferrable initially deferred for each row
+        create constraint trigger stop after insert on etl_ledger deferrable initially deferred for each row
             when (new.message_id = '{}') execute function stop()",
             message_id(2000)
         ))

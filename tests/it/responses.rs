@@ -126,7 +126,7 @@ async fn rows_that_postgresql_refuses_are_found_and_fail_alone() {
     let response = invoke(&world.handler().await, &event(0, bodies(0..1000))).await.unwrap();
     assert_eq!(failed(&response), [0, 517, 999].map(message_id));
     assert_eq!(world.count("user_logins").await, 997);
-    assert_eq!(world.count("user_logins_ledger").await, 997);
+    assert_eq!(world.count("etl_ledger").await, 997);
 }
 
 #[tokio::test]
@@ -158,7 +158,7 @@ async fn in_a_large_batch_each_message_has_its_own_fate() {
     let response = invoke(&handler, &event(&[700])).await.unwrap();
     assert_eq!(failed(&response), [300, 700, 2999].map(message_id));
     assert_eq!(world.count("user_logins").await, 2995);
-    assert_eq!(world.count("user_logins_ledger").await, 2995);
+    assert_eq!(world.count("etl_ledger").await, 2995);
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn a_refused_batch_leaves_no_transaction_open() {
         world.terminate_sessions().await;
         world.until(&format!("not exists (select from pg_stat_activity where pid = {session})")).await;
     }
-    assert_eq!(world.count("user_logins_ledger").await, 0);
+    assert_eq!(world.count("etl_ledger").await, 0);
 }
 
 #[tokio::test]

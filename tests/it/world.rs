@@ -25,13 +25,11 @@ use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
                               "iv": "000102030405060708090a0b0c0d0e0f"}"#;
 
-const SCHEMA: [&str; 6] = [
-    include_str!("../../schema/001_user_logins.sql"),
-    include_str!("../../schema/002_ledger.sql"),
-    include_str!("../../schema/003_duplicates.sql"),
-    include_str!("../../schema/004_role.sql"),
-    include_str!("../../schema/005_audit.sql"),
-    include_str!("../../schema/006_open_transactions.sql"),
+const SCHEMA: [&str; 4] = [
+    include_str!("../../schema/001_ledger.sql"),
+    include_str!("../../schema/002_roles.sql"),
+    include_str!("../../schema/003_audit.sql"),
+    include_str!("../../schema/user_logins.sql"),
 ];
 
 /// Reads a variable that says where the servers are.
@@ -129,8 +127,9 @@ impl World {
         let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
         let sdk_config = config::sdk_config().await;
         let secrets = Secrets::new(&sdk_config);
-        let keyring = FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl).await?;
         let mapping = Mapping::load(config.mapping_file).unwrap();
+        let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);
+        let keyring = FreshKeyring::read(secrets.clone(), id, ttl, mapping.masks()).await?;
         let store = Store::new(config.database, secrets, &mapping).await?;
         let redelivery = Redelivery::new(sdk_config, config.outage_delay);
         Ok(Handler::new(mapping, keyring, store, redelivery))

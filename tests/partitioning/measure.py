@@ -20,7 +20,7 @@ from world.postgres import Postgres
 
 INSERT, PRUNE = ((paths.ROOT / "src" / "store" / f"{name}.sql").read_text() for name in ("insert", "prune"))
 PARTITIONING = paths.ROOT / "schema" / "partitioning"
-TABLES = ("user_logins", "user_logins_ledger")
+TABLES = ("user_logins", "etl_ledger")
 SESSIONS, BATCH_SIZE, SECONDS, TURNS = 3, 100, 15, 3
 # Keys that the function deletes at once: twice what it inserted since it last did.
 PRUNED_AT_ONCE = 20_000
@@ -43,7 +43,7 @@ class Bench:
                    case when number % 1000 > 0 then current_date - number % 300 end
             from generate_series(1, {rows}) as number""")
         self.database.execute(f"""
-            insert into user_logins_ledger
+            insert into etl_ledger
             select now() - number * (interval '35 days' / {keys}), md5(random()::text)::uuid
             from generate_series({keys}, 1, -1) as number""")
         self.settle()
@@ -95,16 +95,16 @@ class Bench:
             deleted += some
         print(f"prune.sql: {deleted} keys deleted in {time.monotonic() - began:.1f} s, {(self.wal() - wal) / 1e6:.0f} MB of WAL", end="")
         began, wal = time.monotonic(), self.wal()
-        self.database.execute("vacuum user_logins_ledger")
+        self.database.execute("vacuum etl_ledger")
         print(f"; vacuum {time.monotonic() - began:.1f} s, {(self.wal() - wal) / 1e6:.0f} MB")
 
     def drop(self) -> None:
         part, keys = self.database.execute("""
-            select part::text, reltuples from login_etl_partitions('user_logins_ledger') join pg_class on pg_class.oid = part
+            select part::text, reltuples from login_etl_partitions('etl_ledger') join pg_class on pg_class.oid = part
             order by ends limit 1""").fetchone()
         began, wal = time.monotonic(), self.wal()
         with self.database.transaction():
-            self.database.execute(f"alter table user_logins_ledger detach partition {part}")
+            self.database.execute(f"alter table etl_ledger detach partition {part}")
             self.database.execute(f"drop table {part}")
         print(f"drop: {keys:.0f} keys in {1000 * (time.monotonic() - began):.1f} ms, {(self.wal() - wal) / 1e6:.2f} MB of WAL")
 

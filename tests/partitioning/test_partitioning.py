@@ -17,9 +17,9 @@ STORE = paths.ROOT / "src" / "store"
 INSERT, INSERT_UNKNOWN = ((paths.ROOT / "tests" / "statements" / f"{name}.sql").read_text() for name in ("insert", "insert_unknown"))
 PRUNE = (STORE / "prune.sql").read_text()
 PARTITIONS = (paths.ROOT / "schema" / "partitioning" / "partitions.sql").read_text()
-TABLES = ("user_logins", "user_logins_ledger")
+TABLES = ("user_logins", "etl_ledger")
 # For how long ahead partitions are made.
-USUAL = {"user_logins": "2 months", "user_logins_ledger": "3 weeks"}
+USUAL = {"user_logins": "2 months", "etl_ledger": "3 weeks"}
 EPOCH = datetime.fromtimestamp(0, UTC)
 # Rows from before that no range takes: without a day, and of a day that is far off.
 STRAYS = 500
@@ -94,7 +94,7 @@ def fill(world) -> set[str]:
             select 'stray ' || number, 'ios', 'ip', 'device ' || number, 'RU', 230, case number % 2 when 0 then '9999-12-31'::date end
             from generate_series(1, {STRAYS}) as number""")
         database.execute("""
-            insert into user_logins_ledger
+            insert into etl_ledger
             select now() - number * interval '2 minutes', gen_random_uuid() from generate_series(1, 20000) as number
             union all
             select 'epoch', gen_random_uuid() from generate_series(1, 10)""")
@@ -146,7 +146,7 @@ def users(world) -> Counter:
 
 
 def keys(world) -> Counter:
-    return Counter(query(world, "select sent_at, message_id from user_logins_ledger"))
+    return Counter(query(world, "select sent_at, message_id from etl_ledger"))
 
 
 def in_default(world) -> list[int]:
@@ -201,7 +201,7 @@ def test_while_the_function_inserts_tables_are_turned_and_turned_back_and_no_row
 
 
 def test_partitions_that_were_not_made_in_time_are_made_with_the_rows_that_have_come_meanwhile(world):
-    pass_time(world, user_logins="-3 months", user_logins_ledger="-2 weeks")
+    pass_time(world, user_logins="-3 months", etl_ledger="-2 weeks")
     partition(world)
     pass_time(world)
     function = Function(world)
@@ -222,13 +222,13 @@ def test_partitions_that_were_not_made_in_time_are_made_with_the_rows_that_have_
 def test_a_row_that_is_on_its_way_to_the_default_partition_moves_with_the_others(world):
     partition(world)
     function = Function(world)
-    ahead = query(world, "select max(ends) from login_etl_partitions('user_logins_ledger')")[0][0].replace(tzinfo=UTC)
+    ahead = query(world, "select max(ends) from login_etl_partitions('etl_ledger')")[0][0].replace(tzinfo=UTC)
     row = [(ahead, uuid.uuid4())]
     with function.connect() as session, ThreadPoolExecutor(1) as pool:
         with session.transaction():
             function.insert(session, row)
             tending = pool.submit(tend, world)
-            waiting = "select from pg_locks where not granted and relation::regclass::text like 'user_logins_ledger%'"
+            waiting = "select from pg_locks where not granted and relation::regclass::text like 'etl_ledger%'"
             world.until(lambda: query(world, waiting))
         assert tending.result()
         assert function.insert(session, row) == 0
@@ -287,7 +287,7 @@ def test_rows_of_any_day_and_of_none_go_in_and_are_found_where_they_belong(world
 
 
 def test_a_week_is_dropped_once_no_message_of_it_can_come_back_and_keys_under_the_epoch_stay(world):
-    pass_time(world, user_logins_ledger="-10 weeks")
+    pass_time(world, etl_ledger="-10 weeks")
     function, now = Function(world), datetime.now(UTC)
     epoch, old = [(EPOCH, uuid.uuid4())], [(now - timedelta(days=100), uuid.uuid4())]
     with function.connect() as session:
@@ -310,7 +310,7 @@ def test_a_week_is_dropped_once_no_message_of_it_can_come_back_and_keys_under_th
 
 
 def test_the_functions_own_pruning_deletes_an_expired_key_and_none_in_the_same_place_of_another_partition(world):
-    pass_time(world, user_logins_ledger="-10 weeks")
+    pass_time(world, etl_ledger="-10 weeks")
     partition(world)
     pass_time(world)
     query(world, "select login_etl_tend_partitions('100 days')")
@@ -318,7 +318,7 @@ def test_the_functions_own_pruning_deletes_an_expired_key_and_none_in_the_same_p
     epoch, expired, live = ((sent_at, uuid.uuid4()) for sent_at in (EPOCH, now - timedelta(days=50), now))
     with function.connect() as session:
         assert function.insert(session, [epoch, expired, live]) == 3
-        places = "select count(distinct tableoid), count(distinct ctid) from user_logins_ledger"
+        places = "select count(distinct tableoid), count(distinct ctid) from etl_ledger"
         assert query(world, places) == [(3, 1)]
         assert session.execute(PRUNE, [now - timedelta(days=42), 1000]).rowcount == 1
     assert keys(world) == Counter([epoch, live])
@@ -349,17 +349,17 @@ def test_etlctl_checks_migrates_shows_finds_recovers_and_remasks_as_before(world
     assert doctor() == health
     rows = world.json("status", environment=operator)["rows"]
     assert (rows["today"], rows["estimate"], rows["ledger"]["estimate"]) == (2, 5, 1)
-    assert world.json("find", "--ip", "198.18.0.1", environment=operator)["logins"] == 4
+    assert world.json("find", "--ip", "198.18.0.1", environment=operator)["row_count"] == 4
     without_day = "select masked_ip from user_logins where create_date is null"
     recovered = world.json("recover", "--reason", "a test", "--yes", "--query", without_day, environment=operator)
     assert [row["ip"] for row in recovered] == ["198.18.0.1"]
-    assert query(world, "select count(*) from user_logins_audit") == [(1,)]
+    assert query(world, "select count(*) from etl_audit") == [(1,)]
     world.json("keys", "add", "2026-12")
     world.json("keys", "activate", "2026-12")
     remasked = world.json("keys", "remask", status=1, environment=operator)
     assert (remasked["changed"], remasked["read"], remasked["unrecoverable"], remasked["rows_under_other_keys"]) == (4, 5, 1, 1)
-    assert query(world, "select logins from duplicate_ips") == [(4,)]
-    assert world.json("find", "--ip", "198.18.0.1", "--since", str(bound), environment=operator)["logins"] == 1
+    assert query(world, "select row_count from user_logins_masked_ip_duplicates") == [(4,)]
+    assert world.json("find", "--ip", "198.18.0.1", "--since", str(bound), environment=operator)["row_count"] == 1
 
 
 def test_status_counts_each_row_once_when_a_whole_was_analysed_with_its_partitions(world):

@@ -1,5 +1,5 @@
 with entered as (
-insert into user_logins_ledger (sent_at, message_id)
+insert into etl_ledger (sent_at, message_id)
 select * from unnest($1::timestamptz[], $2::uuid[])
 on conflict do nothing
 returning sent_at as ledger_sent_at, message_id as ledger_message_id

@@ -310,13 +310,13 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// Entries that hide messages for so many seconds, each under its place.
+/// Entries that hide messages for so many seconds, each under its index.
 fn visibility<'m>(
     messages: impl IntoIterator<Item = &'m Dead>,
     seconds: i32,
 ) -> Vec<ChangeMessageVisibilityBatchRequestEntry> {
-    let entry = |(place, dead): (usize, &Dead)| {
-        let entry = ChangeMessageVisibilityBatchRequestEntry::builder().id(place.to_string());
+    let entry = |(index, dead): (usize, &Dead)| {
+        let entry = ChangeMessageVisibilityBatchRequestEntry::builder().id(index.to_string());
         entry.visibility_timeout(seconds).receipt_handle(dead.message.receipt_handle()?).build().ok()
     };
     messages.into_iter().enumerate().filter_map(entry).collect()
@@ -330,7 +330,9 @@ struct Validation<'a> {
 
 impl<'a> Validation<'a> {
     async fn new(settings: &'a Settings) -> Result<Self, Failure> {
-        Ok(Self { mapping: &settings.mapping, keyring: settings.keyring().await? })
+        let keyring = settings.keyring().await?.for_masks(settings.mapping.masks());
+        let keyring = keyring.map_err(|error| failed(format!("the keyring {error}")))?;
+        Ok(Self { mapping: &settings.mapping, keyring })
     }
 
     /// Why the function refuses this body; never any of its content.

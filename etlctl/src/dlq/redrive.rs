@@ -161,8 +161,8 @@ impl Queue<'_> {
             let request = self.client.change_message_visibility_batch().queue_url(&self.url);
             let answer = request.set_entries(Some(visibility(part, REDRIVE))).send().await;
             let answer = answer.map_err(aws("hide messages while they are loaded"))?;
-            let places = answer.successful.iter().filter_map(|entry| entry.id.parse::<usize>().ok());
-            held.extend(places.filter_map(|place| part.get(place)));
+            let indexes = answer.successful.iter().filter_map(|entry| entry.id.parse::<usize>().ok());
+            held.extend(indexes.filter_map(|index| part.get(index)));
         }
         Ok(held)
     }

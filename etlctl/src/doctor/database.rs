@@ -111,29 +111,25 @@ async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
 
 async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     let table = mapping.table().to_string();
-    let there = "select to_regclass($1) is not null, to_regclass('user_logins_ledger') is not null";
-    let there = client.query_one(there, &[&table]).await.map_err(sql("look for the tables"))?;
-    let outstanding = migrate::outstanding(client).await?;
-    for (place, (name, file)) in
-        [(&*mapping.table().name, "001_user_logins"), ("user_logins_ledger", "002_ledger")].into_iter().enumerate()
-    {
-        if !there.get::<_, bool>(place) {
-            let advice = match place == 0 && name != "user_logins" {
-                true => "make it: `etlctl mapping ddl` prints the SQL".to_owned(),
-                false => again(file, &outstanding),
-            };
-            checks.check(false, format!("there is no table {name}"), advice);
-            return Ok(());
-        }
+    let name = mapping.table().plain();
+    let outstanding = migrate::outstanding(mapping, client).await?;
+    let missing = |name: &str| format!("there is no table {name}");
+    let Some(misfits) = migrate::misfits(mapping, client).await? else {
+        checks.check(false, missing(&name), again(&migrate::table_record(mapping), &outstanding));
+        return Ok(());
+    };
+    let ledger = client.query_one("select to_regclass('etl_ledger') is not null", &[]).await;
+    if !ledger.map_err(sql("look for the ledger"))?.get::<_, bool>(0) {
+        checks.check(false, missing("etl_ledger"), again("001_ledger", &outstanding));
+        return Ok(());
     }
-    let misfits = migrate::misfits(mapping, client).await?;
-    let found = if misfits.is_empty() {
-        format!("the columns of {} fit", mapping.table().name)
-    } else {
-        format!("{} does not fit", mapping.table().name)
+    let found = match misfits.is_empty() {
+        true => format!("the columns of {name} fit"),
+        false => format!("{name} does not fit"),
     };
     checks.check(misfits.is_empty(), found, misfits.join("; "));
-    let key = "select exists (select from pg_index where indrelid = 'user_logins_ledger'::regclass and indisunique and indisvalid)";
+    let key =
+        "select exists (select from pg_index where indrelid = 'etl_ledger'::regclass and indisunique and indisvalid)";
     let key: bool = client.query_one(key, &[]).await.map_err(sql("look at the ledger"))?.get(0);
     let found = if key { "the ledger has its key" } else { "the ledger has no key" };
     checks.check(key, found, "make (sent_at, message_id) its primary key: without it messages are inserted twice");
@@ -148,7 +144,7 @@ async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Resu
         2 => "both masked columns have an index",
         _ => "every masked column has an index",
     };
-    checks.consider(all, found, again("003_duplicates", &outstanding));
+    checks.consider(all, found, again(&migrate::table_record(mapping), &outstanding));
     let found = match outstanding.len() {
         0 => "every migration is recorded".to_owned(),
         _ => format!("not recorded as applied: {}", outstanding.join(", ")),
@@ -195,18 +191,22 @@ async fn rights(
         return Ok(false);
     };
     let query = "select
-        has_table_privilege($1, $2::text::regclass, 'insert') and has_table_privilege($1, 'user_logins_ledger', 'select')
-            and has_table_privilege($1, 'user_logins_ledger', 'insert'),
-        has_table_privilege($1, 'user_logins_ledger', 'delete') and has_table_privilege($1, 'user_logins_ledger', 'update'),
+        has_table_privilege($1, $2::text::regclass, 'insert'),
+        has_table_privilege($1, 'etl_ledger', 'select') and has_table_privilege($1, 'etl_ledger', 'insert'),
+        has_table_privilege($1, 'etl_ledger', 'delete') and has_table_privilege($1, 'etl_ledger', 'update'),
         has_any_column_privilege($1, $2::text::regclass, 'select') or has_any_column_privilege($1, $2::text::regclass, 'update')
             or has_table_privilege($1, $2::text::regclass, 'delete') or has_table_privilege($1, $2::text::regclass, 'truncate')";
     let table = mapping.table().to_string();
     let can = client.query_one(query, &[&user, &table]).await.map_err(sql("look at the user's rights"))?;
-    let grants = again("004_role", &migrate::outstanding(client).await?);
+    let outstanding = migrate::outstanding(mapping, client).await?;
+    let of_roles = again("002_roles", &outstanding);
+    let of_table = again(&migrate::table_record(mapping), &outstanding);
     let found = |can: bool, what: &str| format!("{user:?} {} {what}", if can { "may" } else { "may not" });
-    checks.check(can.get(0), found(can.get(0), "insert rows and ledger keys"), grants.clone());
-    checks.consider(can.get(1), found(can.get(1), "delete expired ledger keys"), grants);
-    let (powers, reads): (bool, bool) = (role.get(0), can.get(2));
+    let (rows, keys): (bool, bool) = (can.get(0), can.get(1));
+    let advice = if rows { of_roles.clone() } else { of_table };
+    checks.check(rows && keys, found(rows && keys, "insert rows and ledger keys"), advice);
+    checks.consider(can.get(2), found(can.get(2), "delete expired ledger keys"), of_roles);
+    let (powers, reads): (bool, bool) = (role.get(0), can.get(3));
     checks.check(
         !powers,
         if powers {
@@ -237,10 +237,12 @@ async fn rights(
     Ok(may_log_in)
 }
 
-/// How to get back what a file of the schema makes: a migration that is recorded is not run again.
-fn again(name: &str, outstanding: &[&str]) -> String {
-    if outstanding.contains(&name) {
+/// How to get back what a migration makes: one that is recorded is not run again.
+fn again(name: &str, outstanding: &[String]) -> String {
+    if outstanding.iter().any(|outstanding| outstanding == name) {
         "run `etlctl migrate`".to_owned()
+    } else if name.starts_with(migrate::TABLE) {
+        "it was there once: `etlctl mapping ddl | psql` makes it again".to_owned()
     } else {
         format!("it was there once: run schema/{name}.sql again, with psql")
     }

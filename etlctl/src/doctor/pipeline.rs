@@ -86,11 +86,13 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
 async fn secrets(settings: &Settings, checks: &mut Checks) {
     checks.area = "secrets";
     if let Some(id) = checks.have(settings.require("MASKING_SECRET_ID")) {
-        match settings.secrets().keyring(&id).await {
+        let masks: Vec<_> = settings.mapping.masks().collect();
+        match settings.secrets().keyring(&id, &masks).await {
             Ok(keyring) => {
                 let ciphers: Vec<_> = keyring.keys().map(|(id, cipher)| format!("{} {cipher}", key_name(id))).collect();
                 let active = key_name(keyring.active());
-                checks.right(format!("the keyring parses: {}; active: {active}", ciphers.join(", ")));
+                let one_way = keyring.one_way().map(|id| format!("; one-way: {id}")).unwrap_or_default();
+                checks.right(format!("the keyring parses: {}; active: {active}{one_way}", ciphers.join(", ")));
             }
             Err(error) => {
                 let advice = "put its last good version back (Secrets Manager keeps one as AWSPREVIOUS), or correct it; the \

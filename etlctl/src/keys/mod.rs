@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use jiff::Zoned;
 use login_etl::{
     keyring::{KEY_ID_MAX, is_key_id},
-    mapping::{Mapping, quoted},
+    mapping::{Column, Field, Mapping, quoted},
 };
 use serde_json::json;
 use tokio_postgres::{Client, GenericClient};
@@ -37,7 +37,7 @@ pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> 
     match command {
         Keys::List { no_rows } => list(settings, *no_rows).await,
         Keys::Add { id, cipher } => add(settings, id.as_deref(), cipher).await,
-        Keys::Activate { id } => activate(settings, id).await,
+        Keys::Activate { id, one_way } => activate(settings, id, *one_way).await,
         Keys::Remask(options) => remask::run(settings, options).await,
         Keys::Retire { id, yes } => retire(settings, id, *yes).await,
     }
@@ -47,27 +47,30 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     let secret = RingSecret::read(settings).await?;
     let keyring = settings.keyring().await?;
     let ciphers: BTreeMap<_, _> = keyring.keys().collect();
-    let rows =
-        if no_rows { None } else { Some(rows_by_key(&settings.mapping, &settings.database().await?.client).await?) };
+    let rows = if no_rows {
+        None
+    } else {
+        Some(all_rows_by_key(&settings.mapping, &settings.database().await?.client).await?)
+    };
     let counted = |id: &str| rows.as_ref().map(|rows| rows.get(id).copied().unwrap_or(0));
 
     let mut shown = Vec::new();
     let mut listed = Vec::new();
     for (id, key) in &secret.ring.keys {
-        let active = *id == secret.ring.active;
+        let (active, one_way) = (*id == secret.ring.active, secret.ring.one_way.as_ref() == Some(id));
         let created = key.created.map(|at| at.strftime("%Y-%m-%d").to_string());
         let age = key.created.map_or("unknown".to_owned(), |at| duration(age(at)));
         let rows = counted(id).map(|rows| rows.to_string());
         shown.push(vec![
             key_name(id).to_owned(),
             ciphers.get(id.as_str()).copied().unwrap_or_default().to_owned(),
-            if active { "active".to_owned() } else { String::new() },
+            key_use(active, one_way).to_owned(),
             created.clone().unwrap_or_default(),
             age,
             rows.clone().unwrap_or_default(),
         ]);
         listed.push(json!({
-            "id": id, "cipher": ciphers.get(id.as_str()), "active": active, "created": key.created.map(time),
+            "id": id, "cipher": ciphers.get(id.as_str()), "active": active, "one_way": one_way, "created": key.created.map(time),
             "replaced": key.replaced.map(time), "rows": counted(id),
         }));
     }
@@ -80,14 +83,14 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
             key_name(id)
         );
     }
-    let others: i64 = rows.iter().flatten().filter(|(id, _)| **id != secret.ring.active).map(|(_, rows)| rows).sum();
+    let others: i64 = rows.iter().flatten().filter(|(id, _)| !secret.ring.is_used(id)).map(|(_, rows)| rows).sum();
     if others > 0 {
         text +=
             &format!("\n{} not under the active key; `etlctl keys remask` brings them there.\n", count(others, "row"));
     }
     let no = !strangers.is_empty();
     let strangers: BTreeMap<_, _> = strangers.into_iter().collect();
-    let json = json!({"active": secret.ring.active, "keys": listed, "rows_of_unknown_keys": strangers});
+    let json = json!({"active": secret.ring.active, "one_way": secret.ring.one_way, "keys": listed, "rows_of_unknown_keys": strangers});
     Ok(Reply { no, ..Reply::new(text, json) })
 }
 
@@ -107,16 +110,25 @@ async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Repl
     Ok(Reply::new(text, json!({"added": id, "cipher": cipher})))
 }
 
-async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
+async fn activate(settings: &Settings, id: &str, one_way: bool) -> Result<Reply, Failure> {
     let mut secret = RingSecret::read(settings).await?;
-    let before = secret.ring.active.clone();
-    if before == id {
+    let now = if one_way { secret.ring.one_way.as_deref() } else { Some(&*secret.ring.active) };
+    if now == Some(id) {
         let text = format!("{} is active already.\n", key_name(id));
         return Ok(Reply::new(text, json!({"active": id, "before": id})));
     }
     let ttl = settings.secrets_ttl().await?;
-    secret.ring.activate(id)?;
+    let before = secret.ring.activate(id, one_way)?;
     secret.write().await?;
+    if one_way {
+        let text = format!(
+            "{GOOD}{} is active for one-way masks.{GOOD:#} Running functions use it within {}, new ones at once. Masks under another \
+             key stay as they are, as nobody can recover their values: equal values of old and new rows have different masks.\n",
+            key_name(id),
+            duration(ttl)
+        );
+        return Ok(Reply::new(text, json!({"one_way": id, "before": before, "in_use_within_seconds": ttl.as_secs()})));
+    }
     let text = format!(
         "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once. Then\n\
          `etlctl keys remask` brings the old rows over; until it has, equal values of old and new rows have different masks.\n",
@@ -129,7 +141,7 @@ async fn activate(settings: &Settings, id: &str) -> Result<Reply, Failure> {
 async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failure> {
     let mut secret = RingSecret::read(settings).await?;
     let key = secret.ring.key(id)?;
-    if secret.ring.active == id {
+    if secret.ring.is_used(id) {
         return Err(failed(format!("{} is active: activate another key first", key_name(id))));
     }
     // A key that is not active ceased to be so when the ring was last written, at the latest.
@@ -156,7 +168,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     if !alone.map_err(sql("see whether rows are being remasked"))?.get::<_, bool>(0) {
         return Err(failed("a remask is under way, and might be one to this very key: wait for its end, or stop it"));
     }
-    let rows = rows_by_key(&settings.mapping, &connection.client).await?.get(id).copied().unwrap_or(0);
+    let rows = all_rows_by_key(&settings.mapping, &connection.client).await?.get(id).copied().unwrap_or(0);
     if rows > 0 {
         return Err(failed(format!(
             "{} masked under {}: `etlctl keys remask` brings them under the active key, and says which it cannot recover",
@@ -194,14 +206,33 @@ async fn writable(client: &Client) -> Result<(), Failure> {
     if standby.get(0) { Err(failed("this server is a standby: connect to the primary")) } else { Ok(()) }
 }
 
-/// How many rows have a mask of each key, by the key's id. Reads the whole table.
-pub async fn rows_by_key(mapping: &Mapping, client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
+/// What a key is used for, in a word.
+pub fn key_use(active: bool, one_way: bool) -> &'static str {
+    match (active, one_way) {
+        (true, true) => "active, one-way",
+        (true, false) => "active",
+        (false, true) => "one-way",
+        (false, false) => "",
+    }
+}
+
+/// How many rows have a mask of each key in any column, by the key's id. Reads the whole table.
+async fn all_rows_by_key(mapping: &Mapping, client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
+    rows_by_key(mapping, mapping.masked(), client).await
+}
+
+/// How many rows have a mask of each key in one of these columns.
+async fn rows_by_key<'a>(
+    mapping: &Mapping,
+    columns: impl Iterator<Item = (&'a Column, &'a Field)>,
+    client: &impl GenericClient,
+) -> Result<BTreeMap<String, i64>, Failure> {
     let _spinner = spinner("Counting rows by key");
     // Only a part before a colon is a key's id; Base64 has none.
     let id = |column: &str| {
         format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end")
     };
-    let ids: Vec<_> = mapping.masked().map(|(column, _)| id(&quoted(&column.name))).collect();
+    let ids: Vec<_> = columns.map(|(column, _)| id(&quoted(&column.name))).collect();
     let (ids, table) = (ids.join(", "), mapping.table());
     // A row with two keys counts for both, one with the same key twice counts once.
     let query = format!(

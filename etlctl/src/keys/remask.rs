@@ -21,7 +21,7 @@ use tokio_postgres::{Client, Row};
 
 use super::{
     REMASKING,
-    rows::{Changes, Column, Place, Statements, leaves},
+    rows::{Changes, Column, RowId, Statements, leaves},
     rows_by_key, unsettled_for, writable,
 };
 use crate::{
@@ -88,6 +88,9 @@ struct Tally {
 }
 
 pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure> {
+    if settings.mapping.recoverable().next().is_none() {
+        return Err(failed("every masked column of the mapping is one-way: its masks stay as they are"));
+    }
     let connection = settings.database().await?;
     let client = &connection.client;
     writable(client).await?;
@@ -123,7 +126,7 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     };
     // In one statement, so that no row slips past it.
     let active = keyring.ring.active();
-    let others = rows_by_key(&settings.mapping, client)
+    let others = rows_by_key(&settings.mapping, settings.mapping.recoverable(), client)
         .await?
         .into_iter()
         .filter(|(id, _)| id != active)
@@ -200,7 +203,7 @@ impl Run<'_> {
 /// A key that is not the table's recovers next to nothing; but now and then an `aes-cbc` mask, to garbage.
 async fn is_of_this_table(client: &Client, mapping: &Mapping, keyring: &Keyring) -> Result<(), Failure> {
     let (columns, fields): (Vec<_>, Vec<_>) =
-        mapping.masked().map(|(column, field)| (quoted(&column.name), field)).unzip();
+        mapping.recoverable().map(|(column, field)| (quoted(&column.name), field)).unzip();
     let query = format!("select {} from {} limit 1000", columns.join(", "), mapping.table());
     let some = client.query(&query, &[]).await.map_err(sql("read rows"))?;
     let masks = some.iter().flat_map(|row| {
@@ -236,20 +239,20 @@ async fn pass(
         let rows = i64::from(options.rate.map_or(options.batch, |rate| rate.min(options.batch)).get());
         let active = keyring.ring.active();
         let statements = Statements::new(mapping, &leaf.name, rows, if all { None } else { Some(active) });
-        let mut place = Place::START;
-        while place.block < leaf.blocks {
+        let mut from = RowId::START;
+        while from.block < leaf.blocks {
             let began = Instant::now();
             let before = tally.changed;
             keyring.check(CHECK).await?;
-            let (rows, next) = statements.read(client, place, leaf.blocks).await?;
+            let (rows, next) = statements.read(client, from, leaf.blocks).await?;
             remask(client, mapping, &keyring.ring, &statements, &rows, &mut tally).await?;
-            bar.inc((next.block - place.block).unsigned_abs());
+            bar.inc((next.block - from.block).unsigned_abs());
             bar.set_message(format!("{} of {} rows changed", tally.changed, tally.read));
             if let Some(rate) = options.rate {
                 let due = Duration::from_secs_f64((tally.changed - before) as f64 / f64::from(rate.get()));
                 sleep(due.saturating_sub(began.elapsed())).await;
             }
-            place = next;
+            from = next;
         }
     }
     bar.finish_and_clear();
@@ -265,11 +268,12 @@ async fn remask(
     rows: &[Row],
     tally: &mut Tally,
 ) -> Result<(), Failure> {
-    let mut changes = Changes { places: Vec::new(), columns: mapping.masked().map(|_| Column::default()).collect() };
+    let mut changes =
+        Changes { row_ids: Vec::new(), columns: mapping.recoverable().map(|_| Column::default()).collect() };
     tally.read += rows.len() as u64;
     for row in rows {
         let (old, new): (Vec<Option<&str>>, Vec<_>) = (1..)
-            .zip(mapping.masked())
+            .zip(mapping.recoverable())
             .map(|(number, (_, field))| {
                 let old: Option<&str> = row.get(number);
                 (old, old.map(|old| remasked(keyring, field, old)))
@@ -282,7 +286,7 @@ async fn remask(
         if !new.iter().flatten().any(|new| matches!(new, Remasked::Changed(_))) {
             continue;
         }
-        changes.places.push(row.get(0));
+        changes.row_ids.push(row.get(0));
         for (column, (old, new)) in changes.columns.iter_mut().zip(old.into_iter().zip(new)) {
             column.old.push(old);
             column.new.push(match new {
@@ -292,7 +296,7 @@ async fn remask(
             });
         }
     }
-    if !changes.places.is_empty() {
+    if !changes.row_ids.is_empty() {
         tally.changed += statements.write(client, &changes).await?;
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! The keyring's secret, changed: read, edited, and put in the place of the very version that was read.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, mem, time::Duration};
 
 use aws_sdk_secretsmanager::{Client, error::ProvideErrorMetadata};
 use jiff::Timestamp;
@@ -18,6 +18,9 @@ use crate::{
 pub struct Ring {
     /// The id of the key that new values are masked under.
     pub active: String,
+    /// And of the one for one-way masks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub one_way: Option<String>,
     /// The keys by id.
     pub keys: BTreeMap<String, Key>,
 }
@@ -53,7 +56,7 @@ impl RingSecret {
     pub async fn read(settings: &Settings) -> Result<Self, Failure> {
         let id = settings.require("MASKING_SECRET_ID")?;
         // Checks it, and says clearly what is wrong with it.
-        settings.secrets().keyring(&id).await?;
+        settings.secrets().keyring(&id, &[]).await?;
         let client = Client::new(&settings.aws);
         let secret = client.get_secret_value().secret_id(&id).send().await.map_err(aws("read the keyring"))?;
         let text = Zeroizing::new(secret.secret_string.unwrap_or_default());
@@ -65,7 +68,7 @@ impl RingSecret {
             .or_else(|_| {
                 let key = serde_json::from_str::<Key>(&text)?;
                 let key = Key { created: Some(written), ..key };
-                Ok(Ring { active: String::new(), keys: BTreeMap::from([(String::new(), key)]) })
+                Ok(Ring { active: String::new(), one_way: None, keys: BTreeMap::from([(String::new(), key)]) })
             })
             // The error itself may quote a key.
             .map_err(|_: serde_json::Error| {
@@ -134,17 +137,25 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes a key the one that new values are masked under.
-    pub fn activate(&mut self, id: &str) -> Result<(), Failure> {
+    /// Makes a key the one that new values are masked under, or new one-way masks made. Returns which one was before.
+    pub fn activate(&mut self, id: &str, one_way: bool) -> Result<Option<String>, Failure> {
         self.key(id)?;
-        if let Some(key) = self.keys.get_mut(&self.active) {
+        let before = match one_way {
+            true => self.one_way.replace(id.to_owned()),
+            false => Some(mem::replace(&mut self.active, id.to_owned())),
+        };
+        if let Some(key) = before.as_ref().filter(|before| !self.is_used(before)).and_then(|id| self.keys.get_mut(id)) {
             key.replaced = Some(now());
         }
         if let Some(key) = self.keys.get_mut(id) {
             key.replaced = None;
         }
-        self.active = id.to_owned();
-        Ok(())
+        Ok(before)
+    }
+
+    /// Whether new masks are made under this key.
+    pub fn is_used(&self, id: &str) -> bool {
+        self.active == id || self.one_way.as_deref() == Some(id)
     }
 
     /// The key with this id, which there must be.

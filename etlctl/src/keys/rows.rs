@@ -20,12 +20,12 @@ pub(super) struct Leaf {
 
 /// Where a row lies: its block, from 0, and its line pointer there, from 1. What comes after it is still to be done.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct RowId {
     pub(super) block: i64,
     line: i32,
 }
 
-impl Place {
+impl RowId {
     /// Before the first row.
     pub(super) const START: Self = Self { block: 0, line: 0 };
 
@@ -65,7 +65,7 @@ pub(super) struct Statements {
 impl Statements {
     /// Rows that are under the key `but` are not read.
     pub(super) fn new(mapping: &Mapping, leaf: &str, rows: i64, but: Option<&str>) -> Self {
-        let columns: Vec<_> = mapping.masked().map(|(column, _)| quoted(&column.name)).collect();
+        let columns: Vec<_> = mapping.recoverable().map(|(column, _)| quoted(&column.name)).collect();
         let each = |form: &dyn Fn(usize, &str) -> String, separator: &str| {
             let forms: Vec<_> = columns.iter().enumerate().map(|(number, column)| form(number, column)).collect();
             forms.join(separator)
@@ -81,22 +81,22 @@ impl Statements {
         // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
         // no more line pointers than this, as a row has a header of 24 bytes at least.
         let read = format!(
-            "select login.ctid::text, {} from only {leaf} as login where login.ctid = any (array(
+            "select old.ctid::text, {} from only {leaf} as old where old.ctid = any (array(
                  select format('(%s,%s)', block, line)::tid
                  from generate_series($1::bigint, $3::bigint - 1) block,
                       generate_series(1, (current_setting('block_size')::integer - 24) / 28) line
                  where block > $1 or line > $2::integer
-             )) and not ({done}) order by login.ctid limit {rows}",
+             )) and not ({done}) order by old.ctid limit {rows}",
             columns.join(", ")
         );
         let write = format!(
-            "update only {leaf} as login set {}
+            "update only {leaf} as old set {}
              from unnest($1::text[]::tid[], {}) as batch (ctid, {})
-             where login.ctid = any ($1::text[]::tid[]) and login.ctid = batch.ctid and {}",
+             where old.ctid = any ($1::text[]::tid[]) and old.ctid = batch.ctid and {}",
             each(&|number, column| format!("{column} = batch.new_{number}"), ", "),
             (2..2 + 2 * columns.len()).map(|number| format!("${number}::text[]")).collect::<Vec<_>>().join(", "),
             each(&|number, _| format!("old_{number}, new_{number}"), ", "),
-            each(&|number, column| format!("login.{column} is not distinct from batch.old_{number}"), " and "),
+            each(&|number, column| format!("old.{column} is not distinct from batch.old_{number}"), " and "),
         );
         Self { leaf: leaf.to_owned(), columns, rows, read, write }
     }
@@ -113,21 +113,21 @@ impl Statements {
         ))
     }
 
-    /// The rows after `place`, as many as a batch may have, of blocks before `end`; and where to go on.
-    pub(super) async fn read(&self, client: &Client, place: Place, end: i64) -> Result<(Vec<Row>, Place), Failure> {
-        let end = end.min(place.block + self.rows / ROWS_A_BLOCK + 1);
+    /// The rows after `from`, as many as a batch may have, of blocks before `end`; and where to go on.
+    pub(super) async fn read(&self, client: &Client, from: RowId, end: i64) -> Result<(Vec<Row>, RowId), Failure> {
+        let end = end.min(from.block + self.rows / ROWS_A_BLOCK + 1);
         let parameters: [(&(dyn ToSql + Sync), Type); 3] =
-            [(&place.block, Type::INT8), (&place.line, Type::INT4), (&end, Type::INT8)];
+            [(&from.block, Type::INT8), (&from.line, Type::INT4), (&end, Type::INT8)];
         let rows = client.query_typed(&self.read, &parameters).await;
         let rows = rows.map_err(|error| self.no_right(error, "read rows"))?;
         let is_full = rows.len() as i64 == self.rows;
-        let last = rows.last().filter(|_| is_full).and_then(|row| Place::parse(row.get(0)));
-        Ok((rows, last.unwrap_or(Place { block: end, line: 0 })))
+        let last = rows.last().filter(|_| is_full).and_then(|row| RowId::parse(row.get(0)));
+        Ok((rows, last.unwrap_or(RowId { block: end, line: 0 })))
     }
 
     /// Writes new masks where the old ones still are. Returns how many rows that were.
     pub(super) async fn write(&self, client: &Client, changes: &Changes<'_>) -> Result<u64, Failure> {
-        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&changes.places, Type::TEXT_ARRAY)];
+        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&changes.row_ids, Type::TEXT_ARRAY)];
         for column in &changes.columns {
             parameters.push((&column.old, Type::TEXT_ARRAY));
             parameters.push((&column.new, Type::TEXT_ARRAY));
@@ -137,9 +137,9 @@ impl Statements {
     }
 }
 
-/// The rows of a batch that change, by their places, and their masks before and after.
+/// The rows of a batch that change, by where they lie, and their masks before and after.
 pub(super) struct Changes<'a> {
-    pub(super) places: Vec<&'a str>,
+    pub(super) row_ids: Vec<&'a str>,
     pub(super) columns: Vec<Column<'a>>,
 }
 

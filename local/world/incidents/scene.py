@@ -126,7 +126,7 @@ class Scene:
 
     def __enter__(self) -> "Scene":
         with self.admin() as admin:
-            admin.execute("truncate user_logins, user_logins_ledger")
+            admin.execute("truncate user_logins, etl_ledger")
             admin.execute(f"alter role {DATABASE_USER} set statement_timeout = '{self.settings['FunctionTimeout']}s'")
         self.stack = stack.deploy(self.servers, self.name, **self.settings)
         self._functions, self._secrets = self.stack.localstack.client("lambda"), self.stack.localstack.client("secretsmanager")

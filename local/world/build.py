@@ -28,6 +28,11 @@ def environment() -> dict[str, str]:
     return os.environ | ({"OPENSSL_NO_VENDOR": "1"} if "SYSTEM_OPENSSL" in os.environ else {})
 
 
+def release_environment() -> dict[str, str]:
+    """For what is deployed: it brings its own OpenSSL, whatever is set here."""
+    return {name: value for name, value in os.environ.items() if name != "OPENSSL_NO_VENDOR"}
+
+
 def function(quick: bool = False, quiet: bool = False) -> Path:
     """Builds the function by `sam build`, and gives the directory that can be deployed.
 
@@ -40,7 +45,7 @@ def function(quick: bool = False, quiet: bool = False) -> Path:
         *("--parameter-overrides", f"Architecture={architecture()}"),
         what="Building the function" + ("" if target.exists() else " (some minutes the first time)"),
         log=paths.LOGS / f"build-{name}.log",
-        environment=(environment() | QUICK if quick else dict(os.environ)) | {"CARGO_TARGET_DIR": str(target)},
+        environment=(environment() | QUICK if quick else release_environment()) | {"CARGO_TARGET_DIR": str(target)},
         progress=partial(crates_of, target, crates()),
         quiet=quiet,
     )

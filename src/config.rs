@@ -48,6 +48,8 @@ pub struct DatabaseConfig {
     pub connect_timeout: Duration,
 }
 
+/// The default of `OUTAGE_DELAY`.
+pub const OUTAGE_DELAY: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(86_400);
 /// `COPY` is faster for many rows, but waits for two more answers. On one machine it loses a tenth at 2,000 messages and gains a
 /// fifth at 5,000.
@@ -142,7 +144,7 @@ impl Config {
                 Some(Err(_)) => return Err(invalid("SECRETS_TTL", "a number of seconds")),
             },
             outage_delay: match optional("OUTAGE_DELAY").map(|seconds| seconds.parse()) {
-                None => Duration::from_secs(60),
+                None => OUTAGE_DELAY,
                 // 120 times that, and the jitter, stay below the 12 hours that SQS can hide a message.
                 Some(Ok(seconds @ 0..=240)) => Duration::from_secs(seconds),
                 Some(_) => return Err(invalid("OUTAGE_DELAY", "a number of seconds from 0 to 240")),

@@ -11,8 +11,8 @@ use std::{
 use aws_lambda_events::sqs::SqsBatchResponse;
 use bytes::BytesMut;
 use futures_util::FutureExt;
-use lambda_runtime::{Diagnostic, LambdaEvent};
-use tokio::time::Instant;
+use lambda_runtime::{Context, Diagnostic, LambdaEvent};
+use tokio::{sync::Mutex, time::Instant};
 
 use crate::{
     event::{self, Message, NotAnSqsEvent},
@@ -28,8 +28,38 @@ use crate::{
 /// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
 /// these.
 const ANSWER_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(3);
+/// Longest time to have failed messages of a batch back sooner or later: the others wait for the answer.
+const BRING_BACK_TIME: Duration = Duration::from_secs(2);
 /// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
 const NO_DEADLINE: Duration = Duration::from_secs(30);
+
+/// An invocation's times.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// When it began, by the monotonic clock.
+    pub started: Instant,
+    /// And by the wall clock.
+    pub timestamp: SystemTime,
+    /// When its work has to be done.
+    pub deadline: Instant,
+    /// What is left after that.
+    answer_time: Duration,
+}
+
+impl Times {
+    /// Of an invocation that begins now.
+    pub fn of(context: &Context) -> Self {
+        let (started, timestamp) = (Instant::now(), SystemTime::now());
+        let time = context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
+        let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
+        Self { started, timestamp, deadline: started + time.saturating_sub(answer_time), answer_time }
+    }
+
+    /// When whatever is done for a failed batch has to be done.
+    pub fn last(&self) -> Instant {
+        self.deadline + self.answer_time / 2
+    }
+}
 
 /// Handles batches; one for the life of an execution environment.
 #[derive(Debug)]
@@ -38,11 +68,31 @@ pub struct Handler {
     keyring: FreshKeyring,
     store: Store,
     redelivery: Redelivery,
+    health: Mutex<Health>,
+}
+
+/// How many of the latest messages were invalid; each batch counts half as much as the next one.
+#[derive(Debug, Default)]
+struct Health {
+    messages: f64,
+    invalid: f64,
+}
+
+impl Health {
+    /// Adds a batch. Returns whether less than half were invalid; else it is rather the mapping that does not fit.
+    fn add(&mut self, messages: usize, invalid: usize) -> bool {
+        self.messages = self.messages / 2.0 + messages as f64;
+        self.invalid = self.invalid / 2.0 + invalid as f64;
+        self.invalid < self.messages / 2.0
+    }
 }
 
 /// Why a whole batch comes back. None of its messages is reported as handled.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
+    /// A setting, a secret or the mapping cannot be used. The text says what to do.
+    #[error("not started: {0}")]
+    Init(String),
     /// The event is not one from SQS.
     #[error(transparent)]
     NotAnSqsEvent(#[from] NotAnSqsEvent),
@@ -64,6 +114,7 @@ impl BatchError {
     /// A stable name, for alarms and for Lambda's `errorType`.
     pub fn error_type(&self) -> &'static str {
         match self {
+            Self::Init(_) => "Init",
             Self::NotAnSqsEvent(_) => "InvalidEvent",
             Self::MixedUp => "MixedUp",
             Self::NoMessageId => "NoMessageId",
@@ -84,14 +135,17 @@ impl From<BatchError> for Diagnostic {
 enum Failure {
     Invalid(Invalid),
     Refused(DatabaseError),
+    Doubtful(DatabaseError),
     HeldBack,
+    Untried,
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Invalid(reason) => reason.fmt(f),
-            Self::Refused(error) => write!(f, "refused by the database: {error}"),
+            Self::Refused(error) | Self::Doubtful(error) => write!(f, "refused by the database: {error}"),
+            Self::Untried => f.write_str("no time was left to try it; it comes back"),
             Self::HeldBack => f.write_str("an earlier message of its group failed"),
         }
     }
@@ -117,7 +171,7 @@ struct Loaded {
 impl Handler {
     /// A handler with its mapping, its keyring, its database and what delays redeliveries.
     pub fn new(mapping: Mapping, keyring: FreshKeyring, store: Store, redelivery: Redelivery) -> Self {
-        Self { mapping, keyring, store, redelivery }
+        Self { mapping, keyring, store, redelivery, health: Mutex::default() }
     }
 
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
@@ -125,11 +179,9 @@ impl Handler {
     /// # Errors
     /// [`BatchError`]: all of the batch comes back.
     pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
-        let (started, timestamp) = (Instant::now(), SystemTime::now());
         let LambdaEvent { payload, context, .. } = event;
-        let time = context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
-        let answer_time = (time / 10).clamp(*ANSWER_TIME.start(), *ANSWER_TIME.end());
-        let deadline = started + time.saturating_sub(answer_time);
+        let times = Times::of(&context);
+        let Times { started, timestamp, deadline, .. } = times;
 
         let read = || match payload.of(&context.request_id) {
             Some(event) => event::messages(event).map_err(BatchError::from),
@@ -144,8 +196,11 @@ impl Handler {
         let messages = &messages[..];
         let loading = async {
             let result = self.load(messages, deadline).await;
-            if let Err(BatchError::Store(_)) = result {
-                self.redelivery.delay(messages, deadline + answer_time / 2).await;
+            let until = times.last();
+            match &result {
+                Ok(loaded) => self.bring_back(messages, loaded, until.min(Instant::now() + BRING_BACK_TIME)).await,
+                Err(BatchError::Store(_)) => self.redelivery.delay(messages.iter(), until).await,
+                Err(_) => {}
             }
             result
         };
@@ -206,18 +261,46 @@ impl Handler {
         Ok(Loaded { inserted: stored.inserted, failures: settle(prepared, &stored.fates) })
     }
 
+    /// Has messages that can never succeed back at once, so that they are soon in the dead-letter queue and hold up no group;
+    /// and later those that may succeed then.
+    async fn bring_back(&self, messages: &[Message<'_>], loaded: &Loaded, until: Instant) {
+        if loaded.failures.iter().all(Option::is_none) {
+            self.health.lock().await.add(messages.len(), 0);
+            return;
+        }
+        let invalid = loaded.failures.iter().flatten().filter(|failure| matches!(failure, Failure::Invalid(_))).count();
+        let mapping_fits = self.health.lock().await.add(messages.len(), invalid);
+        let hopeless = |failure: &Failure| match failure {
+            Failure::Invalid(_) => mapping_fits,
+            Failure::Refused(_) => loaded.inserted > 0,
+            Failure::Doubtful(_) | Failure::HeldBack | Failure::Untried => false,
+        };
+        let failed = || pairs(messages, &loaded.failures).filter_map(|(message, failure)| Some((message, failure?)));
+        let groups: HashSet<&str> =
+            failed().filter(|(_, failure)| hopeless(failure)).filter_map(|(message, _)| message.fifo_group()).collect();
+        let hurried = failed().filter(|(message, failure)| {
+            // What waits behind such a message in its group would hold the group up all the same.
+            let waits = matches!(failure, Failure::HeldBack)
+                && message.fifo_group().is_some_and(|group| groups.contains(group));
+            hopeless(failure) || waits
+        });
+        self.redelivery.hurry(hurried.map(|(message, _)| message), until).await;
+        let doubtful = failed().filter(|(_, failure)| matches!(failure, Failure::Doubtful(_)));
+        self.redelivery.delay(doubtful.map(|(message, _)| message), until).await;
+    }
+
     /// Makes an entry of each message that is to be written, in the batch's order.
     fn prepare<'a>(&self, messages: &'a [Message<'_>], keyring: &Keyring) -> (Vec<Prepared>, Vec<Entry<'a>>) {
         let (now, horizon) = (SystemTime::now(), self.store.horizon());
         let mut prepared = Vec::with_capacity(messages.len());
         let mut entries = Vec::with_capacity(messages.len());
-        let mut first_places = HashMap::with_capacity(messages.len());
+        let mut firsts = HashMap::with_capacity(messages.len());
         let mut stopped_groups = HashSet::new();
         let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
         for (index, message) in messages.iter().enumerate() {
             let id = message.id().unwrap_or_default();
             let key = LedgerKey::new(id, message.sent_timestamp(), horizon);
-            match first_places.entry(key.message_id) {
+            match firsts.entry(key.message_id) {
                 hash_map::Entry::Occupied(first) => {
                     prepared.push(Prepared::CopyOf(*first.get()));
                     continue;
@@ -258,7 +341,9 @@ fn settle(prepared: Vec<Prepared>, fates: &[store::Fate]) -> Vec<Option<Failure>
             Prepared::Entry(index) => match &fates[index] {
                 store::Fate::Stored => None,
                 store::Fate::Refused(error) => Some(Failure::Refused(error.clone())),
+                store::Fate::Doubtful(error) => Some(Failure::Doubtful(error.clone())),
                 store::Fate::HeldBack => Some(Failure::HeldBack),
+                store::Fate::Untried => Some(Failure::Untried),
             },
         });
     }

@@ -19,7 +19,10 @@ use aes_siv::siv::{Aes128Siv, Aes256Siv};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::{BufMut, BytesMut};
 use hmac::{Hmac, Mac};
-use serde::{Deserialize, de::IgnoredAny};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, IgnoredAny, MapAccess, Visitor},
+};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
@@ -190,6 +193,11 @@ impl Keyring {
         self.keys.get(id).is_some_and(|key| key.0.name() == HMAC)
     }
 
+    /// Most bytes of a value that fits its column under the active key, whose id every mask carries.
+    pub fn longest(&self) -> usize {
+        (0..=MASKED_MAX).rev().find(|&bytes| self.mask("", &"x".repeat(bytes)).is_ok()).unwrap_or_default()
+    }
+
     /// Masks `value` under the active key. `field` is the field's name; only an `aes-cbc` mask does not depend on it.
     ///
     /// # Errors
@@ -276,9 +284,40 @@ pub fn is_key_id(id: &str) -> bool {
 struct KeyringText {
     active: Option<String>,
     one_way: Option<String>,
+    #[serde(default, deserialize_with = "keys_once")]
     keys: Option<BTreeMap<String, KeyText>>,
+    #[serde(default, deserialize_with = "given")]
     key: Option<Zeroizing<String>>,
+    #[serde(default, deserialize_with = "given")]
     iv: Option<Zeroizing<String>>,
+}
+
+/// What is there is a text: a `null` that was read as nothing would change every mask.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Zeroizing<String>>, D::Error> {
+    Zeroizing::deserialize(deserializer).map(Some)
+}
+
+/// Keys, none of which has the id of another: that would be lost in silence.
+fn keys_once<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BTreeMap<String, KeyText>>, D::Error> {
+    struct Keys;
+    impl<'de> Visitor<'de> for Keys {
+        type Value = BTreeMap<String, KeyText>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("keys by their ids")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut keys = BTreeMap::new();
+            while let Some((id, key)) = map.next_entry()? {
+                if keys.insert(id, key).is_some() {
+                    return Err(A::Error::custom("an id twice"));
+                }
+            }
+            Ok(keys)
+        }
+    }
+    deserializer.deserialize_map(Keys).map(Some)
 }
 
 #[derive(Default, Deserialize)]
@@ -286,7 +325,9 @@ struct KeyringText {
 struct KeyText {
     #[serde(default)]
     cipher: CipherName,
+    #[serde(default, deserialize_with = "given")]
     key: Option<Zeroizing<String>>,
+    #[serde(default, deserialize_with = "given")]
     iv: Option<Zeroizing<String>>,
     /// When the key was made and when another took its place: for its owner, not for us.
     #[serde(rename = "created")]
@@ -518,6 +559,8 @@ mod tests {
             (r#"{"iv": "000102030405060708090a0b0c0d0e0f"}"#, start.clone()),
             (r#"{"key": "00", "active": "a", "keys": {}}"#, start),
             (r#"{"key": "00", "vi": "00"}"#, Shape { line: 1, column: 18 }),
+            (r#"{"key": "2b7e151628aed2a6abf7158809cf4f3c", "iv": null}"#, Shape { line: 1, column: 54 }),
+            (r#"{"active": "a", "keys": {"a": {"key": "00"}, "a": {"key": "00"}}}"#, Shape { line: 1, column: 64 }),
             (r#"{"key": "00"}"#, CbcKey),
             (r#"{"key": "zz7e151628aed2a6abf7158809cf4f3c"}"#, CbcKey),
             (r#"{"key": "2b7e151628aed2a6abf7158809cf4f3c", "iv": "00"}"#, Iv),

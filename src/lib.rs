@@ -11,11 +11,11 @@
 //! ─→ SqsBatchResponse
 //! ```
 //!
-//! [`handler`] leads a batch through that.
+//! [`handler`] leads a batch through that; [`function`] makes the handler.
 //!
 //! Whose fault is it? A message's: it alone is reported, and SQS redelivers it alone. The batch's (the database is
 //! down, the time is up): the invocation fails, and all of it comes back; the ledger keeps what was written from being
-//! written twice. The operator's (a setting, a secret, the mapping): the environment does not start, and says why.
+//! written twice. The operator's (a setting, a secret, the mapping): every batch fails and says why, until it is mended.
 //!
 //! To add
 //! - a conversion or a normalisation: its variant in `mapping/convert.rs`, where it works in `mapping/row.rs`, which types it fits in
@@ -26,6 +26,8 @@
 #[cfg(feature = "lambda")]
 pub mod config;
 pub mod event;
+#[cfg(feature = "lambda")]
+pub mod function;
 #[cfg(feature = "lambda")]
 pub mod handler;
 pub mod keyring;

@@ -1,9 +1,9 @@
-//! When messages come back after an outage: later and later, so that a long one sends nothing good to the
-//! dead-letter queue.
+//! When messages come back: after an outage later and later, so that a long one sends nothing good to the dead-letter
+//! queue; what can never succeed at once, so that it is there soon.
 //!
-//! An item that fails for its own sake comes back after the queue's visibility timeout, and soon reaches the dead-letter
-//! queue. A batch that fails for the database's sake is no fault of its messages, and their receives are counted all the
-//! same. So each is hidden for a time that doubles with its receives.
+//! By itself a message comes back after the queue's visibility timeout. A batch that fails for the database's sake is no
+//! fault of its messages, and their receives are counted all the same. So each is hidden for a time that doubles with its
+//! receives. A message that fails for its own sake only costs time until its last receive, and holds up its group.
 
 use std::{
     collections::HashMap,
@@ -19,7 +19,7 @@ use aws_sdk_sqs::{
 };
 use futures_util::{StreamExt, stream};
 use tokio::{
-    sync::OnceCell,
+    sync::{Mutex, OnceCell},
     time::{Instant, timeout_at},
 };
 
@@ -29,6 +29,8 @@ use crate::event::Message;
 const LONGEST: u32 = 120;
 /// A random part of the delay is added to it, up to one in so many: what failed together does not come back together.
 const JITTER: u32 = 4;
+/// After so many receives, what can never succeed comes back as late as all else: the queue allows it very many.
+const HURRIED_RECEIVES: u64 = 20;
 /// The service's limit on a request's entries.
 const ENTRIES: usize = 10;
 /// Requests under way at once; a full batch of 10,000 messages needs a thousand.
@@ -40,6 +42,8 @@ pub struct Redelivery {
     sdk_config: SdkConfig,
     first_delay: Duration,
     client: OnceCell<Client>,
+    /// By ARN.
+    queue_urls: Mutex<HashMap<String, String>>,
     denied: AtomicBool,
 }
 
@@ -47,18 +51,37 @@ impl Redelivery {
     /// `first_delay` is what a message is hidden for after its first receive; none if that is zero. The SQS client is
     /// built when it is first needed.
     pub fn new(sdk_config: SdkConfig, first_delay: Duration) -> Self {
-        Self { sdk_config, first_delay, client: OnceCell::new(), denied: AtomicBool::new(false) }
+        Self {
+            sdk_config,
+            first_delay,
+            client: OnceCell::new(),
+            queue_urls: Mutex::default(),
+            denied: AtomicBool::new(false),
+        }
     }
 
-    /// Delays the messages of a batch that failed for the database's sake, as many as can be until `deadline`.
+    /// Delays messages that failed for the database's sake, as many as can be until `deadline`.
+    pub async fn delay<'a>(&self, messages: impl Iterator<Item = &'a Message<'a>>, deadline: Instant) {
+        let after =
+            |message: &Message<'_>| delay(self.first_delay, message.receive_count().unwrap_or(1), fastrand::f32());
+        self.show(messages.map(|message| (message, after(message))).collect(), deadline).await;
+    }
+
+    /// Has messages that can never succeed back at once, as many as can be until `deadline`.
+    pub async fn hurry<'a>(&self, messages: impl Iterator<Item = &'a Message<'a>>, deadline: Instant) {
+        let messages = messages.filter(|message| message.receive_count().unwrap_or(1) < HURRIED_RECEIVES);
+        self.show(messages.map(|message| (message, Duration::ZERO)).collect(), deadline).await;
+    }
+
+    /// Shows each message again after its time; none, where delays are turned off.
     ///
     /// A failure is only logged: the messages then come back after the queue's visibility timeout. Where the function's
     /// role lacks the permission, nothing is tried again.
-    pub async fn delay(&self, messages: &[Message<'_>], deadline: Instant) {
-        if self.first_delay.is_zero() || self.denied.load(Ordering::Relaxed) {
+    async fn show(&self, messages: Vec<(&Message<'_>, Duration)>, deadline: Instant) {
+        if messages.is_empty() || self.first_delay.is_zero() || self.denied.load(Ordering::Relaxed) {
             return;
         }
-        let error = match timeout_at(deadline, self.delay_all(messages)).await {
+        let error = match timeout_at(deadline, self.show_all(messages)).await {
             Ok(Ok(())) => return,
             Ok(Err(code)) => code,
             Err(_) => "no time left".to_owned(),
@@ -71,34 +94,28 @@ impl Redelivery {
         tracing::warn!(error, hint, "redelivery not delayed, of some messages at least");
     }
 
-    async fn delay_all(&self, messages: &[Message<'_>]) -> Result<(), String> {
+    async fn show_all(&self, messages: Vec<(&Message<'_>, Duration)>) -> Result<(), String> {
         let client = self.client.get_or_init(|| async { Client::new(&self.sdk_config) }).await;
         let mut queues: HashMap<&str, Vec<ChangeMessageVisibilityBatchRequestEntry>> = HashMap::new();
-        for message in messages {
+        for (message, after) in messages {
             let (Some(arn), Some(receipt_handle)) = (message.queue_arn(), message.receipt_handle()) else {
                 continue;
             };
-            let delay = delay(self.first_delay, message.receive_count().unwrap_or(1), fastrand::f32());
             let entries = queues.entry(arn).or_default();
             let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
                 .id((entries.len() % ENTRIES).to_string())
                 .receipt_handle(receipt_handle)
-                .visibility_timeout(delay.as_secs().try_into().unwrap_or(i32::MAX))
+                .visibility_timeout(after.as_secs().try_into().unwrap_or(i32::MAX))
                 .build();
             entries.push(entry.map_err(|error| error.to_string())?);
         }
         let mut result = Ok(());
         for (arn, entries) in queues {
-            // arn:aws:sqs:region:account:name
-            let mut parts = arn.rsplit(':');
-            let (name, account) = (parts.next(), parts.next());
-            let queue = client.get_queue_url().set_queue_name(name.map(Into::into));
-            let queue = queue.set_queue_owner_aws_account_id(account.map(Into::into)).send().await.map_err(code)?;
-            let url = queue.queue_url().unwrap_or_default();
+            let url = self.queue_url(client, arn).await?;
             let requests: Vec<_> = entries
                 .chunks(ENTRIES)
                 .map(|entries| {
-                    client.change_message_visibility_batch().queue_url(url).set_entries(Some(entries.to_vec())).send()
+                    client.change_message_visibility_batch().queue_url(&url).set_entries(Some(entries.to_vec())).send()
                 })
                 .collect();
             let mut answers = stream::iter(requests).buffer_unordered(REQUESTS);
@@ -109,6 +126,21 @@ impl Redelivery {
             }
         }
         result
+    }
+
+    async fn queue_url(&self, client: &Client, arn: &str) -> Result<String, String> {
+        let mut urls = self.queue_urls.lock().await;
+        if let Some(url) = urls.get(arn) {
+            return Ok(url.clone());
+        }
+        // arn:aws:sqs:region:account:name
+        let mut parts = arn.rsplit(':');
+        let (name, account) = (parts.next(), parts.next());
+        let queue = client.get_queue_url().set_queue_name(name.map(Into::into));
+        let queue = queue.set_queue_owner_aws_account_id(account.map(Into::into)).send().await.map_err(code)?;
+        let url = queue.queue_url.unwrap_or_default();
+        urls.insert(arn.to_owned(), url.clone());
+        Ok(url)
     }
 }
 

@@ -226,6 +226,12 @@ impl Mapping {
         &self.columns
     }
 
+    /// The same for a table in this schema, unless the mapping names one.
+    pub fn in_schema(mut self, schema: String) -> Self {
+        self.table.schema.get_or_insert(schema);
+        self
+    }
+
     /// What the messages are wrapped in.
     pub fn unwrap(&self) -> Option<Unwrap> {
         self.unwrap

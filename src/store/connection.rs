@@ -9,7 +9,12 @@ use std::{
 use native_tls::{Certificate, Protocol, TlsConnector};
 use postgres_native_tls::MakeTlsConnector;
 use tokio::{task::JoinHandle, time::timeout};
-use tokio_postgres::{Client, Config, NoTls, Socket, config::SslMode, tls::MakeTlsConnect};
+use tokio_postgres::{
+    Client, Config, NoTls, Socket,
+    config::SslMode,
+    tls::MakeTlsConnect,
+    types::{ToSql, Type},
+};
 
 use super::{DatabaseError, StoreError, batch::Statements, sql::Sql};
 use crate::{
@@ -46,6 +51,7 @@ pub struct Connection {
     driver: JoinHandle<()>,
     used: SystemTime,
     statements: Option<Statements>,
+    copy_fits: Option<bool>,
 }
 
 impl fmt::Debug for Connection {
@@ -85,6 +91,24 @@ impl Connection {
             self.statements = Some(Statements::prepare(&self.client, sql).await?);
         }
         Ok((&self.client, self.statements.as_ref()))
+    }
+}
+
+impl Connection {
+    /// Whether `COPY` would write the table as `INSERT` does, which is asked once.
+    pub(super) async fn copy_fits(&mut self, sql: &Sql) -> Result<bool, tokio_postgres::Error> {
+        if let Some(fits) = self.copy_fits {
+            return Ok(fits);
+        }
+        let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+            [(&sql.table, Type::TEXT), (&sql.names, Type::TEXT_ARRAY), (&sql.types, Type::OID_ARRAY)];
+        let rows = self.client.query_typed(sql.copy_fits, &parameters).await?;
+        let fits = rows.first().is_some_and(|row| row.get(0));
+        if !fits {
+            tracing::warn!("the table's types are not the mapping's, or it has a rule: writing without COPY");
+        }
+        self.copy_fits = Some(fits);
+        Ok(fits)
     }
 }
 
@@ -202,5 +226,5 @@ where
     let (client, connection) = config.connect(tls).await?;
     // What ends the connection shows in the statement that it fails.
     let driver = tokio::spawn(async { drop(connection.await) });
-    Ok(Connection { client, driver, used: SystemTime::now(), statements: None })
+    Ok(Connection { client, driver, used: SystemTime::now(), statements: None, copy_fits: None })
 }

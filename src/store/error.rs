@@ -36,6 +36,9 @@ pub enum StoreError {
     /// The database refused the statement, or stopped answering.
     #[error("cannot insert: {0}")]
     Insert(DatabaseError),
+    /// The table takes no row.
+    #[error("the table refuses every row: {0}")]
+    Table(DatabaseError),
 }
 
 impl StoreError {
@@ -50,6 +53,7 @@ impl StoreError {
             Self::Connect(DatabaseError(Cause::Tls(_))) => "DatabaseTls",
             Self::Connect(_) | Self::Insert(_) if self.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
             Self::Connect(_) | Self::Insert(_) => "Database",
+            Self::Table(_) => "Table",
         }
     }
 
@@ -66,8 +70,8 @@ impl StoreError {
 /// What helps against an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {
-    /// A row's fault: find that row.
-    Split,
+    /// Perhaps a row's fault: find out which rows are refused.
+    Isolate,
     /// A conflict with another session: the same again.
     Repeat,
     /// The connection's fault, or the server's for a while: a new connection.
@@ -83,8 +87,8 @@ pub struct DatabaseError(Cause);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Cause {
-    /// The server's answer.
-    Sqlstate { code: String, constraint: Option<String> },
+    /// The server's answer: its code, and what of the schema it names.
+    Sqlstate { code: String, constraint: Option<String>, column: Option<String>, table: Option<String>, denied: Denied },
     /// The connection broke or was not made.
     Lost(String),
     /// The server's certificate was refused, or TLS failed.
@@ -93,12 +97,32 @@ enum Cause {
     Driver(String),
 }
 
+/// What denies something that is refused with insufficient_privilege. The server's text says it in the server's language, the name
+/// of its routine does not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Denied {
+    /// A right is missing.
+    Right,
+    /// A policy of row security.
+    Policy,
+    /// Something else, as a trigger.
+    Otherwise,
+}
+
 impl DatabaseError {
     pub(super) fn new(error: &tokio_postgres::Error) -> Self {
         if let Some(answer) = error.as_db_error() {
+            let table = answer.schema().zip(answer.table()).map(|(schema, table)| format!("{schema}.{table}"));
             return Self(Cause::Sqlstate {
                 code: answer.code().code().to_owned(),
                 constraint: answer.constraint().map(ToOwned::to_owned),
+                column: answer.column().map(ToOwned::to_owned),
+                table,
+                denied: match answer.routine() {
+                    Some("aclcheck_error") => Denied::Right,
+                    Some("ExecWithCheckOptions") => Denied::Policy,
+                    _ => Denied::Otherwise,
+                },
             });
         }
         let sources = || iter::successors(error.source(), |&error| error.source());
@@ -149,6 +173,24 @@ impl DatabaseError {
         matches!(self.code(), "26000" | "42P05")
     }
 
+    /// The user may not write to the tables at all.
+    pub(super) fn is_missing_right(&self) -> bool {
+        matches!(self.0, Cause::Sqlstate { denied: Denied::Right, .. })
+    }
+
+    /// Whether a row is refused rather for its own sake than for the table's, as far as the code says: by a constraint, or for
+    /// a value. A row that finds no partition names neither; a column that is not written, `written` being those that are, is
+    /// the table's matter.
+    pub fn is_likely_the_row_s(&self, written: &[String]) -> bool {
+        match &self.0 {
+            Cause::Sqlstate { code, constraint, column, .. } => {
+                let is_ours = column.as_ref().is_some_and(|column| written.contains(column));
+                code.starts_with("22") || (code.starts_with("23") && (constraint.is_some() || is_ours))
+            }
+            _ => false,
+        }
+    }
+
     /// Classes and codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
     pub(super) fn remedy(&self) -> Remedy {
         let code = match &self.0 {
@@ -162,11 +204,20 @@ impl DatabaseError {
             // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout; too_many_connections;
             // read_only_sql_transaction: a failover left us on the standby
             "57P01" | "57P02" | "57P03" | "57P05" | "53300" | "25006" => Remedy::Reconnect,
-            // data_exception, integrity_constraint_violation; program_limit_exceeded, as by one deeply nested value
-            code if ["22", "23", "54"].contains(&&code[..2.min(code.len())]) => Remedy::Split,
+            // undefined_table, undefined_column, invalid_sql_statement_name
+            "42P01" | "42703" | "26000" => Remedy::GiveUp,
             // connection_exception
             code if code.starts_with("08") => Remedy::Reconnect,
-            _ => Remedy::GiveUp,
+            // Not this statement's matter, but the server's or the connection's: invalid_transaction_state,
+            // invalid_authorization_specification, invalid_catalog_name, invalid_schema_name, insufficient_resources,
+            // object_not_in_prerequisite_state (lock_timeout), operator_intervention (statement_timeout), system_error, config_file_error,
+            // internal_error
+            code if ["25", "28", "3D", "3F", "53", "55", "57", "58", "F0", "XX"]
+                .contains(&&code[..2.min(code.len())]) =>
+            {
+                Remedy::GiveUp
+            }
+            _ => Remedy::Isolate,
         }
     }
 }
@@ -174,16 +225,26 @@ impl DatabaseError {
 impl fmt::Display for DatabaseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Cause::Sqlstate { code, constraint } => {
+            Cause::Sqlstate { code, constraint, column, table, denied } => {
                 write!(f, "SQLSTATE {code}")?;
                 if let Some(constraint) = constraint {
                     write!(f, ", constraint {constraint:?}")?;
                 }
+                if let Some(column) = column {
+                    write!(f, ", column {column:?}")?;
+                }
+                if let Some(table) = table {
+                    write!(f, ", table {table}")?;
+                }
                 f.write_str(match code.as_str() {
+                    "42501" if *denied == Denied::Policy => ": a policy of row security forbids it",
+                    "42804" => ": the types of the table's columns are not the mapping's; `etlctl doctor` names them",
+                    "23502" => ": the column takes no null; give it a default, or have the mapping fill it",
+                    "23514" if constraint.is_none() => ": no partition takes the row; make one",
                     code if code.starts_with("28") => ": check username and password in the database secret",
                     "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
                     "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or make the mapping's table (`etlctl mapping ddl`)",
-                    "42501" => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
+                    "42501" if *denied == Denied::Right => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
                     "53300" => ": too many connections; lower the mapping's MaximumConcurrency or use a pooler",
                     _ => "",
                 })
@@ -202,13 +263,19 @@ mod tests {
     #[test]
     fn each_sqlstate_has_its_remedy() {
         for (codes, remedy) in [
-            ("22001 22003 22021 22P02 23502 23505 23514 54001", Remedy::Split),
+            ("22001 22003 22021 22P02 23502 23505 23514 54001 P0001 42501 44000 42804", Remedy::Isolate),
             ("40001 40P01", Remedy::Repeat),
             ("08000 08006 57P01 57P02 57P03 57P05 53300 25006", Remedy::Reconnect),
-            ("28P01 28000 3D000 42P01 42501 53100 57014 XX000", Remedy::GiveUp),
+            ("28P01 28000 3D000 3F000 42P01 42703 53100 55P03 57014 58030 XX000", Remedy::GiveUp),
         ] {
             for code in codes.split(' ') {
-                let error = DatabaseError(Cause::Sqlstate { code: code.to_owned(), constraint: None });
+                let error = DatabaseError(Cause::Sqlstate {
+                    code: code.to_owned(),
+                    constraint: None,
+                    column: None,
+                    table: None,
+                    denied: Denied::Otherwise,
+                });
                 assert_eq!(error.remedy(), remedy, "{code}");
                 let at_the_door = if remedy == Remedy::Reconnect { remedy } else { Remedy::GiveUp };
                 assert_eq!(StoreError::Connect(error).remedy(), at_the_door, "{code}");

@@ -4,15 +4,17 @@
 //! reason, inserts nothing twice; that is what makes every retry here safe, even when the fate of a statement is unknown.
 //!
 //! A batch goes down a ladder: [`Store::insert`] takes the connection, within the deadline. `Session::insert` writes all entries
-//! together, and finds refused rows by halves. `Session::write` tries one transaction again where that can help. `Batch` writes it:
-//! by `COPY` or `INSERT` as if no message had come before, which is faster; if the ledger refuses that, by an `INSERT` of what it
-//! does not have.
+//! together. If PostgreSQL refuses that, `isolation` finds out which rows it refuses, and whether that is theirs or the table's
+//! fault. `Session::write` tries one transaction again where that can help. `Batch` writes it: by `COPY` or `INSERT` as if no
+//! message had come before, which is faster; if the ledger refuses that, by an `INSERT` of what it does not have.
 
 mod batch;
 mod connection;
 mod error;
+mod isolation;
 mod ledger;
 mod sql;
+mod trial;
 
 use std::{
     collections::HashSet,
@@ -38,6 +40,7 @@ pub use self::{
     error::{DatabaseError, StoreError},
     ledger::LedgerKey,
     sql::Sql,
+    trial::Trial,
 };
 use crate::{
     config::DatabaseConfig,
@@ -60,6 +63,9 @@ const TRIES: u32 = 4;
 /// Wait before the second try; it doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 
+/// For so long after rows were inserted, the table is taken to be in order.
+const RECENT: Duration = Duration::from_secs(300);
+
 /// A row to insert, and the message it came from. `Debug` shows the key alone, as groups are often named after users.
 pub struct Entry<'a> {
     /// The message's key in the ledger, unique within a batch.
@@ -81,10 +87,14 @@ impl fmt::Debug for Entry<'_> {
 pub enum Fate {
     /// It is in the database, since now or since before.
     Stored,
-    /// PostgreSQL refuses it.
+    /// PostgreSQL refuses it, and not others.
     Refused(DatabaseError),
+    /// PostgreSQL refuses it, and nothing tells whether it would take others.
+    Doubtful(DatabaseError),
     /// It waits for an earlier one of its group.
     HeldBack,
+    /// There was no time left to try it.
+    Untried,
 }
 
 /// What became of a batch's entries.
@@ -136,6 +146,8 @@ impl Store {
             credentials,
             connection: None,
             unpruned,
+            wrote_at: None,
+            refused: HashSet::new(),
             counts: Arc::clone(&counts),
         };
         Ok(Self { session: Mutex::new(session), retention, counts })
@@ -171,7 +183,7 @@ impl Store {
     /// tried again, though some of it may be written already.
     pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
-        let result = timeout_at(deadline, session.insert(entries)).await.unwrap_or(Err(StoreError::Deadline));
+        let result = session.insert(entries, deadline).await;
         match &result {
             Ok(stored) => session.prune(stored.inserted, self.horizon(), deadline).await,
             // A statement may still be under way on it.
@@ -202,52 +214,34 @@ struct Session {
     keeps_statements: bool,
     /// Rows inserted since the ledger was pruned.
     unpruned: u64,
+    /// When rows were last inserted.
+    wrote_at: Option<SystemTime>,
+    /// Messages whose rows were refused while others were inserted.
+    refused: HashSet<LedgerKey>,
     counts: Arc<Counts>,
 }
 
 impl Session {
-    /// Writes the entries together; if PostgreSQL refuses that for a row's sake, by halves, until that row is alone.
-    /// Earlier entries go first, so that a refused row holds back the rest of its group and nothing else.
-    async fn insert(&mut self, entries: &[Entry<'_>]) -> Result<Stored, StoreError> {
-        let mut way = if entries.len() < self.connector.copy_threshold() { Way::Insert } else { Way::Copy };
-        let mut inserted = 0;
-        let mut fates: Vec<Option<Fate>> = vec![None; entries.len()];
-        let mut stopped_groups = HashSet::new();
-        let mut pending = vec![(0..entries.len()).collect::<Vec<_>>()];
-        while let Some(mut part) = pending.pop() {
-            part.retain(|&index| {
-                let is_held_back = entries[index].group.is_some_and(|group| stopped_groups.contains(group));
-                if is_held_back {
-                    fates[index] = Some(Fate::HeldBack);
-                }
-                !is_held_back
-            });
-            // Without a valid message, nothing is asked of the database.
-            if part.is_empty() {
-                continue;
-            }
-            let (used, written) = self.write(part.iter().map(|&index| &entries[index]).collect(), way).await;
-            way = used;
-            match written {
-                Ok(count) => {
-                    inserted += count;
-                    part.iter().for_each(|&index| fates[index] = Some(Fate::Stored));
-                }
-                Err(StoreError::Insert(error)) if error.remedy() == Remedy::Split => {
-                    if let [index] = part[..] {
-                        fates[index] = Some(Fate::Refused(error));
-                        stopped_groups.extend(entries[index].group);
-                    } else {
-                        let later = part.split_off(part.len() / 2);
-                        pending.extend([later, part]);
-                    }
-                }
-                Err(error) => return Err(error),
-            }
+    /// Writes the entries together; if PostgreSQL refuses that, each as far as it takes them.
+    async fn insert(&mut self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
+        // Without a valid message, nothing is asked of the database.
+        if entries.is_empty() {
+            return Ok(Stored { inserted: 0, fates: Vec::new() });
         }
-        let fates: Vec<_> = fates.into_iter().flatten().collect();
-        assert_eq!(fates.len(), entries.len(), "every entry has one fate");
-        Ok(Stored { inserted, fates })
+        let way = if entries.len() < self.connector.copy_threshold() { Way::Insert } else { Way::Copy };
+        let writing = timeout_at(deadline, self.write(entries.iter().collect(), way));
+        let stored = match writing.await {
+            Ok((_, Ok(inserted))) => Stored { inserted, fates: vec![Fate::Stored; entries.len()] },
+            Ok((way, Err(StoreError::Insert(error)))) if error.remedy() == Remedy::Isolate => {
+                self.isolate(entries, way, error, deadline).await?
+            }
+            Ok((_, Err(error))) => return Err(error),
+            Err(_) => return Err(StoreError::Deadline),
+        };
+        if stored.inserted > 0 {
+            self.wrote_at = Some(SystemTime::now());
+        }
+        Ok(stored)
     }
 
     /// Writes entries in one transaction, which is tried again where that can help, and in a slower way where a faster one fails.
@@ -283,7 +277,7 @@ impl Session {
             match error.remedy() {
                 Remedy::Reconnect => self.connection = None,
                 Remedy::Repeat => {}
-                Remedy::Split | Remedy::GiveUp => return (way, Err(error)),
+                Remedy::Isolate | Remedy::GiveUp => return (way, Err(error)),
             }
             if tries == TRIES {
                 return (way, Err(error));
@@ -300,6 +294,7 @@ impl Session {
         let keeps_statements = self.keeps_statements;
         let sql = Arc::clone(&self.sql);
         let writing = async {
+            let way = if way == Way::Copy && !connection.copy_fits(&sql).await? { Way::InsertUnknown } else { way };
             let (client, kept) = connection.prepared(&sql, keeps_statements).await?;
             match way {
                 Way::Copy => batch.copy(client, &sql, kept).await,

@@ -17,8 +17,17 @@ pub struct Sql {
     pub copy_rows: String,
     /// Enters messages in the ledger, and fails if it has one of them. Takes the binary format.
     pub copy_ledger: &'static str,
+    /// Whether `COPY` would write what the statements write: it asks for no conversion where a column's type is another one, and
+    /// passes by rules. Takes the table, the columns' names and their types.
+    pub copy_fits: &'static str,
+    /// The table, as SQL has it.
+    pub table: String,
+    /// The types of the columns.
+    pub types: Vec<u32>,
     /// The types of the arrays, behind the ledger's two.
     pub arrays: Vec<Type>,
+    /// The names of the columns that are written.
+    pub names: Vec<String>,
 }
 
 impl Sql {
@@ -34,8 +43,9 @@ impl Sql {
             .zip(mapping.columns())
             .map(|(parameter, column)| format!("${parameter}::{}[]", column.column_type.name()))
             .collect();
+        // Of several arrays, PostgreSQL takes no other function of that name; of one, it might take one of `public`.
         // From a select list the elements go to the table one by one, and not to a tuplestore first.
-        let unnested: Vec<_> = arrays.iter().map(|array| format!("unnest({array})")).collect();
+        let unnested: Vec<_> = arrays.iter().map(|array| format!("pg_catalog.unnest({array})")).collect();
         let (arrays, unnested) = (arrays.join(", "), unnested.join(", "));
         Self {
             // PostgreSQL runs the main statement, the ledger's, before a `with` that nobody reads from: no row is written for a
@@ -43,7 +53,7 @@ impl Sql {
             insert: format!(
                 "with inserted as (insert into {table} ({names}) select {unnested}) \
                  insert into etl_ledger (sent_at, message_id) \
-                 select unnest($1::timestamptz[]), unnest($2::uuid[])"
+                 select pg_catalog.unnest($1::timestamptz[]), pg_catalog.unnest($2::uuid[])"
             ),
             insert_unknown: format!(
                 "with entered as ( \
@@ -60,8 +70,37 @@ impl Sql {
             ),
             copy_rows: format!("copy {table} ({names}) from stdin (format binary)"),
             copy_ledger: "copy etl_ledger (sent_at, message_id) from stdin (format binary)",
+            copy_fits: COPY_FITS,
+            table: table.to_string(),
+            types: mapping.columns().iter().map(|column| element_type(column.column_type).oid()).collect(),
             arrays: mapping.columns().iter().map(|column| array_type(column.column_type)).collect(),
+            names: mapping.columns().iter().map(|column| column.name.clone()).collect(),
         }
+    }
+}
+
+/// Texts are sent alike to all types of text.
+const COPY_FITS: &str = "
+    select not exists (
+        select from unnest($2::text[], $3::oid[]) as wanted (name, type)
+        left join pg_catalog.pg_attribute on attrelid = pg_catalog.to_regclass($1) and attname = wanted.name
+        left join pg_catalog.pg_type on pg_type.oid = atttypid
+        where atttypid is distinct from wanted.type and not (wanted.type = 25 and typname in ('varchar', 'bpchar'))
+    ) and not exists (
+        select from pg_catalog.pg_rewrite where ev_class = pg_catalog.to_regclass($1) and ev_type = '3'
+    )";
+
+fn element_type(column_type: ColumnType) -> Type {
+    match column_type {
+        ColumnType::Text => Type::TEXT,
+        ColumnType::Integer => Type::INT4,
+        ColumnType::Bigint => Type::INT8,
+        ColumnType::DoublePrecision => Type::FLOAT8,
+        ColumnType::Boolean => Type::BOOL,
+        ColumnType::Date => Type::DATE,
+        ColumnType::Timestamptz => Type::TIMESTAMPTZ,
+        ColumnType::Uuid => Type::UUID,
+        ColumnType::Jsonb => Type::JSONB,
     }
 }
 

@@ -123,7 +123,43 @@ def test_an_event_that_is_not_from_sqs_is_an_error_that_quotes_nothing(stack):
     assert CANARY not in stack.log_text()
 
 
-def test_an_environment_with_a_wrong_setting_does_not_start_and_says_why(stack):
+def test_a_bad_message_is_dead_within_seconds_whatever_the_visibility_timeout(stack):
+    sqs = stack.localstack.client("sqs")
+    before = sqs.get_queue_attributes(QueueUrl=stack.queue_url, AttributeNames=["VisibilityTimeout"])["Attributes"]
+    sqs.set_queue_attributes(QueueUrl=stack.queue_url, Attributes={"VisibilityTimeout": "600"})
+    try:
+        stack.enable_mapping(False)
+        bad = f"not JSON: {CANARY} either"
+        sent = delivery.send(stack, [*(json.dumps(messages.login(random.Random(seed))) for seed in range(8)), bad])
+        [message_id] = [key for key, body in sent.items() if body == bad]
+        stack.enable_mapping(True)
+        # Whoever looks hides them from the next look.
+        until(lambda: message_id in {message["MessageId"] for message in delivery.receive_all(stack, stack.dead_letter_queue_url)})
+    finally:
+        sqs.set_queue_attributes(QueueUrl=stack.queue_url, Attributes=before)
+
+
+def test_an_environment_that_could_not_start_heals_when_its_secret_is_right_again(stack):
+    functions, secrets = stack.localstack.client("lambda"), stack.localstack.client("secretsmanager")
+    right = secrets.get_secret_value(SecretId=stack.masking_secret_arn)["SecretString"]
+    variables = functions.get_function_configuration(FunctionName=stack.function_name)["Environment"]["Variables"]
+
+    def renew(**changed):
+        functions.update_function_configuration(FunctionName=stack.function_name, Environment={"Variables": variables | changed})
+        until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
+
+    secrets.put_secret_value(SecretId=stack.masking_secret_arn, SecretString="no keyring")
+    try:
+        renew(LEDGER_RETENTION_DAYS="36")
+        assert invoke(stack, '{"Records": []}')[1]["errorType"] == "Init"
+        secrets.put_secret_value(SecretId=stack.masking_secret_arn, SecretString=right)
+        assert invoke(stack, '{"Records": []}') == (None, {"batchItemFailures": []})
+    finally:
+        secrets.put_secret_value(SecretId=stack.masking_secret_arn, SecretString=right)
+        renew()
+
+
+def test_an_environment_with_a_wrong_setting_says_why(stack):
     functions = stack.localstack.client("lambda")
 
     def configure(variables):
@@ -143,7 +179,7 @@ def test_an_environment_with_a_wrong_setting_does_not_start_and_says_why(stack):
             configure(right | wrong)
             error, answer = invoke(stack, '{"Records": []}')
             assert (bool(error), answer["errorType"]) == (True, "Init")
-            assert answer["errorMessage"].startswith(message)
+            assert answer["errorMessage"].startswith(f"not started: {message}")
     finally:
         silent.close()
         configure(right)

@@ -216,3 +216,12 @@ async fn the_schema_takes_an_existing_table_as_it_is_and_can_be_applied_again() 
     assert_eq!(world.count("user_logins").await, 6);
     assert_eq!(world.count("user_logins_masked_ip_duplicates").await, 0, "what is unknown is no duplicate");
 }
+
+#[tokio::test]
+async fn a_table_of_other_types_is_written_alike_whatever_the_size_of_the_batch() {
+    let world = World::new().await;
+    let change = "alter table user_logins alter app_version type real, alter locale type char(4)";
+    world.admin.batch_execute(change).await.unwrap();
+    assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..10))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins where app_version = 230 and locale = 'RU'").await, 10);
+}

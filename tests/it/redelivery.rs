@@ -10,15 +10,16 @@ use std::{
 };
 
 use aws_config::{BehaviorVersion, SdkConfig};
+use aws_lambda_events::sqs::SqsBatchResponse;
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
-use login_etl::{event::messages, redelivery::Redelivery};
+use login_etl::{event::messages, handler::Handler, redelivery::Redelivery};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::Instant,
 };
 
-use crate::world::{World, bodies, event, invoke, variable};
+use crate::world::{World, bodies, body, event, failed, invoke, variable};
 
 struct Queue {
     sqs: aws_sdk_sqs::Client,
@@ -29,11 +30,24 @@ struct Queue {
 impl Queue {
     /// A queue of its own, whose messages come back after a second.
     async fn new(world: &World) -> Self {
+        Self::with_visibility(world, 1).await
+    }
+
+    async fn with_visibility(world: &World, seconds: u32) -> Self {
+        Self::named(&world.database, seconds).await
+    }
+
+    /// A FIFO queue if the name ends so.
+    async fn named(name: &str, seconds: u32) -> Self {
         let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config().await);
-        let created = sqs.create_queue().queue_name(&world.database);
-        let created = created.attributes(QueueAttributeName::VisibilityTimeout, "1").send().await.unwrap();
+        let mut created = sqs.create_queue().queue_name(name);
+        if name.ends_with(".fifo") {
+            created = created.attributes(QueueAttributeName::FifoQueue, "true");
+        }
+        let created = created.attributes(QueueAttributeName::VisibilityTimeout, seconds.to_string());
+        let created = created.send().await.unwrap();
         let url = created.queue_url.unwrap();
-        let arn = format!("arn:aws:sqs:{}:000000000000:{}", variable("AWS_REGION"), world.database);
+        let arn = format!("arn:aws:sqs:{}:000000000000:{name}", variable("AWS_REGION"));
         Self { sqs, url, arn }
     }
 
@@ -44,6 +58,80 @@ impl Queue {
         let messages = received.messages.unwrap_or_default().into_iter();
         messages.map(|message| (message.message_id.unwrap(), message.receipt_handle.unwrap())).collect()
     }
+}
+
+/// Sends messages with these bodies, and hands them over in one event, in which they are in the same order.
+async fn hand_over(handler: &Handler, queue: &Queue, bodies: &[String], groups: &[&str]) -> SqsBatchResponse {
+    for (index, body) in bodies.iter().enumerate() {
+        let message = queue.sqs.send_message().queue_url(&queue.url).message_body(body);
+        let group = groups.get(index).map(ToString::to_string);
+        let id = group.as_ref().map(|_| index.to_string());
+        message.set_message_group_id(group).set_message_deduplication_id(id).send().await.unwrap();
+    }
+    let mut received = Vec::new();
+    while received.len() < bodies.len() {
+        received.extend(queue.receive().await);
+    }
+    let mut batch: Value = serde_json::from_str(&event(0, bodies)).unwrap();
+    for (message, (id, receipt_handle)) in batch["Records"].as_array_mut().unwrap().iter_mut().zip(&received) {
+        message["messageId"] = json!(id);
+        message["receiptHandle"] = json!(receipt_handle);
+        message["eventSourceARN"] = json!(queue.arn);
+    }
+    for (message, group) in batch["Records"].as_array_mut().unwrap().iter_mut().zip(groups) {
+        message["attributes"]["MessageGroupId"] = json!(group);
+    }
+    invoke(handler, &batch.to_string()).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_can_never_succeed_is_back_at_once() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-2')").await.unwrap();
+    let queue = Queue::with_visibility(&world, 600).await;
+    let bodies = [body(0), "bad".to_owned(), body(2), body(3), body(4)];
+    let response = hand_over(&world.handler().await, &queue, &bodies, &[]).await;
+    let failed: HashSet<_> = failed(&response).into_iter().map(ToOwned::to_owned).collect();
+    let mut back = HashSet::new();
+    while back.len() < 2 {
+        back.extend(queue.receive().await.into_iter().map(|(id, _)| id));
+    }
+    assert_eq!(back, failed);
+}
+
+#[tokio::test]
+async fn what_waits_behind_it_in_its_group_is_back_with_it() {
+    let world = World::new().await;
+    let queue = Queue::named(&format!("{}.fifo", world.database), 600).await;
+    let bodies = [body(0), "bad".to_owned(), body(2), body(3), body(4), body(5)];
+    let groups = ["calm", "held up", "held up", "calm", "calm", "calm"];
+    let response = hand_over(&world.handler().await, &queue, &bodies, &groups).await;
+    let failed: HashSet<_> = failed(&response).into_iter().map(ToOwned::to_owned).collect();
+    assert_eq!(failed.len(), 2);
+    let mut back = HashSet::new();
+    while back.len() < 2 {
+        back.extend(queue.receive().await.into_iter().map(|(id, _)| id));
+    }
+    assert_eq!(back, failed);
+}
+
+#[tokio::test]
+async fn nothing_is_hurried_where_half_of_the_messages_are_invalid() {
+    let world = World::new().await;
+    let queue = Queue::with_visibility(&world, 600).await;
+    let bodies = [body(0), "bad".to_owned(), "bad".to_owned(), body(3)];
+    assert_eq!(failed(&hand_over(&world.handler().await, &queue, &bodies, &[]).await).len(), 2);
+    assert_eq!(queue.receive().await, []);
+}
+
+#[tokio::test]
+async fn a_lone_row_that_may_be_refused_for_the_table_s_sake_comes_back_later() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add tenant text not null").await.unwrap();
+    let queue = Queue::new(&world).await;
+    assert_eq!(failed(&hand_over(&world.handler().await, &queue, &[body(0)], &[]).await).len(), 1);
+    // The queue itself would have it back after a second.
+    assert_eq!(queue.receive().await, []);
 }
 
 /// Sends twelve messages and lets a batch of ten of them fail. Returns how many of these come back by the time that the
@@ -123,7 +211,7 @@ async fn without_the_permission_it_is_asked_for_once() {
     let event = event(0, bodies(0..20));
     let messages = messages(event.as_bytes()).unwrap();
     for _ in 0..3 {
-        redelivery.delay(&messages, Instant::now() + Duration::from_secs(10)).await;
+        redelivery.delay(messages.iter(), Instant::now() + Duration::from_secs(10)).await;
     }
     assert_eq!(asked.load(Ordering::Relaxed), 1);
 }

@@ -171,6 +171,20 @@ impl World {
         )
     }
 
+    /// Has the server count the statements that write to the table, those that fail, too.
+    pub async fn count_statements(&self) {
+        let counting = "
+            create sequence statements;
+            create function count_statement() returns trigger language plpgsql security definer as
+                $$ begin perform nextval('statements'); return null; end $$;
+            create trigger count_statement before insert on user_logins for each statement execute function count_statement()";
+        self.admin.batch_execute(counting).await.unwrap();
+    }
+
+    pub async fn statements(&self) -> i64 {
+        self.admin.query_one("select last_value from statements", &[]).await.unwrap().get(0)
+    }
+
     /// How many sessions of the function's there are.
     pub async fn sessions(&self) -> i64 {
         self.count("pg_stat_activity where datname = current_database() and application_name = 'login-etl'").await

@@ -57,7 +57,7 @@ def keyring_broken(scene: Scene) -> None:
     broken = '{"key": "603deb1015ca71be2b73aef0857d7781'
     bad = scene.put_secret(scene.stack.masking_secret_arn, broken)
     scene.play(2)
-    scene.tell("One of the two environments ends, and none can start in its place.")
+    scene.tell("One of the two environments ends. The one in its place has no keyring, and fails each batch.")
     scene.bootstraps()[0].kill()
     scene.play(9)
     scene.look("status", "doctor")

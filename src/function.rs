@@ -1,0 +1,146 @@
+//! The function: whole once its settings, secrets and mapping can be used, and able to say why it is not.
+//!
+//! Where it cannot start for want of one of these, it starts all the same: an environment that ended would be started again
+//! and again, each time at the cost of a receive of its messages. It has them back later, as in an outage, and tries again
+//! with each batch.
+
+use std::{fmt, sync::Arc, time::SystemTime};
+
+use aws_config::SdkConfig;
+use aws_lambda_events::sqs::SqsBatchResponse;
+use lambda_runtime::{Error, LambdaEvent};
+use tokio::{
+    sync::Mutex,
+    time::{Duration, Instant, timeout_at},
+};
+
+use crate::{
+    config::{self, Config},
+    event,
+    handler::{BatchError, Handler, Times},
+    mapping::Mapping,
+    metrics::Metrics,
+    redelivery::Redelivery,
+    runtime::Event,
+    secrets::{FreshKeyring, Secrets},
+    store::{Store, StoreError},
+};
+
+/// Within the 10 s that Lambda gives initialisation.
+const INIT_TIME: Duration = Duration::from_secs(9);
+
+/// One for the life of an execution environment.
+pub struct Function {
+    sdk_config: SdkConfig,
+    handler: Mutex<Option<Arc<Handler>>>,
+    /// For what comes while there is no handler.
+    redelivery: Redelivery,
+}
+
+impl fmt::Debug for Function {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Function").finish_non_exhaustive()
+    }
+}
+
+impl Function {
+    /// Reads settings and secrets, and connects, as far as that can be done.
+    pub async fn start() -> Self {
+        let until = Instant::now() + INIT_TIME;
+        let sdk_config = config::sdk_config().await;
+        let handler = handler(&sdk_config, until).await;
+        let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).ok().map(Arc::new);
+        let outage_delay = read_config().map_or(config::OUTAGE_DELAY, |config| config.outage_delay);
+        let redelivery = Redelivery::new(sdk_config.clone(), outage_delay);
+        Self { sdk_config, handler: Mutex::new(handler), redelivery }
+    }
+
+    /// Handles an invocation, as [`Handler::invoke`] does.
+    ///
+    /// # Errors
+    /// [`BatchError`]: all of the batch comes back.
+    pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
+        let times = Times::of(&event.context);
+        let handler = match timeout_at(times.deadline, self.handler(times.deadline)).await {
+            Ok(handler) => handler,
+            Err(_) => Err("no answer in time".to_owned()),
+        };
+        match handler {
+            Ok(handler) => handler.invoke(event).await,
+            Err(error) => Err(self.give_back(&event, &times, error).await),
+        }
+    }
+
+    async fn handler(&self, deadline: Instant) -> Result<Arc<Handler>, String> {
+        let mut current = self.handler.lock().await;
+        if let Some(handler) = &*current {
+            return Ok(Arc::clone(handler));
+        }
+        let handler = Arc::new(handler(&self.sdk_config, deadline.min(Instant::now() + INIT_TIME)).await?);
+        *current = Some(Arc::clone(&handler));
+        Ok(handler)
+    }
+
+    async fn give_back(&self, event: &LambdaEvent<Event>, times: &Times, error: String) -> BatchError {
+        let LambdaEvent { payload, context, .. } = event;
+        let messages = payload.of(&context.request_id).map(event::messages).and_then(Result::ok).unwrap_or_default();
+        self.redelivery.delay(messages.iter(), times.last()).await;
+        let error = BatchError::Init(error);
+        let count = messages.len() as u64;
+        let oldest = messages.iter().filter_map(event::Message::sent).min();
+        Metrics {
+            timestamp: times.timestamp,
+            function_name: context.env_config.function_name.clone(),
+            request_id: context.request_id.clone(),
+            outcome: error.error_type(),
+            messages: count,
+            inserted: 0,
+            deduplicated: 0,
+            failed: 0,
+            batches_failed: 1,
+            duration: times.started.elapsed(),
+            age_of_oldest_message: oldest.and_then(|sent| SystemTime::now().duration_since(sent).ok()),
+            highest_receive_count: messages.iter().filter_map(event::Message::receive_count).max(),
+            credential_refreshes: 0,
+            keyring_failures: 0,
+            prune_failures: 0,
+        }
+        .emit();
+        tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed: all of it comes back");
+        error
+    }
+}
+
+fn read_config() -> Result<Config, config::ConfigError> {
+    Config::from_variables(|name| std::env::var(name).ok())
+}
+
+/// All that a handler needs, or what is wrong with it.
+async fn handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, String> {
+    match timeout_at(until, make_handler(sdk_config, until)).await {
+        Ok(made) => made.map_err(|error| error.to_string()),
+        Err(_) => Err("no answer in time: are Secrets Manager and the database in reach?".to_owned()),
+    }
+}
+
+async fn make_handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, Error> {
+    let config = read_config()?;
+    let mapping = Mapping::load(config.mapping_file)?;
+    let secrets = Secrets::new(sdk_config);
+    let connected_store = async {
+        let store = Store::new(config.database, secrets.clone(), &mapping).await?;
+        // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
+        match timeout_at(until - (until - Instant::now()) / 10, store.connect()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "no connection yet"),
+            Err(_) => tracing::warn!(error = "no answer in time", "no connection yet"),
+        }
+        Ok::<_, StoreError>(store)
+    };
+    let reading_keyring =
+        FreshKeyring::read(secrets.clone(), config.masking_secret_id, config.secrets_ttl, mapping.masks());
+    let (store, keyring) = tokio::join!(connected_store, reading_keyring);
+    let (keyring, store) = (keyring?, store?);
+    let redelivery = Redelivery::new(sdk_config.clone(), config.outage_delay);
+    Ok(Handler::new(mapping, keyring, store, redelivery))
+}

@@ -1,0 +1,136 @@
+//! PostgreSQL refuses a batch: for a row's sake, or for the table's.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::world::{World, bodies, event, failed, invoke, invoke_within, message_id};
+
+/// Whoever writes to the table writes through this, as the function does.
+const ONE_BAD: [(&str, &str); 4] = [
+    (
+        "a trigger",
+        "create function f() returns trigger language plpgsql as
+            $$ begin if new.user_id = 'user-1' then raise exception 'no'; end if; return new; end $$;
+        create trigger t before insert on user_logins for each row execute function f()",
+    ),
+    (
+        "row security",
+        "alter table user_logins enable row level security;
+        create policy p on user_logins for insert with check (user_id <> 'user-1')",
+    ),
+    (
+        "a view",
+        "alter table user_logins rename to every_login;
+        create view user_logins as select * from every_login where user_id <> 'user-1' with check option;
+        grant insert on user_logins to login_etl",
+    ),
+    ("a deferred constraint", "
+        create function f() returns trigger language plpgsql as
+            $$ begin if new.user_id = 'user-1' then raise exception 'no'; end if; return null; end $$;
+        create constraint trigger t after insert on user_logins deferrable initially deferred for each row execute function f()"),
+];
+
+#[tokio::test]
+async fn a_row_that_is_refused_leaves_the_others_of_its_batch_alone() {
+    for (what, change) in ONE_BAD {
+        let world = World::new().await;
+        world.admin.batch_execute(change).await.unwrap();
+        let response = invoke(&world.handler().await, &event(0, bodies(0..3))).await.unwrap();
+        assert_eq!(failed(&response), [message_id(1)], "{what}");
+        assert_eq!(world.count("user_logins").await, 2, "{what}");
+        assert_eq!(world.count("etl_ledger").await, 2, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_takes_no_row_fails_the_batch_and_says_why() {
+    let partitioned = "
+        alter table user_logins rename to old;
+        create table user_logins (like old) partition by range (create_date);
+        create table early partition of user_logins for values from (minvalue) to ('2000-01-01');
+        grant insert on user_logins to login_etl";
+    for (change, says) in [
+        (
+            "alter table user_logins add tenant text not null",
+            "SQLSTATE 23502, column \"tenant\", table public.user_logins",
+        ),
+        (
+            "drop view user_logins_masked_ip_duplicates; alter table user_logins alter masked_ip type varchar(20)",
+            "SQLSTATE 22001",
+        ),
+        ("revoke insert on user_logins from login_etl", "SQLSTATE 42501: the user may not write"),
+        ("alter table user_logins enable row level security", "SQLSTATE 42501: a policy of row security forbids it"),
+        (partitioned, "SQLSTATE 23514, table public.user_logins: no partition takes the row"),
+    ] {
+        let world = World::new().await;
+        let handler = world.handler().await;
+        invoke(&handler, &event(20_000, bodies(20_000..20_003))).await.unwrap();
+        world.admin.batch_execute(&format!("truncate user_logins; {change}")).await.unwrap();
+        for count in [3, 1000] {
+            let error = invoke(&handler, &event(0, bodies(0..count))).await.unwrap_err();
+            assert_eq!(error.error_type(), "Table", "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        assert_eq!(world.count("etl_ledger").await, 3);
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_takes_no_row_is_found_by_a_handful_of_statements() {
+    let world = World::new().await;
+    world.admin.batch_execute("alter table user_logins add tenant text not null").await.unwrap();
+    let handler = world.handler().await;
+    world.count_statements().await;
+    invoke(&handler, &event(0, bodies(0..5000))).await.unwrap_err();
+    let statements = world.statements().await;
+    assert!(statements < 20, "{statements}");
+}
+
+#[tokio::test]
+async fn refused_rows_that_come_back_together_are_still_refused_for_their_own_sake() {
+    let world = World::new().await;
+    let refuse = "alter table user_logins add check (user_id not in ('user-1', 'user-2', 'user-3', 'user-4'))";
+    world.admin.batch_execute(refuse).await.unwrap();
+    let handler = world.handler().await;
+    let refused = [1, 2, 3, 4].map(message_id);
+    assert_eq!(failed(&invoke(&handler, &event(0, bodies(0..9))).await.unwrap()), refused);
+    assert_eq!(failed(&invoke(&handler, &event(1, bodies(1..5))).await.unwrap()), refused);
+}
+
+#[tokio::test]
+async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_gets_further() {
+    let world = World::new().await;
+    let slow = "
+        create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.05); return null; end $$;
+        create trigger slow before insert on user_logins for each statement execute function slow();
+        alter table user_logins add check (right(user_id, 1) not in ('1', '3', '5', '7', '9'))";
+    world.admin.batch_execute(slow).await.unwrap();
+    let handler = world.handler().await;
+    let all: Value = serde_json::from_str(&event(0, bodies(0..400))).unwrap();
+    let mut messages = all["Records"].as_array().unwrap().clone();
+    for _ in 0..3 {
+        let before = messages.len();
+        let event = json!({"Records": messages}).to_string();
+        let answer = invoke_within(&handler, &event, Duration::from_secs(2)).await.unwrap();
+        let failed = failed(&answer);
+        messages.retain(|message| failed.contains(&message["messageId"].as_str().unwrap()));
+        assert!(messages.len() < before, "{before} messages, and none is written");
+        // What was under way at the end may have been written, too.
+        assert!(world.count("user_logins").await >= 400 - messages.len() as i64);
+    }
+}
+
+#[tokio::test]
+async fn many_refused_rows_take_little_more_than_a_statement_each() {
+    let world = World::new().await;
+    let refuse = "alter table user_logins add check (right(user_id, 1) not in ('1', '3', '5', '7', '9'))";
+    world.admin.batch_execute(refuse).await.unwrap();
+    let handler = world.handler().await;
+    world.count_statements().await;
+    let response = invoke(&handler, &event(0, bodies(0..1000))).await.unwrap();
+    assert_eq!(failed(&response).len(), 500);
+    let statements = world.statements().await;
+    assert!(statements < 1200, "{statements}");
+    assert_eq!(world.count("user_logins").await, 500);
+}

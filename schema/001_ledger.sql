@@ -4,7 +4,7 @@
 -- that time goes on inserting through the view, until it is replaced.
 do $$
 begin
-    if to_regclass('etl_ledger') is null and to_regclass('user_logins_ledger') is not null then
+    if pg_catalog.to_regclass('etl_ledger') is null and pg_catalog.to_regclass('user_logins_ledger') is not null then
         alter table user_logins_ledger rename to etl_ledger;
         create view user_logins_ledger as select sent_at, message_id from etl_ledger;
     end if;

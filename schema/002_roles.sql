@@ -1,3 +1,13 @@
+-- Whoever may create functions in a schema that everybody's statements look into can have others run them. From version 15 on,
+-- nobody may.
+do $$
+begin
+    if exists (select from pg_namespace where nspname = 'public') then
+        revoke create on schema public from public;
+    end if;
+end
+$$;
+
 -- The function's own user, with the rights it needs and no others; those on its table come with the table. It has no
 -- password yet, so nobody can log in as it:
 --   alter role login_etl password '…';
@@ -19,8 +29,17 @@ grant select on etl_ledger to login_etl_operator;
 -- The ledger's old name, where there is one.
 do $$
 begin
-    if to_regclass('user_logins_ledger') is not null then
+    if pg_catalog.to_regclass('user_logins_ledger') is not null then
         grant select, insert, update, delete on user_logins_ledger to login_etl;
+    end if;
+end
+$$;
+
+-- What was acknowledged to SQS is on disk, whatever the server's own setting is: only remote_apply says more.
+do $$
+begin
+    if pg_catalog.current_setting('synchronous_commit') <> 'remote_apply' then
+        alter role login_etl set synchronous_commit = on;
     end if;
 end
 $$;
@@ -30,7 +49,7 @@ $$;
 alter role login_etl set statement_timeout = '30s';
 do $$
 begin
-    if current_setting('server_version_num')::integer >= 140000 then
+    if pg_catalog.current_setting('server_version_num')::integer >= 140000 then
         alter role login_etl set client_connection_check_interval = '1s';
     end if;
 end

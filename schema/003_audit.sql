@@ -2,7 +2,7 @@
 -- mappings, it was user_logins_audit.
 do $$
 begin
-    if to_regclass('etl_audit') is null and to_regclass('user_logins_audit') is not null then
+    if pg_catalog.to_regclass('etl_audit') is null and pg_catalog.to_regclass('user_logins_audit') is not null then
         alter table user_logins_audit rename to etl_audit;
         drop trigger if exists user_logins_audit_only_grows on etl_audit;
         drop function if exists user_logins_audit_only_grows();
@@ -11,9 +11,9 @@ end
 $$;
 create table if not exists etl_audit (
     id         bigint generated always as identity primary key,
-    at         timestamptz not null default clock_timestamp(),
+    at         timestamptz not null default pg_catalog.clock_timestamp(),
     db_user    text        not null default session_user,
-    db_client  inet                 default inet_client_addr(),
+    db_client  inet                 default pg_catalog.inet_client_addr(),
     operator   text        not null, -- the AWS identity, and the user and host, as the tool found them
     action     text        not null check (action in ('recover', 'reveal')),
     reason     text        not null check (reason ~ '\S'),

@@ -21,7 +21,7 @@ begin
         )
         select oid from tree
     loop
-        execute format('grant select, update ("masked_ip", "masked_device_id") on %s to login_etl_operator', part);
+        execute pg_catalog.format('grant select, update ("masked_ip", "masked_device_id") on %s to login_etl_operator', part);
     end loop;
 end
 $grants$;
@@ -29,17 +29,17 @@ $grants$;
 -- Equal values have equal masks: what finds the rows that share one.
 create index if not exists "user_logins_masked_ip_idx" on "user_logins" ("masked_ip");
 create or replace view "user_logins_masked_ip_duplicates" as
-select "masked_ip", count(*) as row_count, count(distinct "user_id") as subject_count, min("create_date") as first_day, max("create_date") as last_day
+select "masked_ip", pg_catalog.count(*) as row_count, pg_catalog.count(distinct "user_id") as subject_count, pg_catalog.min("create_date") as first_day, pg_catalog.max("create_date") as last_day
 from "user_logins"
 where "masked_ip" is not null
 group by "masked_ip"
-having count(*) > 1;
+having pg_catalog.count(*) > 1;
 grant select on "user_logins_masked_ip_duplicates" to login_etl_operator;
 create index if not exists "user_logins_masked_device_id_idx" on "user_logins" ("masked_device_id");
 create or replace view "user_logins_masked_device_id_duplicates" as
-select "masked_device_id", count(*) as row_count, count(distinct "user_id") as subject_count, min("create_date") as first_day, max("create_date") as last_day
+select "masked_device_id", pg_catalog.count(*) as row_count, pg_catalog.count(distinct "user_id") as subject_count, pg_catalog.min("create_date") as first_day, pg_catalog.max("create_date") as last_day
 from "user_logins"
 where "masked_device_id" is not null
 group by "masked_device_id"
-having count(*) > 1;
+having pg_catalog.count(*) > 1;
 grant select on "user_logins_masked_device_id_duplicates" to login_etl_operator;

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use aws_config::SdkConfig;
 use tokio_postgres::{Client, types::Type};
 
-use crate::output::{Failure, failed, sql};
+use crate::{
+    output::{Failure, failed, sql},
+    settings::Settings,
+};
 
 /// Most masks that a row lists.
 const MASKS_MAX: usize = 1000;
@@ -33,8 +36,8 @@ pub fn check_reason(reason: &str) -> Result<(), Failure> {
 }
 
 /// Writes the record, and returns once the server has it on disk.
-pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) -> Result<(), Failure> {
-    let operator = operator(aws).await;
+pub async fn write(client: &mut Client, settings: &Settings, record: &Record<'_>) -> Result<(), Failure> {
+    let operator = operator(&settings.aws).await;
     let keys: BTreeSet<&str> = record.masks.iter().map(|masked| login_etl::keyring::key_id(masked)).collect();
     let keys: Vec<&str> = keys.into_iter().collect();
     let masks = (record.masks.len() <= MASKS_MAX).then_some(record.masks);
@@ -44,8 +47,11 @@ pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) ->
     let transaction = client.transaction().await.map_err(what())?;
     // The server may be set to answer before it has written.
     transaction.batch_execute("set local synchronous_commit = on").await.map_err(what())?;
-    let insert = "insert into etl_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
-                  values ($1, $2, $3, $4, $5, $6, $7, $8)";
+    let insert = format!(
+        "insert into {}.etl_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
+         values ($1, $2, $3, $4, $5, $6, $7, $8)",
+        settings.schema
+    );
     let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 8] = [
         (&operator, Type::TEXT),
         (&record.action, Type::TEXT),
@@ -56,7 +62,7 @@ pub async fn write(client: &mut Client, aws: &SdkConfig, record: &Record<'_>) ->
         (&keys, Type::TEXT_ARRAY),
         (&masks, Type::TEXT_ARRAY),
     ];
-    let written = transaction.execute_typed(insert, &parameters).await.map_err(what())?;
+    let written = transaction.execute_typed(&insert, &parameters).await.map_err(what())?;
     if written != 1 {
         return Err(failed("etl_audit swallows what is written to it, by a rule or a trigger, so nothing is shown"));
     }

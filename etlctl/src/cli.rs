@@ -1,6 +1,6 @@
 //! What can be asked for, and the help that teaches it.
 
-use std::{num::NonZeroU32, path::PathBuf};
+use std::{collections::HashMap, num::NonZeroU32, path::PathBuf};
 
 use crate::output::{BOLD, GOOD};
 use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Styles};
@@ -8,7 +8,41 @@ use login_etl::mapping::Mapping;
 
 const STYLES: Styles = Styles::styled().header(BOLD).usage(BOLD).literal(GOOD);
 
-const AFTER: &str = "\
+/// A setting of every command: a flag, and the environment variable that says the same.
+#[derive(Debug)]
+pub struct Setting {
+    /// Without its dashes.
+    pub flag: &'static str,
+    pub variable: &'static str,
+    value: &'static str,
+    help: &'static str,
+    /// Whether it says who asks, and by what way; the others say which pipeline it is, and come from a stack if one is named.
+    pub is_ones_own: bool,
+}
+
+const fn setting(flag: &'static str, value: &'static str, variable: &'static str, help: &'static str) -> Setting {
+    Setting { flag, variable, value, help, is_ones_own: false }
+}
+
+/// All settings, in the order of the help.
+pub const SETTINGS: [Setting; 14] = [
+    Setting { is_ones_own: true, ..setting("database-secret", "ID", "ETLCTL_DATABASE_SECRET_ID", "your own user") },
+    Setting { is_ones_own: true, ..setting("database-user", "NAME", "DATABASE_USER", "with DATABASE_PASSWORD") },
+    setting("database-host", "HOST", "DATABASE_HOST", ""),
+    Setting { is_ones_own: true, ..setting("database-hostaddr", "IP", "DATABASE_HOSTADDR", "of a tunnel to it") },
+    setting("database-port", "PORT", "DATABASE_PORT", ""),
+    setting("database-name", "NAME", "DATABASE_NAME", ""),
+    Setting { is_ones_own: true, ..setting("database-schema", "NAME", "DATABASE_SCHEMA", "of the tables; public") },
+    setting("database-tls", "MODE", "DATABASE_TLS", "verify-full or disable"),
+    setting("database-ca-file", "FILE", "DATABASE_CA_FILE", "roots to trust"),
+    setting("masking-secret", "ID", "MASKING_SECRET_ID", "the keyring"),
+    setting("queue-url", "URL", "QUEUE_URL", ""),
+    setting("dlq-url", "URL", "DLQ_URL", ""),
+    setting("function", "NAME", "FUNCTION_NAME", ""),
+    Setting { is_ones_own: true, ..setting("mapping", "FILE", "MAPPING_FILE", "not the one built in") },
+];
+
+const BEFORE_SETTINGS: &str = "\
 Where the pipeline is:
 `--stack NAME` reads it from the deployed stack: queues, function, secrets, database. Without it, the function's own \
 environment variables say it, and QUEUE_URL, DLQ_URL and FUNCTION_NAME. Flags come first; beside a stack, only who you \
@@ -18,30 +52,25 @@ Who you are to the database:
 The function's user may only insert. Yours, with the role login_etl_operator, is in a secret that --database-secret \
 names (JSON with username and password), or in DATABASE_USER and DATABASE_PASSWORD.
 
-Settings, each a flag and a variable, with every command:
-  --database-secret ID     ETLCTL_DATABASE_SECRET_ID  your own user
-  --database-user NAME     DATABASE_USER              with DATABASE_PASSWORD
-  --database-host HOST     DATABASE_HOST
-  --database-hostaddr IP   DATABASE_HOSTADDR          of a tunnel to it
-  --database-port PORT     DATABASE_PORT
-  --database-name NAME     DATABASE_NAME
-  --database-tls MODE      DATABASE_TLS               verify-full or disable
-  --database-ca-file FILE  DATABASE_CA_FILE           roots to trust
-  --masking-secret ID      MASKING_SECRET_ID          the keyring
-  --queue-url URL          QUEUE_URL
-  --dlq-url URL            DLQ_URL
-  --function NAME          FUNCTION_NAME
-  --mapping FILE           MAPPING_FILE               not the one built in
+Settings, each a flag and a variable, with every command:";
 
+const AFTER_SETTINGS: &str = "\
 Exit status:
   0  done, and the answer is yes
   1  done, and the answer is no: a check failed, or something is left
   2  asked in a wrong way, or not confirmed; nothing was done
   3  not done: a setting, AWS or the database is in the way";
 
+fn after_help() -> String {
+    let lines = SETTINGS.iter().map(|Setting { flag, variable, value, help, .. }| {
+        format!("  {:24} {variable:26} {help}", format!("--{flag} {value}")).trim_end().to_owned() + "\n"
+    });
+    format!("{BEFORE_SETTINGS}\n{}\n{AFTER_SETTINGS}", lines.collect::<String>())
+}
+
 /// Operates a login-etl pipeline: its schema, its health, its dead letters, its masks and its keys.
 #[derive(Debug, Parser)]
-#[command(name = "etlctl", version, styles = STYLES, max_term_width = 120, next_line_help = false, after_long_help = AFTER, disable_help_subcommand = true)]
+#[command(name = "etlctl", version, styles = STYLES, max_term_width = 120, next_line_help = false, disable_help_subcommand = true)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -56,6 +85,8 @@ impl Cli {
     pub fn from_command_line() -> Self {
         let matches = Self::all().get_matches();
         let mut cli = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        let given = |setting: &Setting| Some((setting.variable, matches.get_one::<String>(setting.flag)?.clone()));
+        cli.global.settings = SETTINGS.iter().filter_map(given).collect();
         if let (Command::Find(find), Some(matches)) = (&mut cli.command, matches.subcommand_matches("find")) {
             let mut given =
                 short_forms().filter_map(|(flag, field)| Some((field, matches.get_one::<String>(&flag)?.clone())));
@@ -66,7 +97,11 @@ impl Cli {
 
     /// All that can be asked for: `find` has a short form for each masked field of the mapping that is built in.
     pub fn all() -> clap::Command {
-        Self::command().mut_subcommand("find", |find| {
+        let settings = SETTINGS
+            .iter()
+            .map(|setting| Arg::new(setting.flag).long(setting.flag).value_name(setting.value).global(true).hide(true));
+        let command = Self::command().args(settings).after_long_help(after_help());
+        command.mut_subcommand("find", |find| {
             let forms = short_forms().map(|(flag, field)| {
                 let help = format!("Short for `--field {field} --value VALUE`");
                 Arg::new(flag.clone()).long(flag).value_name("VALUE").help(help).group("short").conflicts_with("field")
@@ -84,7 +119,7 @@ fn short_forms() -> impl Iterator<Item = (String, String)> {
     fields.into_iter().map(|field| (field.replace('_', "-"), field))
 }
 
-/// What every command takes. The hidden flags are settings, which the help lists once.
+/// What every command takes.
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// Take all settings from this CloudFormation stack
@@ -96,32 +131,9 @@ pub struct Global {
     /// Read variables from this file instead of `.env`
     #[arg(long, global = true, value_name = "FILE", help_heading = COMMON)]
     pub env_file: Option<PathBuf>,
-    #[arg(long, global = true, value_name = "FILE", hide = true)]
-    pub mapping: Option<PathBuf>,
-    #[arg(long, global = true, value_name = "ID", hide = true)]
-    pub database_secret: Option<String>,
-    #[arg(long, global = true, value_name = "NAME", hide = true)]
-    pub database_user: Option<String>,
-    #[arg(long, global = true, value_name = "HOST", hide = true)]
-    pub database_host: Option<String>,
-    #[arg(long, global = true, value_name = "ADDRESS", hide = true)]
-    pub database_hostaddr: Option<String>,
-    #[arg(long, global = true, value_name = "PORT", hide = true)]
-    pub database_port: Option<String>,
-    #[arg(long, global = true, value_name = "NAME", hide = true)]
-    pub database_name: Option<String>,
-    #[arg(long, global = true, value_name = "MODE", hide = true)]
-    pub database_tls: Option<String>,
-    #[arg(long, global = true, value_name = "FILE", hide = true)]
-    pub database_ca_file: Option<String>,
-    #[arg(long, global = true, value_name = "ID", hide = true)]
-    pub masking_secret: Option<String>,
-    #[arg(long, global = true, value_name = "URL", hide = true)]
-    pub queue_url: Option<String>,
-    #[arg(long, global = true, value_name = "URL", hide = true)]
-    pub dlq_url: Option<String>,
-    #[arg(long, global = true, value_name = "NAME", hide = true)]
-    pub function: Option<String>,
+    /// The settings that were given by flags, each under its variable.
+    #[arg(skip)]
+    pub settings: HashMap<&'static str, String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -330,7 +342,8 @@ pub enum Keys {
     Remask(Remask),
     /// Take a key out of the ring
     ///
-    /// Refused while a row is masked under it, and until running functions have had the time to notice the new one. The secret's
+    /// Refused while a row is masked under it, and until running functions have had the time to notice the new one; one that
+    /// cannot read the keyring goes on with the old key, so see that the alarm keyring-not-read is off. The secret's
     /// version that had it is kept under the label ETLCTL-RETIRED-ID: backups and copies of the table need it.
     Retire {
         /// The key's id; "" is the unnamed key's

@@ -1,6 +1,6 @@
 //! From a value to its masks, and to the rows that have one of them.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
 use login_etl::{
     keyring::{Keyring, Mask},
@@ -46,8 +46,16 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     let mapping = &settings.mapping;
     let (column, field) = settings.masked_field(name)?;
     let value = value(given)?;
-    let masks = masks(&settings.keyring().await?, field, &value)?;
-    let masks: Vec<&str> = masks.iter().map(|(_, masked)| masked.as_str()).collect();
+    let keyring = settings.keyring().await?;
+    let masks = masks(&keyring, field, &value)?;
+    // Rows from before values were normalized have the mask of the spelling that was sent.
+    let as_given = keyring.mask_under_all(field.masked.unwrap_or(Mask::Recoverable), &field.path, &value);
+    let masks: BTreeSet<&str> = masks
+        .iter()
+        .map(|(_, masked)| masked.as_str())
+        .chain(as_given.iter().map(|(_, masked)| masked.as_str()))
+        .collect();
+    let masks: Vec<&str> = masks.into_iter().collect();
     let since = options.since.map(|day| day.to_string());
     let day = mapping.day().map(|day| quoted(&day.name));
     if day.is_none() && since.is_some() {
@@ -111,8 +119,8 @@ fn cell(value: &Value) -> String {
 }
 
 /// The masks of a value, each under a key of the ring.
-fn masks(keyring: &Keyring, field: &Field, value: &str) -> Result<Vec<(String, String)>, Failure> {
-    let value = field.normalized(value).map_err(|fault| failed(format!("the value {fault}, so no row has it")))?;
+fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, String)>, Failure> {
+    let value = field.normalized(given).map_err(|fault| failed(format!("the value {fault}, so no row has it")))?;
     let way = field.masked.unwrap_or(Mask::Recoverable);
     let masks = keyring.mask_under_all(way, &field.path, &value);
     if masks.is_empty() && way == Mask::OneWay {

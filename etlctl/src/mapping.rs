@@ -7,7 +7,9 @@ use jiff::{Timestamp, civil, civil::date};
 use login_etl::{
     event,
     keyring::{Keyring, MASKED_MAX, Mask},
-    mapping::{Attribute, Column, ColumnType, Envelope, Field, Invalid, Mapping, Row, Source, Table, quoted},
+    mapping::{
+        Attribute, Column, ColumnType, Convert, Envelope, Field, Invalid, Mapping, Row, Source, Table, Unwrap, quoted,
+    },
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -154,14 +156,15 @@ pub fn ddl(mapping: &Mapping) -> String {
         let masked = quoted(&column.name);
         let index = quoted(&short(format!("{}_{}_idx", table.name, column.name)));
         let view = format!("{schema}{}", quoted(&short(format!("{}_{}_duplicates", table.name, column.name))));
-        let mut facts = vec![masked.clone(), "count(*) as row_count".to_owned()];
-        facts.extend(subject.iter().map(|subject| format!("count(distinct {subject}) as subject_count")));
-        facts
-            .extend(day.iter().flat_map(|day| [format!("min({day}) as first_day"), format!("max({day}) as last_day")]));
+        let mut facts = vec![masked.clone(), "pg_catalog.count(*) as row_count".to_owned()];
+        facts.extend(subject.iter().map(|subject| format!("pg_catalog.count(distinct {subject}) as subject_count")));
+        facts.extend(day.iter().flat_map(|day| {
+            [format!("pg_catalog.min({day}) as first_day"), format!("pg_catalog.max({day}) as last_day")]
+        }));
         text += &format!(
             "create index if not exists {index} on {table} ({masked});\n\
              create or replace view {view} as\n\
-             select {}\nfrom {table}\nwhere {masked} is not null\ngroup by {masked}\nhaving count(*) > 1;\n\
+             select {}\nfrom {table}\nwhere {masked} is not null\ngroup by {masked}\nhaving pg_catalog.count(*) > 1;\n\
              grant select on {view} to login_etl_operator;\n",
             facts.join(", ")
         );
@@ -188,7 +191,7 @@ begin
         )
         select oid from tree
     loop
-        execute format('grant select, update ({}) on %s to login_etl_operator', part);
+        execute pg_catalog.format('grant select, update ({}) on %s to login_etl_operator', part);
     end loop;
 end
 $grants$;
@@ -282,6 +285,44 @@ fn read(file: &Path) -> Result<String, Failure> {
         false => fs::read_to_string(file),
     };
     read.map_err(|error| failed(format!("cannot read {}: {error}", file.display())))
+}
+
+/// A row of a message that is made up, if such a one fits the mapping.
+pub fn example_row(mapping: &Mapping, keyring: &Keyring) -> Option<Row> {
+    let mut body = json!({});
+    for column in mapping.columns() {
+        let Source::Field(field) = &column.source else { continue };
+        let mut place = &mut body;
+        for name in field.path.split('.') {
+            place = place.as_object_mut()?.entry(name).or_insert_with(|| json!({}));
+        }
+        *place = example(column, field);
+    }
+    let mut body = body.to_string();
+    if mapping.unwrap() == Some(Unwrap::Sns) {
+        body = json!({"Type": "Notification", "Message": body}).to_string();
+    }
+    let now = SystemTime::now();
+    let envelope = Envelope { message_id: NO_ID, sent: Some(now), queue: Some("login-etl-doctor"), now };
+    mapping.row(&body, &envelope, keyring, &mut BytesMut::new()).ok()
+}
+
+fn example(column: &Column, field: &Field) -> Value {
+    let now = Timestamp::now();
+    match (column.column_type, field.convert) {
+        (_, Some(Convert::VersionDigits | Convert::VersionOrdered)) => json!("1.0"),
+        (_, Some(Convert::FromNumber | Convert::EpochSeconds | Convert::EpochMillis)) => json!(1),
+        (_, Some(Convert::FromText)) => json!("1"),
+        // Documentation's own address, for whatever wants one.
+        (ColumnType::Text, None) if field.masked.is_some() || field.strict => json!("192.0.2.1"),
+        (ColumnType::Text, None) => json!("doctor".chars().take(column.max_length.unwrap_or(6)).collect::<String>()),
+        (ColumnType::Integer | ColumnType::Bigint | ColumnType::DoublePrecision, None) => json!(1),
+        (ColumnType::Boolean, None) => json!(true),
+        (ColumnType::Date, None) => json!(now.strftime("%Y-%m-%d").to_string()),
+        (ColumnType::Timestamptz, None) => json!(now.to_string()),
+        (ColumnType::Uuid, None) => json!(NO_ID),
+        (ColumnType::Jsonb, None) => json!({}),
+    }
 }
 
 /// A row's cells as text, each with its column's name.

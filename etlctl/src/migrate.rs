@@ -58,25 +58,25 @@ impl Migration {
 
 pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, Failure> {
     let mut connection = settings.database().await?;
-    let mapping = &settings.mapping;
+    let (mapping, schema) = (&settings.declared, &*settings.schema);
     if options.check {
-        return check(mapping, &connection.client).await;
+        return check(settings, &connection.client).await;
     }
     let client = &mut connection.client;
     let waiting = spinner("Waiting for another migration to end");
     client.query("select pg_advisory_lock($1)", &[&LOCK]).await.map_err(sql("lock the schema"))?;
     drop(waiting);
-    let misfits = misfits(mapping, client).await?.unwrap_or_default();
+    let misfits = misfits(&settings.mapping, client).await?.unwrap_or_default();
     if !misfits.is_empty() {
         let name = mapping.table().plain();
         return Err(failed(format!("the table {name} does not fit: {}", misfits.join("; "))));
     }
     client
-        .batch_execute(&format!("set client_min_messages = warning; {RECORDS}"))
+        .batch_execute(&format!("set client_min_messages = warning; set search_path = {schema}, pg_temp; {RECORDS}"))
         .await
         .map_err(sql("record migrations"))?;
     let mut applied = Vec::new();
-    for migration in migrations(mapping, client).await? {
+    for migration in migrations(settings, client).await? {
         match migration.state {
             State::Applied => continue,
             State::Changed => return Err(failed(changed_text(&migration.name))),
@@ -111,8 +111,8 @@ async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure
     transaction.commit().await.map_err(sql(what()))
 }
 
-async fn check(mapping: &Mapping, client: &Client) -> Result<Reply, Failure> {
-    let migrations = migrations(mapping, client).await?;
+async fn check(settings: &Settings, client: &Client) -> Result<Reply, Failure> {
+    let migrations = migrations(settings, client).await?;
     let no = migrations.iter().any(|migration| !matches!(migration.state, State::Applied));
     let rows = migrations.iter().map(|migration| match migration.state {
         State::Applied => vec![migration.name.as_ref(), "applied"],
@@ -138,17 +138,18 @@ fn changed_text(name: &str) -> String {
 }
 
 /// The migrations that are not in the database as this tool has them.
-pub async fn outstanding(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
-    let migrations = migrations(mapping, client).await?.into_iter();
+pub async fn outstanding(settings: &Settings, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
+    let migrations = migrations(settings, client).await?.into_iter();
     let outstanding = migrations.filter(|migration| !matches!(migration.state, State::Applied));
     Ok(outstanding.map(|migration| migration.name.into_owned()).collect())
 }
 
-async fn migrations(mapping: &Mapping, client: &impl GenericClient) -> Result<Vec<Migration>, Failure> {
-    let there = client.query_one("select to_regclass('login_etl_migrations') is not null", &[]).await;
+async fn migrations(settings: &Settings, client: &impl GenericClient) -> Result<Vec<Migration>, Failure> {
+    let (mapping, records) = (&settings.declared, format!("{}.login_etl_migrations", settings.schema));
+    let there = client.query_one("select to_regclass($1) is not null", &[&records]).await;
     let records = match there.map_err(sql("read the schema"))?.get(0) {
         true => client
-            .query("select name, checksum from login_etl_migrations", &[])
+            .query(&format!("select name, checksum from {records}"), &[])
             .await
             .map_err(sql("read the migrations"))?,
         false => Vec::new(),

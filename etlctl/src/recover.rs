@@ -61,7 +61,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
         recovered: recovered.len(),
         masks: &recovered,
     };
-    let written = audit::write(&mut connection.client, &settings.aws, &record).await;
+    let written = audit::write(&mut connection.client, settings, &record).await;
     let ready = written.and(keyring.map(drop));
     if let (Err(_), Some(path)) = (&ready, &options.output) {
         // Empty, and ours.
@@ -138,7 +138,11 @@ fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
 /// cannot change anything.
 async fn run_query(client: &Client, query: &str) -> Result<Vec<u8>, Failure> {
     let _spinner = spinner("Running the query");
-    client.batch_execute("begin read only").await.map_err(sql("start a transaction"))?;
+    // It names tables as everybody's session does.
+    client
+        .batch_execute("begin read only; set local search_path to default")
+        .await
+        .map_err(sql("start a transaction"))?;
     let query = query.trim().trim_end_matches(';');
     let rows = async {
         let rows = client.copy_out(&format!("copy (\n{query}\n) to stdout with (format csv, header)")).await?;

@@ -10,14 +10,14 @@ use aws_config::SdkConfig;
 use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurationOutput;
 use login_etl::{
     config::{self, Config},
-    mapping::{Column, Field, Mapping},
+    mapping::{Column, Field, Mapping, quoted},
     secrets::{Credentials, Secrets},
-    store::{Connection, Connector},
+    store::{Connection, Connector, Trial},
 };
 
 use crate::{
-    cli::Global,
-    output::{Failure, aws, failed},
+    cli::{Global, SETTINGS},
+    output::{Failure, aws, failed, sql},
 };
 
 /// Reads settings as commands need them.
@@ -28,12 +28,20 @@ pub struct Settings {
     stack: HashMap<String, String>,
     /// The AWS SDK's.
     pub aws: SdkConfig,
-    /// The pipeline's.
+    /// The pipeline's, as the function has it.
+    pub declared: Mapping,
+    /// The same, its table with the schema that it is in.
     pub mapping: Mapping,
+    /// The schema of the ledger, the audit and the records of migrations, quoted.
+    pub schema: String,
 }
 
-/// Who asks, and by what way: not the pipeline's.
-const OWN: [&str; 4] = ["DATABASE_HOSTADDR", "DATABASE_PASSWORD", "DATABASE_USER", "ETLCTL_DATABASE_SECRET_ID"];
+/// Not a flag: everybody on the machine can read those.
+const PASSWORD: &str = "DATABASE_PASSWORD";
+
+/// This tool names every table's schema, and calls PostgreSQL's own functions alone: what somebody made in a schema that is
+/// looked into first is not taken for it.
+const SEARCH_PATH: &str = "set search_path = pg_catalog, pg_temp";
 
 /// Sets the variables of the file, or of `.env` here if there is one, that are not set yet.
 pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
@@ -53,7 +61,7 @@ pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
 /// The file of the mapping, if one is named.
 pub fn mapping_file(global: &Global) -> Option<PathBuf> {
     let variable = || std::env::var_os("MAPPING_FILE").filter(|file| !file.is_empty()).map(PathBuf::from);
-    global.mapping.clone().or_else(variable)
+    global.settings.get("MAPPING_FILE").map(PathBuf::from).or_else(variable)
 }
 
 fn shown(file: Option<&Path>) -> String {
@@ -64,8 +72,12 @@ impl Settings {
     /// Asks CloudFormation and Lambda, if a stack is named.
     pub async fn new(global: Global) -> Result<Self, Failure> {
         let aws = config::sdk_config().await;
-        let mapping = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
-        let mut settings = Self { global, stack: HashMap::new(), aws, mapping };
+        let declared = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
+        let (mapping, schema) = (declared.clone(), String::new());
+        let mut settings = Self { global, stack: HashMap::new(), aws, declared, mapping, schema };
+        let schema = settings.get("DATABASE_SCHEMA").unwrap_or_else(|| "public".to_owned());
+        settings.schema = quoted(&schema);
+        settings.mapping = settings.declared.clone().in_schema(schema);
         if let Some(name) = settings.global.stack.clone() {
             settings.need_region()?;
             settings.stack = settings.read_stack(&name).await?;
@@ -116,41 +128,21 @@ impl Settings {
 
     /// A setting by its variable's name: its flag, else the stack's, or the environment's if no stack is named.
     pub fn get(&self, variable: &str) -> Option<String> {
-        let flag = match variable {
-            "DATABASE_HOST" => &self.global.database_host,
-            "DATABASE_PORT" => &self.global.database_port,
-            "DATABASE_NAME" => &self.global.database_name,
-            "DATABASE_TLS" => &self.global.database_tls,
-            "DATABASE_CA_FILE" => &self.global.database_ca_file,
-            "DATABASE_HOSTADDR" => &self.global.database_hostaddr,
-            "DATABASE_USER" => &self.global.database_user,
-            "ETLCTL_DATABASE_SECRET_ID" => &self.global.database_secret,
-            "MASKING_SECRET_ID" => &self.global.masking_secret,
-            "QUEUE_URL" => &self.global.queue_url,
-            "DLQ_URL" => &self.global.dlq_url,
-            "FUNCTION_NAME" => &self.global.function,
-            _ => &None,
-        };
+        let setting = SETTINGS.iter().find(|setting| setting.variable == variable);
         // Half of one pipeline and half of another would do harm: beside a stack, only who asks is of the environment.
-        let is_ones_own = OWN.contains(&variable) || self.global.stack.is_none();
+        let is_ones_own =
+            self.global.stack.is_none() || variable == PASSWORD || setting.is_some_and(|setting| setting.is_ones_own);
         let environment = || std::env::var(variable).ok().filter(|_| is_ones_own);
-        flag.clone()
-            .or_else(|| self.stack.get(variable).cloned())
-            .or_else(environment)
-            .filter(|value| !value.is_empty())
+        let flag = self.global.settings.get(variable);
+        flag.or_else(|| self.stack.get(variable)).cloned().or_else(environment).filter(|value| !value.is_empty())
     }
 
     /// A setting that there must be.
     pub fn require(&self, variable: &str) -> Result<String, Failure> {
         self.need_region()?;
         self.get(variable).ok_or_else(|| {
-            let flag = match variable {
-                "MASKING_SECRET_ID" => " (--masking-secret)",
-                "QUEUE_URL" => " (--queue-url)",
-                "DLQ_URL" => " (--dlq-url)",
-                "FUNCTION_NAME" => " (--function)",
-                _ => "",
-            };
+            let setting = SETTINGS.iter().find(|setting| setting.variable == variable);
+            let flag = setting.map(|setting| format!(" (--{})", setting.flag)).unwrap_or_default();
             failed(format!("{variable} is not known: name the stack with --stack, or set it{flag}"))
         })
     }
@@ -214,11 +206,10 @@ impl Settings {
 
     /// Who uses this tool: a user of the database's of their own, and where that is.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
-        let by_flag = self.global.database_secret.is_some();
+        let by_flag = self.global.settings.contains_key("ETLCTL_DATABASE_SECRET_ID");
         let user = self.get("DATABASE_USER").filter(|_| !by_flag);
         let mut credentials = if let Some(user) = user {
-            let password =
-                self.get("DATABASE_PASSWORD").ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
+            let password = self.get(PASSWORD).ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
             Credentials::new(user, password)
         } else if let Some(id) = self.get("ETLCTL_DATABASE_SECRET_ID") {
             self.need_region()?;
@@ -237,11 +228,26 @@ impl Settings {
         Ok(credentials)
     }
 
+    /// What tries rows as the function's user, by its own credentials.
+    pub async fn trial(&self) -> Result<Trial, Failure> {
+        let connector = self.connector()?;
+        let credentials = self.secrets().credentials(&self.require("DATABASE_SECRET_ID")?).await?;
+        let connection = connect(&connector, &credentials).await?;
+        Trial::begin(connection, &self.declared).await.map_err(|error| failed(error.to_string()))
+    }
+
     /// A connection as that user.
     pub async fn database(&self) -> Result<Connection, Failure> {
         let connector = self.connector()?;
         let credentials = self.credentials(&connector).await?;
-        connect(&connector, &credentials).await
+        self.connect(&connector, &credentials).await
+    }
+
+    /// A connection as this user, for this tool's statements.
+    pub async fn connect(&self, connector: &Connector, credentials: &Credentials) -> Result<Connection, Failure> {
+        let connection = connect(connector, credentials).await?;
+        connection.client.batch_execute(SEARCH_PATH).await.map_err(sql("set the search path"))?;
+        Ok(connection)
     }
 }
 

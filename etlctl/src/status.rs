@@ -232,6 +232,7 @@ impl Database {
 
 async fn database(settings: &Settings) -> Result<Database, Failure> {
     let table = settings.mapping.table().to_string();
+    let ledger_name = format!("{}.etl_ledger", settings.schema);
     let connection = settings.database().await?;
     let client = &connection.client;
     // There need be no index for what is counted.
@@ -248,7 +249,11 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
         having count(*) > 0";
     let size = async |name: &str| {
         let row = client.query_opt(sizes, &[&name]).await.map_err(sql(format_args!("look at {name}")))?;
-        let row = row.ok_or_else(|| failed(format!("there is no table {name}: `etlctl migrate` makes it")))?;
+        let row = row.ok_or_else(|| {
+            failed(format!(
+                "there is no table {name}: `etlctl migrate` makes it; or name its schema with --database-schema"
+            ))
+        })?;
         let (estimate, bytes): (i64, i64) = (row.get(0), row.get(1));
         if estimate > 0 || bytes > 100_000_000 {
             return Ok((estimate, bytes));
@@ -257,10 +262,11 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
         Ok::<_, Failure>((counted.get(0), bytes))
     };
     let (all, table_bytes) = size(&table).await?;
-    let (ledger, ledger_bytes) = size("etl_ledger").await?;
-    let oldest =
-        "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from etl_ledger where sent_at > 'epoch'";
-    let oldest_key = client.query_one(oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
+    let (ledger, ledger_bytes) = size(&ledger_name).await?;
+    let oldest = format!(
+        "select to_char(min(sent_at) at time zone 'UTC', 'YYYY-MM-DD') from {ledger_name} where sent_at > 'epoch'"
+    );
+    let oldest_key = client.query_one(&oldest, &[]).await.map_err(sql("look at the ledger"))?.get(0);
     let today = match settings.mapping.day() {
         Some(day) => {
             let day = quoted(&day.name);

@@ -10,9 +10,9 @@ values
 
 -- The columns that can be written, for rows that move from one table to another.
 create or replace function login_etl_columns(of regclass) returns text language sql stable as $$
-    select string_agg(quote_ident(column_name), ', ' order by ordinal_position)
+    select pg_catalog.string_agg(pg_catalog.quote_ident(column_name), ', ' order by ordinal_position)
     from information_schema.columns
-    join pg_class on relname = table_name and relnamespace = quote_ident(table_schema)::regnamespace
+    join pg_class on relname = table_name and relnamespace = pg_catalog.quote_ident(table_schema)::regnamespace
     where pg_class.oid = of and is_generated = 'NEVER'
 $$;
 
@@ -23,12 +23,12 @@ declare
     command text;
 begin
     for command in
-        select format('alter table %s owner to %s', dressed, relowner::regrole) from pg_class where oid = model
+        select pg_catalog.format('alter table %s owner to %s', dressed, relowner::regrole) from pg_class where oid = model
         union all
-        select format(
+        select pg_catalog.format(
             'grant %s%s on %s to %s%s',
             privilege_type,
-            case when attname is not null then format(' (%I)', attname) end,
+            case when attname is not null then pg_catalog.format(' (%I)', attname) end,
             dressed,
             case grantee when 0 then 'public' else grantee::regrole::text end,
             case when is_grantable then ' with grant option' end
@@ -37,7 +37,7 @@ begin
             select relacl as acl, null as attname from pg_class where oid = model
             union all
             select attacl, attname from pg_attribute where attrelid = model and attnum > 0 and not attisdropped
-        ) as rights, aclexplode(acl)
+        ) as rights, pg_catalog.aclexplode(acl)
     loop
         execute command;
     end loop;
@@ -47,10 +47,10 @@ $$;
 -- The partitions with where each ends; not the default one.
 create or replace function login_etl_partitions(of regclass, out part regclass, out ends timestamp) returns setof record
     language sql stable set timezone = 'UTC' set datestyle = 'ISO' as $$
-    select inhrelid::regclass, substring(pg_get_expr(relpartbound, inhrelid) from 'TO \(''([^'']+)')::timestamp
+    select inhrelid::regclass, substring(pg_catalog.pg_get_expr(relpartbound, inhrelid) from 'TO \(''([^'']+)')::timestamp
     from pg_inherits
     join pg_class on pg_class.oid = inhrelid
-    where inhparent = of and pg_get_expr(relpartbound, inhrelid) <> 'DEFAULT'
+    where inhparent = of and pg_catalog.pg_get_expr(relpartbound, inhrelid) <> 'DEFAULT'
 $$;
 
 -- Makes the partitions that will be needed, and drops those of the ledger whose messages are all past remembering. Returns
@@ -70,43 +70,43 @@ begin
     end if;
     for scheme in
         select login_etl_partitioning.*, parent, partdefid::regclass as fallback, relnamespace::regnamespace as namespace
-        from login_etl_partitioning, to_regclass(name) as parent, pg_partitioned_table, pg_class
+        from login_etl_partitioning, pg_catalog.to_regclass(name) as parent, pg_partitioned_table, pg_class
         where partrelid = parent and pg_class.oid = parent
         -- The ledger first, in which order the function's statement locks them.
         order by name <> 'etl_ledger'
     loop
-        select max(partitions.ends) into starts from login_etl_partitions(scheme.parent) as partitions;
-        while starts <= now() + scheme.ahead loop
+        select pg_catalog.max(partitions.ends) into starts from login_etl_partitions(scheme.parent) as partitions;
+        while starts <= pg_catalog.now() + scheme.ahead loop
             ends := starts + scheme.step;
-            part := format('%s.%I', scheme.namespace, scheme.name || to_char(starts, '_' || scheme.suffix));
-            execute format('create table %s (like %s including all)', part, scheme.parent);
+            part := pg_catalog.format('%s.%I', scheme.namespace, scheme.name || pg_catalog.to_char(starts, '_' || scheme.suffix));
+            execute pg_catalog.format('create table %s (like %s including all)', part, scheme.parent);
             perform login_etl_dress(part, scheme.parent);
             -- Once its time has come, rows may be on their way to the default partition. Before, no insert has to wait; but
             -- PostgreSQL 11 has them all wait anyway, and this first, so that none waits for us while we wait for it.
-            if starts <= now() or current_setting('server_version_num')::integer < 120000 then
-                execute format('lock table %s in access exclusive mode', scheme.parent);
+            if starts <= pg_catalog.now() or pg_catalog.current_setting('server_version_num')::integer < 120000 then
+                execute pg_catalog.format('lock table %s in access exclusive mode', scheme.parent);
             end if;
             -- So that no row comes there between the moving and the attaching, which would fail.
-            execute format('lock table %s in share row exclusive mode', scheme.fallback);
-            execute format(
+            execute pg_catalog.format('lock table %s in share row exclusive mode', scheme.fallback);
+            execute pg_catalog.format(
                 'with moved as (delete from %1$s where %2$I >= %3$L and %2$I < %4$L returning %5$s)
                  insert into %6$s (%5$s) select * from moved',
-                scheme.fallback, scheme.key, starts || '+00', ends || '+00', login_etl_columns(scheme.parent), part
+                scheme.fallback, scheme.key, starts::text || '+00', ends::text || '+00', login_etl_columns(scheme.parent), part
             );
-            range := format('for values from (%L) to (%L)', starts || '+00', ends || '+00');
-            execute format('alter table %s attach partition %s %s', scheme.parent, part, range);
-            return next format('made %s', part);
+            range := pg_catalog.format('for values from (%L) to (%L)', starts::text || '+00', ends::text || '+00');
+            execute pg_catalog.format('alter table %s attach partition %s %s', scheme.parent, part, range);
+            return next pg_catalog.format('made %s', part);
             starts := ends;
         end loop;
         for part in
             select partitions.part from login_etl_partitions(scheme.parent) as partitions
-            where scheme.name = 'etl_ledger' and partitions.ends <= now() - remember
+            where scheme.name = 'etl_ledger' and partitions.ends <= pg_catalog.now() - remember
         loop
-            execute format('alter table %s detach partition %s', scheme.parent, part);
+            execute pg_catalog.format('alter table %s detach partition %s', scheme.parent, part);
             -- Keys under the epoch stay.
-            execute format('insert into %s select * from %s where sent_at <= ''epoch''', scheme.parent, part);
-            execute format('drop table %s', part);
-            return next format('dropped %s', part);
+            execute pg_catalog.format('insert into %s select * from %s where sent_at <= ''epoch''', scheme.parent, part);
+            execute pg_catalog.format('drop table %s', part);
+            return next pg_catalog.format('dropped %s', part);
         end loop;
     end loop;
 end

@@ -17,7 +17,7 @@ $$;
 create or replace procedure login_etl_alone(name text, command text) language plpgsql as $$
 declare
     -- A reader of a view has that before it asks for the table.
-    relations text := (select string_agg(relation, ', ') from (
+    relations text := (select pg_catalog.string_agg(relation, ', ') from (
         select login_etl_views::text as relation from login_etl_views(name::regclass) union all select name
     ) as relations);
     since timestamptz;
@@ -25,18 +25,18 @@ begin
     for attempt in 1..100 loop
         begin
             -- Nobody's insert waits for this one; autovacuum, which it waits for, makes way.
-            execute format('lock table only %s in share update exclusive mode', name);
-            perform set_config('lock_timeout', '500ms', true);
-            execute format('lock table %s in access exclusive mode', relations);
-            since := clock_timestamp();
+            execute pg_catalog.format('lock table only %s in share update exclusive mode', name);
+            perform pg_catalog.set_config('lock_timeout', '500ms', true);
+            execute pg_catalog.format('lock table %s in access exclusive mode', relations);
+            since := pg_catalog.clock_timestamp();
             execute command;
-            raise notice 'had % alone for % ms', name, round(1000 * extract(epoch from clock_timestamp() - since)::numeric, 1);
+            raise notice 'had % alone for % ms', name, pg_catalog.round(1000 * extract(epoch from pg_catalog.clock_timestamp() - since)::numeric, 1);
             return;
         exception when lock_not_available or deadlock_detected then
             raise notice 'somebody else has %, trying again', name;
         end;
         commit;
-        perform pg_sleep(0.5 + random());
+        perform pg_catalog.pg_sleep(0.5 + pg_catalog.random());
     end loop;
     raise exception 'somebody has had a lock on % all the time: end that, and call this again', name;
 end
@@ -44,12 +44,12 @@ $$;
 
 -- How these views are made again, to read whatever table has the name then.
 create or replace function login_etl_view_definitions(of regclass) returns text language sql stable as $$
-    select string_agg(
-        format(
+    select pg_catalog.string_agg(
+        pg_catalog.format(
             'create or replace view %s%s as %s',
             oid::regclass,
-            case when reloptions is not null then format(' with (%s)', array_to_string(reloptions, ', ')) end,
-            pg_get_viewdef(oid)
+            case when reloptions is not null then pg_catalog.format(' with (%s)', pg_catalog.array_to_string(reloptions, ', ')) end,
+            pg_catalog.pg_get_viewdef(oid)
         ),
         ' '
     )
@@ -66,14 +66,14 @@ declare
     index record;
 begin
     if exists (select from pg_inherits where inhrelid = fallback::regclass) then
-        execute format('alter table %I no inherit %I', fallback, name);
+        execute pg_catalog.format('alter table %I no inherit %I', fallback, name);
     end if;
-    execute format('alter table %I rename to %I', name, first);
-    execute format('alter table %I rename to %I', prepared, name);
-    execute format('alter table %I attach partition %I for values from (minvalue) to (%L)', name, first, bound);
-    execute format('alter table %I attach partition %I default', name, fallback);
-    execute format('alter table %I drop constraint login_etl_bound', first);
-    execute format('alter table %I drop constraint login_etl_beyond', fallback);
+    execute pg_catalog.format('alter table %I rename to %I', name, first);
+    execute pg_catalog.format('alter table %I rename to %I', prepared, name);
+    execute pg_catalog.format('alter table %I attach partition %I for values from (minvalue) to (%L)', name, first, bound);
+    execute pg_catalog.format('alter table %I attach partition %I default', name, fallback);
+    execute pg_catalog.format('alter table %I drop constraint login_etl_bound', first);
+    execute pg_catalog.format('alter table %I drop constraint login_etl_beyond', fallback);
     -- The files of the schema know indexes by their names.
     for index in
         select part.relname as known, whole.relname as new
@@ -83,9 +83,9 @@ begin
         join pg_class whole on whole.oid = inhparent
         where indrelid = first::regclass
     loop
-        execute format('alter index %I rename to %I', index.known, 'login_etl_index');
-        execute format('alter index %I rename to %I', index.new, index.known);
-        execute format('alter index login_etl_index rename to %I', left(replace(index.new, prepared, first), 63));
+        execute pg_catalog.format('alter index %I rename to %I', index.known, 'login_etl_index');
+        execute pg_catalog.format('alter index %I rename to %I', index.new, index.known);
+        execute pg_catalog.format('alter index login_etl_index rename to %I', pg_catalog.left(pg_catalog.replace(index.new, prepared, first), 63));
     end loop;
     execute coalesce(definitions, 'select');
 end
@@ -105,11 +105,11 @@ begin
     select * into strict scheme from login_etl_partitioning where login_etl_partitioning.name = login_etl_partition.name;
     if (select relkind from pg_class where oid = name::regclass) <> 'r' then
         raise exception '% is partitioned', name;
-    elsif to_regclass(prepared) is not null or to_regclass(fallback) is not null then
-        raise exception 'an earlier call was broken off: call login_etl_unpartition(%), then this again', quote_literal(name);
+    elsif pg_catalog.to_regclass(prepared) is not null or pg_catalog.to_regclass(fallback) is not null then
+        raise exception 'an earlier call was broken off: call login_etl_unpartition(%), then this again', pg_catalog.quote_literal(name);
     end if;
-    select string_agg(obstacle, '; ') into obstacles from (
-        select pg_describe_object(classid, objid, objsubid) as obstacle
+    select pg_catalog.string_agg(obstacle, '; ') into obstacles from (
+        select pg_catalog.pg_describe_object(classid, objid, objsubid) as obstacle
         from pg_depend
         left join pg_class on classid = 'pg_class'::regclass and pg_class.oid = objid
         left join pg_constraint on classid = 'pg_constraint'::regclass and pg_constraint.oid = objid
@@ -127,28 +127,28 @@ begin
     end if;
 
     -- Far enough ahead that nothing is written beyond it before the end of this.
-    bound := to_char(date_trunc(scheme.unit, now() at time zone 'UTC') + scheme.ahead, 'YYYY-MM-DD 00:00+00');
-    first := name || to_char(bound::date, '_"before"_YYYY_MM_DD');
-    beyond := format('%1$I is null or %1$I >= %2$L', scheme.key, bound);
+    bound := pg_catalog.to_char(pg_catalog.date_trunc(scheme.unit, pg_catalog.now() at time zone 'UTC') + scheme.ahead, 'YYYY-MM-DD 00:00+00');
+    first := name || pg_catalog.to_char(bound::date, '_"before"_YYYY_MM_DD');
+    beyond := pg_catalog.format('%1$I is null or %1$I >= %2$L', scheme.key, bound);
     if name = 'etl_ledger' and exists (select from etl_ledger where sent_at >= bound::timestamptz) then
         raise exception 'the ledger has keys of messages that were sent after %: they cannot be SQS''s, delete them', bound;
     end if;
 
-    execute format('create table %I (like %I including all) partition by range (%I)', prepared, name, scheme.key);
+    execute pg_catalog.format('create table %I (like %I including all) partition by range (%I)', prepared, name, scheme.key);
     perform login_etl_dress(prepared::regclass, name::regclass);
-    execute format('create table %I (like %I including all, constraint login_etl_beyond check (%s))', fallback, name, beyond);
+    execute pg_catalog.format('create table %I (like %I including all, constraint login_etl_beyond check (%s))', fallback, name, beyond);
     perform login_etl_dress(fallback::regclass, name::regclass);
     commit;
 
-    call login_etl_alone(name, format(
+    call login_etl_alone(name, pg_catalog.format(
         'alter table %I add constraint login_etl_bound check (not (%s)) no inherit not valid', name, beyond
     ));
     commit;
     if name <> 'etl_ledger' then
         -- Whoever reads the table sees them all the same, once, as what inherits from a table is read with it.
-        call login_etl_alone(name, format('alter table %I inherit %I', fallback, name));
+        call login_etl_alone(name, pg_catalog.format('alter table %I inherit %I', fallback, name));
         commit;
-        execute format(
+        execute pg_catalog.format(
             'with moved as (delete from only %I where %s returning %s) insert into %I (%3$s) select * from moved',
             name, beyond, login_etl_columns(name::regclass), fallback
         );
@@ -156,9 +156,9 @@ begin
         commit;
     end if;
     raise notice '% rows moved to %; reading % through', strays, fallback, name;
-    execute format('alter table only %I validate constraint login_etl_bound', name);
+    execute pg_catalog.format('alter table only %I validate constraint login_etl_bound', name);
     commit;
-    call login_etl_alone(name, format('select login_etl_turn(%L, %L, %L)', name, first, bound));
+    call login_etl_alone(name, pg_catalog.format('select login_etl_turn(%L, %L, %L)', name, first, bound));
     commit;
     raise notice '% is partitioned: what there was is in %, for all before %', name, first, bound;
 end
@@ -171,25 +171,25 @@ declare
     definitions text := login_etl_view_definitions(name::regclass);
     first regclass := (
         select inhrelid from pg_inherits join pg_class on pg_class.oid = inhrelid
-        where inhparent = name::regclass and pg_get_expr(relpartbound, inhrelid) like '%(MINVALUE)%'
+        where inhparent = name::regclass and pg_catalog.pg_get_expr(relpartbound, inhrelid) like '%(MINVALUE)%'
     );
     indexes text;
 begin
     if first is null then
         raise exception 'the table that % once was has been dropped', name;
     end if;
-    select string_agg(format('alter index %s rename to %I', inhrelid::regclass, relname), ';') into indexes
+    select pg_catalog.string_agg(pg_catalog.format('alter index %s rename to %I', inhrelid::regclass, relname), ';') into indexes
     from pg_inherits
     join pg_index on indexrelid = inhrelid
     join pg_class on pg_class.oid = inhparent
     where indrelid = first;
-    execute format('alter table %I detach partition %s', name, first);
-    execute format('insert into %s (%s) select %2$s from %I', first, login_etl_columns(first), name);
+    execute pg_catalog.format('alter table %I detach partition %s', name, first);
+    execute pg_catalog.format('insert into %s (%s) select %2$s from %I', first, login_etl_columns(first), name);
     perform login_etl_dress(first, name::regclass);
-    execute format('alter table %I rename to %I', name, prepared);
-    execute format('alter table %s rename to %I', first, name);
+    execute pg_catalog.format('alter table %I rename to %I', name, prepared);
+    execute pg_catalog.format('alter table %s rename to %I', first, name);
     execute coalesce(definitions, 'select');
-    execute format('drop table %I', prepared);
+    execute pg_catalog.format('drop table %I', prepared);
     execute coalesce(indexes, 'select');
 end
 $$;
@@ -201,22 +201,22 @@ declare
     prepared text := name || '_partitioned';
 begin
     if (select relkind from pg_class where oid = name::regclass) = 'p' then
-        call login_etl_alone(name, format('select login_etl_turn_back(%L)', name));
+        call login_etl_alone(name, pg_catalog.format('select login_etl_turn_back(%L)', name));
         commit;
         raise notice '% is one table again', name;
         return;
     end if;
-    call login_etl_alone(name, format('alter table %I drop constraint if exists login_etl_bound', name));
+    call login_etl_alone(name, pg_catalog.format('alter table %I drop constraint if exists login_etl_bound', name));
     commit;
-    if to_regclass(fallback) is not null then
-        execute format(
+    if pg_catalog.to_regclass(fallback) is not null then
+        execute pg_catalog.format(
             'with moved as (delete from only %I returning %s) insert into %I (%2$s) select * from moved',
             fallback, login_etl_columns(fallback::regclass), name
         );
         commit;
-        call login_etl_alone(name, format('drop table %I', fallback));
+        call login_etl_alone(name, pg_catalog.format('drop table %I', fallback));
     end if;
-    execute format('drop table if exists %I', prepared);
+    execute pg_catalog.format('drop table if exists %I', prepared);
     commit;
     raise notice '% is as it was', name;
 end

@@ -91,7 +91,7 @@ BAD = {
     **{login(ip=[CANARY, number]): "ip is not a string" for number in range(12)},
     messages.WRONG_TYPE: "user_id is missing",
 }
-REFUSED = 'refused by the database: SQLSTATE 23514, constraint "no_canary"'
+REFUSED = 'refused by the database: SQLSTATE 23514, constraint "no_canary", table public.user_logins'
 UNKNOWN = "nothing in the log: its batches failed, or ran out of time"
 
 
@@ -317,13 +317,21 @@ def test_what_was_written_before_it_died_is_not_written_again(dead):
     assert dead.in_sight() == {}
 
 
-def test_what_the_database_refuses_once_more_stays_and_the_answer_is_no(dead):
+def test_what_the_database_would_refuse_once_more_is_known_and_stays(dead):
     good, refused = login(), login()
     sent = dead.bury(good, refused)
     with refusing(dead.pipeline, refused):
-        assert dead.json("redrive", "--fixed", "--yes", status=1) == {"loaded": 1, "refused": 1, "invalid": 0}
+        [explained] = [group for group in dead.json("explain") if not group["valid"]]
+        assert (explained["why"], len(explained["message_ids"])) == (REFUSED, 1)
+        assert dead.json("redrive", "--fixed", "--yes") == {"loaded": 1, "refused": 0, "invalid": 1}
     assert dead.rows([good, refused]) == [1, 0]
     assert dead.in_sight() == {message_id: body for message_id, body in sent.items() if body == refused}
+
+
+def test_where_the_database_cannot_be_asked_explain_says_so(graveyard):
+    result = graveyard.run("explain", environment={"DATABASE_SECRET_ID": "gone"})
+    assert result.returncode == 0
+    assert 'Not tried against the database: cannot read the secret "gone"' in result.stdout
 
 
 def test_a_function_that_cannot_be_invoked_costs_nothing(dead):

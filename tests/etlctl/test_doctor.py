@@ -220,6 +220,7 @@ def test_credentials_that_do_not_parse_are_found(pipeline, undo):
         ("createrole", "", "failed", "superuser, or close to one"),
         ("", "alter role {} nologin", "failed", "may not log in"),
         ("", "alter role {} reset statement_timeout", "warning", "no time limit"),
+        ("", "alter role {} set synchronous_commit = off", "failed", "may be lost when the server crashes"),
         ("", "grant select (masked_ip) on user_logins to {}", "warning", "may read or change rows"),
         ("", "revoke insert on user_logins from {}", "failed", "may not insert rows"),
         ("", "revoke delete on etl_ledger from {}", "warning", "may not delete expired ledger keys"),
@@ -249,8 +250,35 @@ IN_DATABASE = [
     pytest.param("revoke insert on user_logins from login_etl", USER, "failed", "may not insert", id="no insert"),
     pytest.param("revoke insert on etl_ledger from login_etl", USER, "failed", "may not insert", id="no key"),
     pytest.param("grant select on user_logins to login_etl", USER, "warning", "may read", id="reads rows"),
+    pytest.param("grant create on schema public to public", DATABASE, "failed", "everybody may create in the schema public", id="open schema"),
+    pytest.param("alter table user_logins set unlogged", USER, "failed", "user_logins is emptied", id="unlogged"),
     pytest.param("delete from login_etl_migrations where name like '003%'", DATABASE, "warning", "not recorded as applied: 003", id="record"),
 ]
+
+
+REFUSED = "a row that it writes, made up and taken back, is refused: SQLSTATE"
+RAISING = "create function f() returns trigger language plpgsql as $$ begin raise exception 'no'; end $$"
+PARTITIONED = """alter table user_logins rename to old; create table user_logins (like old) partition by range (create_date);
+                 create index on user_logins (masked_ip); create index on user_logins (masked_device_id);
+                 grant insert on user_logins to login_etl"""
+TRIED = [
+    pytest.param("alter table user_logins enable row level security", f"{REFUSED} 42501: a policy of row security", id="row security"),
+    pytest.param("alter role login_etl in database {0} set default_transaction_read_only = on", f"{REFUSED} 25006", id="read-only"),
+    pytest.param("alter role login_etl in database {0} set search_path = nowhere", f"{REFUSED} 42P01", id="search path"),
+    pytest.param(f"{RAISING}; create trigger t before insert on user_logins for each row execute function f()", f"{REFUSED} P0001", id="trigger"),
+    pytest.param(PARTITIONED, f"{REFUSED} 23514, table public.user_logins: no partition takes the row", id="no partition"),
+]
+
+
+@pytest.mark.parametrize("change, found", TRIED)
+def test_a_row_is_tried_as_the_function_writes_it(pipeline, world, change, found):
+    with world.connect() as database:
+        database.execute(change.format(world.name))
+    finding, *_ = [finding for finding in findings(pipeline, DATABASE_NAME=world.name) if finding["state"] != "unknown"]
+    assert (finding["area"], finding["state"]) == (USER, "failed")
+    assert finding["found"].startswith(found)
+    with world.connect() as database:
+        assert database.execute("select count(*) from etl_ledger").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("change, area, state, found", IN_DATABASE)

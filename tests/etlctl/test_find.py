@@ -1,10 +1,13 @@
 """From values to masks and rows, and what must not be seen on the way."""
 
+import base64
 import subprocess
 import uuid
 
 import psycopg
 import pytest
+from Crypto.Cipher import AES
+from Crypto.Util.Padding import pad
 
 ADDRESS = "199.172.111.135"
 DEVICE = "593-47-5928"
@@ -53,6 +56,17 @@ def test_a_value_is_masked_under_every_key_of_the_ring_and_the_active_one_is_mar
 def test_an_address_has_one_mask_in_whatever_way_it_is_written_and_a_device_is_taken_literally(ring):
     assert ring.masks("ip", "2001:DB8:0:0::1") == ring.masks("ip", "2001:db8::1")
     assert ring.masks("device_id", "2001:DB8:0:0::1") != ring.masks("device_id", "2001:db8::1")
+
+
+def test_rows_that_the_original_script_wrote_are_found_by_the_spelling_that_was_sent(world):
+    # That script masked an address as it came.
+    keyring = world.keyring()
+    cipher = AES.new(bytes.fromhex(keyring["key"]), AES.MODE_CBC, bytes.fromhex(keyring["iv"]))
+    masked = base64.b64encode(cipher.encrypt(pad(b"2001:DB8:0:0::1", 16))).decode()
+    with world.connect() as database:
+        database.execute("insert into user_logins (masked_ip) values (%s), (%s)", [masked, world.masks("ip", "2001:db8::1")[""]])
+    assert world.json("find", "--ip", "2001:DB8:0:0::1")["row_count"] == 2
+    assert world.json("find", "--ip", "2001:db8::1")["row_count"] == 1
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -126,6 +140,37 @@ def test_the_plain_value_is_nowhere_but_in_the_question(world):
     assert masked in logged
     for text in (found, recovered.stderr, logged, str(activity)):
         assert value not in text
+
+
+def test_what_others_made_in_schemas_that_are_looked_into_is_not_taken_for_ours(logins):
+    operator = logins.user("login_etl_operator")
+    user = operator["DATABASE_USER"]
+    with logins.connect() as database:
+        # A schema of the operator's name is looked into first; functions whose types fit better than PostgreSQL's own are taken.
+        for statement in (
+            f"create schema {user} authorization {user}; create table {user}.etl_audit (like etl_audit including all)",
+            f"create table {user}.user_logins (like user_logins); grant all on all tables in schema {user} to {user}",
+            "create function public.split_part(varchar, text, integer) returns text language plpgsql as $$ begin raise exception 'taken'; end $$",
+            "create function public.to_char(date, text) returns text language plpgsql as $$ begin raise exception 'taken'; end $$",
+            "create function public.min(date) returns date language plpgsql as $$ begin raise exception 'taken'; end $$",
+        ):
+            database.execute(statement)
+        assert logins.json("find", "--ip", ADDRESS, environment=operator)["row_count"] == 3
+        listed = {key["id"]: key["rows"] for key in logins.json("keys", "list", environment=operator)["keys"]}
+        assert listed == {"": 3, "new": 3}
+        masked = logins.masks("ip", ADDRESS)["new"]
+        assert logins.run("recover", "--field", "ip", "--reason", "why", masked, environment=operator).stdout == f"{ADDRESS}\n"
+        assert database.execute("select count(*) from public.etl_audit").fetchone() == (1,)
+
+
+def test_tables_in_another_schema_are_found_by_its_name(empty_world):
+    with empty_world.connect() as database:
+        database.execute("create schema app")
+    assert "table user_logins" in empty_world.json("migrate", "--database-schema", "app")["applied"]
+    assert empty_world.json("find", "--ip", ADDRESS, "--database-schema", "app")["row_count"] == 0
+    assert empty_world.run("find", "--ip", ADDRESS).returncode == 3
+    with empty_world.connect() as database:
+        assert database.execute("select to_regclass('app.etl_ledger') is not null, to_regclass('public.etl_ledger')").fetchone() == (True, None)
 
 
 def test_an_operator_finds_and_recovers_and_may_change_nothing_but_masks(logins):

@@ -5,6 +5,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from world import paths
 
 ADDRESS = "199.172.111.135"
 KEY = "2b7e151628aed2a6abf7158809cf4f3c762e7160f38b4da56a784d9045190cfe"
@@ -167,7 +168,7 @@ def test_of_people_who_add_at_once_those_told_so_have_added_and_no_key_is_lost(e
 def test_the_active_key_masks_and_the_one_before_is_marked_as_replaced(empty_world):
     empty_world.json("keys", "add", "new")
     masks = empty_world.masks("ip", ADDRESS)
-    assert empty_world.json("keys", "activate", "new") == {"active": "new", "before": "", "in_use_within_seconds": 3600}
+    assert empty_world.json("keys", "activate", "new") == {"active": "new", "before": "", "longest_value": 173, "in_use_within_seconds": 3600}
     assert {mask["key"]: mask["active"] for mask in empty_world.json("mask", "--field", "ip", ADDRESS)} == {"": False, "new": True}
     assert empty_world.masks("ip", ADDRESS) == masks
     keys = empty_world.keyring()["keys"]
@@ -214,7 +215,47 @@ def test_a_key_is_retired_and_the_others_work_on(world):
     assert set(world.keyring()["keys"]) == {"new"}
     assert world.masks("ip", ADDRESS) == {"new": masks["new"]}
     assert [(key["id"], key["rows"]) for key in world.json("keys", "list")["keys"]] == [("new", 1)]
-    assert world.json("find", "--ip", ADDRESS)["logins"] == 1
+    assert world.json("find", "--ip", ADDRESS)["row_count"] == 1
+
+
+def test_the_id_of_a_retired_key_is_not_given_again(world):
+    rotated(world)
+    world.json("keys", "add", "short-lived")
+    replaced_ago(world, "short-lived", hours=48)
+    world.json("keys", "retire", "short-lived", "--yes")
+    assert 'a key "short-lived" was retired' in refused(world, "add", "short-lived", status=2)
+
+
+def test_a_keyring_that_would_lose_a_key_in_silence_is_refused(empty_world):
+    key = '{"cipher": "aes-cbc", "key": "2b7e151628aed2a6abf7158809cf4f3c"}'
+    for text in (f'{{"active": "a", "keys": {{"a": {key}, "a": {key}}}}}', '{"key": "2b7e151628aed2a6abf7158809cf4f3c", "iv": null}'):
+        empty_world.secrets.put_secret_value(SecretId=empty_world.masking_secret, SecretString=text)
+        assert "is not a keyring" in refused(empty_world, "list", "--no-rows", status=3)
+
+
+def test_activating_warns_of_values_that_become_too_long(empty_world):
+    empty_world.json("keys", "add", "a-rather-long-name-for-a-key")
+    result = empty_world.run("keys", "activate", "a-rather-long-name-for-a-key")
+    assert result.returncode == 0
+    assert "bytes were masked until now, and are too long under it" in result.stdout
+
+
+def test_one_way_columns_have_a_key_of_their_own(world, tmp_path):
+    mapping = tmp_path / "mapping.toml"
+    mapping.write_text((paths.ROOT / "mapping.toml").read_text().replace('from = "device_id"\nkeep = "masked"', 'from = "device_id"\nkeep = "one-way"'))
+    world.environment["MAPPING_FILE"] = str(mapping)
+    assert 'says no "one_way" key' in world.run("doctor").stdout
+    world.json("keys", "add", "devices", "--cipher", "hmac-sha256")
+    assert world.json("keys", "activate", "devices", "--one-way")["one_way"] == "devices"
+    assert [(key["id"], key["active"], key["one_way"]) for key in world.json("keys", "list")["keys"]] == [("", True, False), ("devices", False, True)]
+    assert "devices is active" in refused(world, "retire", "devices", "--yes", status=3)
+    [mask] = world.json("mask", "--field", "device_id", "x")
+    assert (mask["key"], mask["active"], mask["mask"][:8]) == ("devices", True, "devices:")
+    insert(world, (world.masks("ip", ADDRESS)[""], mask["mask"]))
+    assert world.json("find", "--field", "device_id", "--value", "x")["row_count"] == 1
+    recovered = world.run("recover", "--field", "device_id", "--reason", "why", mask["mask"])
+    assert (recovered.returncode, "nobody can recover them" in recovered.stderr) == (3, True)
+    assert world.json("keys", "remask")["rows_under_other_keys"] == 0
 
 
 def test_the_active_key_is_not_retired(world):

@@ -58,7 +58,7 @@ def test_it_counts_what_is_where_and_what_the_last_hour_came_to(ran):
     assert rows["bytes"] > 8192
     assert rows["ledger"].pop("bytes") > 8192
     assert rows | {"bytes": 0} == {"today": 13, "estimate": 13, "bytes": 0, "ledger": {"estimate": 13, "oldest": f"{now:%Y-%m-%d}"}}
-    assert status.pop("keys") == [{"id": "", "cipher": "aes-cbc", "active": True}]
+    assert status.pop("keys") == [{"id": "", "cipher": "aes-cbc", "active": True, "one_way": False}]
     assert status == {}
 
 

@@ -16,7 +16,7 @@ use futures_util::{StreamExt, stream};
 use jiff::Timestamp;
 use login_etl::{
     keyring::Keyring,
-    mapping::{Envelope, Mapping},
+    mapping::{Envelope, Invalid, Mapping, Row},
 };
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -40,6 +40,8 @@ const NOT_FOUND: &str = "not found in the latest part of the log";
 const ROUND: usize = 10_000;
 /// Why a valid message died of which the log has nothing.
 const NOT_LOGGED: &str = "nothing in the log: its batches failed, or ran out of time";
+/// Rows that are tried together in the database.
+const TRIED_TOGETHER: usize = 500;
 /// Requests at once.
 const REQUESTS: usize = 16;
 /// As long as a message can live.
@@ -162,15 +164,46 @@ impl<'a> Queue<'a> {
         stream::iter(requests).buffer_unordered(REQUESTS).for_each(|answer| async { drop(answer) }).await;
     }
 
-    async fn look(&self, limit: usize) -> Result<Vec<Dead>, Failure> {
+    /// Reads messages, and tries those that are valid against the database. Returns, besides, why that could not be done.
+    async fn look(&self, limit: usize) -> Result<(Vec<Dead>, Option<Failure>), Failure> {
         let mut dead = Vec::new();
         let read = self.read(&mut dead, limit, LOOK).await;
         self.release(&dead).await;
-        read.map(|()| dead)
+        read?;
+        let untried = self.try_all(&mut dead).await.err();
+        Ok((dead, untried))
+    }
+
+    /// Gives a reason to those valid messages whose rows PostgreSQL refuses: as the function's user, in a transaction that is
+    /// rolled back.
+    async fn try_all(&self, dead: &mut [Dead]) -> Result<(), Failure> {
+        let mut valid: Vec<_> = dead.iter_mut().filter(|dead| dead.reason.is_none()).collect();
+        if valid.is_empty() {
+            return Ok(());
+        }
+        let bar = progress(valid.len() as u64, "Trying their rows {bar:30} {pos} of {len}");
+        let validation = Validation::new(self.settings).await?;
+        let trial = self.settings.trial().await?;
+        for part in valid.chunks_mut(TRIED_TOGETHER) {
+            let (mut messages, mut rows) = (Vec::new(), Vec::new());
+            for dead in part.iter_mut() {
+                if let Ok(row) = validation.row(dead.body()) {
+                    rows.push(row);
+                    messages.push(dead);
+                }
+            }
+            let refusals = trial.refusals(rows).await.map_err(|error| failed(error.to_string()))?;
+            bar.inc(messages.len() as u64);
+            for (dead, refusal) in messages.into_iter().zip(refusals) {
+                dead.reason = refusal.map(|error| format!("refused by the database: {error}"));
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
     }
 
     async fn list(&self, limit: usize) -> Result<Reply, Failure> {
-        let mut dead = self.look(limit).await?;
+        let (mut dead, untried) = self.look(limit).await?;
         dead.sort_by_key(Dead::sent);
         let sent = |dead: &Dead| dead.sent().map(|at| at.strftime("%Y-%m-%d %H:%M:%S").to_string());
         let receives = |dead: &Dead| -> Option<u64> {
@@ -180,7 +213,8 @@ impl<'a> Queue<'a> {
             let reason = dead.reason.clone().unwrap_or_else(|| "valid now".to_owned());
             vec![dead.id().to_owned(), sent(dead).unwrap_or_default(), dead.body().len().to_string(), reason]
         });
-        let text = self.with_total(dead.len(), table(&["message", "sent (UTC)", "bytes", "reason"], rows));
+        let mut text = self.with_total(dead.len(), table(&["message", "sent (UTC)", "bytes", "reason"], rows));
+        text += &not_tried(untried.as_ref());
         let json = dead.iter().map(|dead| {
             json!({
                 "message_id": dead.id(), "sent_at": dead.sent().map(time), "bytes": dead.body().len(),
@@ -210,7 +244,7 @@ impl<'a> Queue<'a> {
     }
 
     async fn explain(&self, limit: usize) -> Result<Reply, Failure> {
-        let dead = self.look(limit).await?;
+        let (dead, untried) = self.look(limit).await?;
         let oldest = dead.iter().filter(|dead| dead.reason.is_none()).filter_map(Dead::sent).min();
         let logged = match oldest {
             Some(oldest) => {
@@ -252,6 +286,7 @@ impl<'a> Queue<'a> {
         if let Err(Failure::Failed(why)) = &logged {
             text += &format!("{WARNING}{}{WARNING:#}\n", printable(why));
         }
+        text += &not_tried(untried.as_ref());
         let valid = dead.iter().filter(|dead| dead.reason.is_none()).count();
         if valid > 0 {
             text +=
@@ -268,7 +303,7 @@ impl<'a> Queue<'a> {
     }
 
     async fn show(&self, id: &str, reveal: bool, reason: Option<&str>) -> Result<Reply, Failure> {
-        let all = self.look(ROUND).await?;
+        let (all, _) = self.look(ROUND).await?;
         let dead = all.iter().find(|dead| dead.id() == id);
         let dead = dead.ok_or_else(|| failed(format!("the dead-letter queue has no message {id:?} in sight")))?;
         let why = dead.reason.as_deref().unwrap_or("valid now");
@@ -287,7 +322,7 @@ impl<'a> Queue<'a> {
             let source = format!("the dead message {id}");
             let record =
                 audit::Record { action: "reveal", reason, source: &source, requested: 1, recovered: 1, masks: &[] };
-            audit::write(&mut self.settings.database().await?.client, &self.settings.aws, &record).await?;
+            audit::write(&mut self.settings.database().await?.client, self.settings, &record).await?;
             json["body"] = json!(dead.body());
             text = format!("\n{}\n", dead.body().lines().map(printable).collect::<Vec<_>>().join("\n"));
         } else {
@@ -308,6 +343,13 @@ impl<'a> Queue<'a> {
         let text = format!("{WARNING}About {about} deleted.{WARNING:#} SQS takes up to a minute for it.\n");
         Ok(Reply::new(text, json!({"deleted": self.depth + self.hidden})))
     }
+}
+
+/// Why nothing is known of the database's judgement, if that is so.
+fn not_tried(failure: Option<&Failure>) -> String {
+    failure.map_or(String::new(), |failure| {
+        format!("{WARNING}Not tried against the database: {}{WARNING:#}\n", printable(failure.why()))
+    })
 }
 
 /// Entries that hide messages for so many seconds, each under its index.
@@ -337,12 +379,15 @@ impl<'a> Validation<'a> {
 
     /// Why the function refuses this body; never any of its content.
     fn reason(&self, body: &str) -> Option<String> {
+        self.row(body).err().map(|invalid| invalid.to_string())
+    }
+
+    fn row(&self, body: &str) -> Result<Row, Invalid> {
         let now = SystemTime::now();
         // The function knows these of each message.
         let envelope =
             Envelope { message_id: "00000000-0000-0000-0000-000000000000", sent: Some(now), queue: Some("queue"), now };
-        let row = self.mapping.row(body, &envelope, &self.keyring, &mut BytesMut::new());
-        row.err().map(|invalid| invalid.to_string())
+        self.mapping.row(body, &envelope, &self.keyring, &mut BytesMut::new())
     }
 }
 

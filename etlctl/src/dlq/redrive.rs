@@ -89,7 +89,8 @@ impl Queue<'_> {
 
     pub(super) async fn redrive_fixed(&self, rate: Option<i32>, yes: bool) -> Result<Reply, Failure> {
         if !yes {
-            let valid = self.look(ROUND).await?.iter().filter(|dead| dead.reason.is_none()).count();
+            let (dead, _) = self.look(ROUND).await?;
+            let valid = dead.iter().filter(|dead| dead.reason.is_none()).count();
             confirm(&format!("Load {} that are valid now?", count(valid as i128, "dead message")), yes)?;
         }
         // Cut off, it lets others see again what is left.
@@ -134,6 +135,8 @@ impl Queue<'_> {
         loop {
             let first = taken.dead.len();
             self.read(&mut taken.dead, ROUND, REDRIVE).await?;
+            // Where that cannot be asked, the function finds out.
+            drop(self.try_all(&mut taken.dead[first..]).await);
             let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();
             if taken.dead.len() == first {
                 return Ok(());

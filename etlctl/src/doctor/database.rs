@@ -2,7 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use login_etl::{mapping::Mapping, secrets::Credentials, store::Connector};
+use login_etl::{
+    secrets::Credentials,
+    store::{Connection, Connector, DatabaseError, Trial},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -13,7 +16,7 @@ use x509_cert::{Certificate, der::Decode};
 
 use super::{Checks, State, pipeline::Pipeline};
 use crate::{
-    migrate,
+    mapping, migrate,
     output::{Failure, duration, failed, sql},
     settings::{Settings, connect},
 };
@@ -25,6 +28,7 @@ const CLOCKS: f64 = 5.0;
 
 pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Option<&Pipeline>) {
     checks.area = "database";
+    let wrong = checks.count(State::Wrong);
     let connector = settings.connector();
     let Some(connector) = checks.have(connector) else { return };
     let credentials = settings.credentials(&connector).await;
@@ -41,12 +45,11 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
             return;
         }
     }
-    let Some(connection) = checks.have(connect(&connector, &credentials).await) else { return };
+    let Some(connection) = checks.have(settings.connect(&connector, &credentials).await) else { return };
     let client = &connection.client;
-    let mapping = &settings.mapping;
     for part in [
         clock(client, checks).await,
-        schema(mapping, client, checks).await,
+        schema(settings, client, checks).await,
         connections(client, checks, pipeline).await,
     ] {
         checks.have(part);
@@ -55,14 +58,53 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     // What is wrong with the secret itself is said elsewhere.
     let Some(id) = settings.get("DATABASE_SECRET_ID") else { return };
     let Ok(function) = settings.secrets().credentials(&id).await else { return };
-    let rights = rights(mapping, &function, client, checks).await;
+    let rights = rights(settings, &function, client, checks).await;
     if checks.have(rights) == Some(true) {
         let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
         match connect(&connector, &function).await {
-            Ok(_) => checks.right(format!("{:?} can log in", function.username())),
+            Ok(connection) => {
+                checks.right(format!("{:?} can log in", function.username()));
+                // What is wrong already is why a row would be refused.
+                if checks.count(State::Wrong) == wrong {
+                    let tried = try_row(settings, connection, checks).await;
+                    checks.have(tried);
+                }
+            }
             Err(failure) => checks.check(false, failure.why(), advice),
         }
     }
+}
+
+/// Writes a made-up row as the function does, and takes it back.
+async fn try_row(settings: &Settings, connection: Connection, checks: &mut Checks) -> Result<(), Failure> {
+    let mapping = &settings.declared;
+    // What is wrong with the keyring is said elsewhere.
+    let Ok(keyring) = settings.keyring().await else { return Ok(()) };
+    let Some(row) = mapping::example_row(mapping, &keyring) else { return Ok(()) };
+    let names: Vec<_> = mapping.columns().iter().map(|column| column.name.clone()).collect();
+    let wrong = |error: &DatabaseError| format!("a row that it writes, made up and taken back, is refused: {error}");
+    let trial = match Trial::begin(connection, mapping).await {
+        Ok(trial) => trial,
+        Err(error) => return Err(failed(error.to_string())),
+    };
+    match trial.refusals(vec![row]).await.map(|refusals| refusals.into_iter().next().flatten()) {
+        Ok(None) => checks.right("it can write a row and its ledger key, which was tried and taken back"),
+        Ok(Some(error)) if error.is_likely_the_row_s(&names) => {
+            checks.consider(
+                false,
+                wrong(&error),
+                "see whether messages are refused for that, too: `etlctl dlq explain`",
+            );
+        }
+        Ok(Some(error)) | Err(error) => {
+            checks.check(
+                false,
+                wrong(&error),
+                "no message is loaded until this is mended; messages wait in the queue meanwhile",
+            );
+        }
+    }
+    Ok(())
 }
 
 /// How long the server's certificate is good for, verified as the function verifies it; `None` without TLS.
@@ -109,17 +151,19 @@ async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+async fn schema(settings: &Settings, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    let mapping = &settings.mapping;
     let table = mapping.table().to_string();
-    let name = mapping.table().plain();
-    let outstanding = migrate::outstanding(mapping, client).await?;
+    let name = settings.declared.table().plain();
+    let ledger = format!("{}.etl_ledger", settings.schema);
+    let outstanding = migrate::outstanding(settings, client).await?;
     let missing = |name: &str| format!("there is no table {name}");
     let Some(misfits) = migrate::misfits(mapping, client).await? else {
-        checks.check(false, missing(&name), again(&migrate::table_record(mapping), &outstanding));
+        checks.check(false, missing(&name), again(&migrate::table_record(&settings.declared), &outstanding));
         return Ok(());
     };
-    let ledger = client.query_one("select to_regclass('etl_ledger') is not null", &[]).await;
-    if !ledger.map_err(sql("look for the ledger"))?.get::<_, bool>(0) {
+    let has_ledger = client.query_one("select to_regclass($1) is not null", &[&ledger]).await;
+    if !has_ledger.map_err(sql("look for the ledger"))?.get::<_, bool>(0) {
         checks.check(false, missing("etl_ledger"), again("001_ledger", &outstanding));
         return Ok(());
     }
@@ -128,9 +172,18 @@ async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Resu
         false => format!("{name} does not fit"),
     };
     checks.check(misfits.is_empty(), found, misfits.join("; "));
-    let key =
-        "select exists (select from pg_index where indrelid = 'etl_ledger'::regclass and indisunique and indisvalid)";
-    let key: bool = client.query_one(key, &[]).await.map_err(sql("look at the ledger"))?.get(0);
+    // Whoever can make a function there can have others run it, whose statements call one of that name.
+    let open = "select exists (select from pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) as acl
+                where nspname = 'public' and acl.grantee = 0 and acl.privilege_type = 'CREATE')";
+    let open: bool = client.query_one(open, &[]).await.map_err(sql("look at the schema public"))?.get(0);
+    let found = if open { "everybody may create" } else { "nobody but its owner may create" };
+    checks.check(
+        !open,
+        format!("{found} in the schema public"),
+        "revoke create on schema public from public: other people's statements may call functions made there",
+    );
+    let key = "select exists (select from pg_index where indrelid = to_regclass($1) and indisunique and indisvalid)";
+    let key: bool = client.query_one(key, &[&ledger]).await.map_err(sql("look at the ledger"))?.get(0);
     let found = if key { "the ledger has its key" } else { "the ledger has no key" };
     checks.check(key, found, "make (sent_at, message_id) its primary key: without it messages are inserted twice");
     let indexes =
@@ -144,7 +197,7 @@ async fn schema(mapping: &Mapping, client: &Client, checks: &mut Checks) -> Resu
         2 => "both masked columns have an index",
         _ => "every masked column has an index",
     };
-    checks.consider(all, found, again(&migrate::table_record(mapping), &outstanding));
+    checks.consider(all, found, again(&migrate::table_record(&settings.declared), &outstanding));
     let found = match outstanding.len() {
         0 => "every migration is recorded".to_owned(),
         _ => format!("not recorded as applied: {}", outstanding.join(", ")),
@@ -173,7 +226,7 @@ async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pip
 ///
 /// Returns whether it may log in at all.
 async fn rights(
-    mapping: &Mapping,
+    settings: &Settings,
     function: &Credentials,
     client: &Client,
     checks: &mut Checks,
@@ -192,15 +245,17 @@ async fn rights(
     };
     let query = "select
         has_table_privilege($1, $2::text::regclass, 'insert'),
-        has_table_privilege($1, 'etl_ledger', 'select') and has_table_privilege($1, 'etl_ledger', 'insert'),
-        has_table_privilege($1, 'etl_ledger', 'delete') and has_table_privilege($1, 'etl_ledger', 'update'),
+        has_table_privilege($1, $3::text::regclass, 'select') and has_table_privilege($1, $3::text::regclass, 'insert'),
+        has_table_privilege($1, $3::text::regclass, 'delete') and has_table_privilege($1, $3::text::regclass, 'update'),
         has_any_column_privilege($1, $2::text::regclass, 'select') or has_any_column_privilege($1, $2::text::regclass, 'update')
             or has_table_privilege($1, $2::text::regclass, 'delete') or has_table_privilege($1, $2::text::regclass, 'truncate')";
+    let mapping = &settings.mapping;
     let table = mapping.table().to_string();
-    let can = client.query_one(query, &[&user, &table]).await.map_err(sql("look at the user's rights"))?;
-    let outstanding = migrate::outstanding(mapping, client).await?;
+    let ledger = format!("{}.etl_ledger", settings.schema);
+    let can = client.query_one(query, &[&user, &table, &ledger]).await.map_err(sql("look at the user's rights"))?;
+    let outstanding = migrate::outstanding(settings, client).await?;
     let of_roles = again("002_roles", &outstanding);
-    let of_table = again(&migrate::table_record(mapping), &outstanding);
+    let of_table = again(&migrate::table_record(&settings.declared), &outstanding);
     let found = |can: bool, what: &str| format!("{user:?} {} {what}", if can { "may" } else { "may not" });
     let (rows, keys): (bool, bool) = (can.get(0), can.get(1));
     let advice = if rows { of_roles.clone() } else { of_table };
@@ -224,6 +279,28 @@ async fn rights(
             mapping.table().name
         ),
     );
+    // The role's setting, the database's for it, or the server's.
+    let durable = "select coalesce(
+            (select split_part(setting, '=', 2) from pg_db_role_setting, pg_roles, unnest(setconfig) as setting
+             where setrole in (pg_roles.oid, 0) and setdatabase in (0, (select oid from pg_database where datname = current_database()))
+                 and rolname = $1 and setting like 'synchronous_commit=%' order by setdatabase = 0, setrole = 0 limit 1),
+            (select reset_val from pg_settings where name = 'synchronous_commit')) not in ('off', 'local')";
+    let durable: bool = client.query_one(durable, &[&user]).await.map_err(sql("look at the commits"))?.get(0);
+    checks.check(
+        durable,
+        if durable { "what it commits is on disk" } else { "what it commits may be lost when the server crashes" },
+        format!("alter role {user} set synchronous_commit = on: SQS is told that such rows are written"),
+    );
+    let unlogged = "select string_agg(relname, ', ') from pg_class where oid in ($1::text::regclass, $2::text::regclass) and relpersistence = 'u'";
+    let unlogged: Option<String> =
+        client.query_one(unlogged, &[&table, &ledger]).await.map_err(sql("look at the tables"))?.get(0);
+    if let Some(unlogged) = unlogged {
+        checks.check(
+            false,
+            format!("{unlogged} is emptied when the server crashes"),
+            format!("alter table {unlogged} set logged"),
+        );
+    }
     let limited = role.get::<_, &str>(2).contains("statement_timeout");
     checks.consider(
         limited,

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// An invocation may use the keyring that it began with: 15 minutes at most, and a minute more if the ring could not be
-/// read again in time.
+/// read again in time. While Secrets Manager refuses it, an environment uses its ring on, however old; that shows in the alarm.
 const LONGEST_INVOCATION: Duration = Duration::from_secs(16 * 60);
 
 /// Shared by those who remask; retiring takes it alone. The number is this tool's, made up.
@@ -101,6 +101,11 @@ async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Repl
         return Err(Failure::Usage(format!("{id:?} cannot be a key's id: give it 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")));
     }
     let mut secret = RingSecret::read(settings).await?;
+    if secret.was_retired(id).await? {
+        return Err(Failure::Usage(format!(
+            "a key {id:?} was retired: its masks in backups and copies would look like those of the new one. Give the new key another id"
+        )));
+    }
     secret.ring.add(id, cipher)?;
     secret.write().await?;
     let text = format!(
@@ -118,8 +123,10 @@ async fn activate(settings: &Settings, id: &str, one_way: bool) -> Result<Reply,
         return Ok(Reply::new(text, json!({"active": id, "before": id})));
     }
     let ttl = settings.secrets_ttl().await?;
+    let fitted = settings.keyring().await?.longest();
     let before = secret.ring.activate(id, one_way)?;
     secret.write().await?;
+    let fit = settings.keyring().await?.longest();
     if one_way {
         let text = format!(
             "{GOOD}{} is active for one-way masks.{GOOD:#} Running functions use it within {}, new ones at once. Masks under another \
@@ -129,13 +136,22 @@ async fn activate(settings: &Settings, id: &str, one_way: bool) -> Result<Reply,
         );
         return Ok(Reply::new(text, json!({"one_way": id, "before": before, "in_use_within_seconds": ttl.as_secs()})));
     }
-    let text = format!(
+    let mut text = format!(
         "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once. Then\n\
          `etlctl keys remask` brings the old rows over; until it has, equal values of old and new rows have different masks.\n",
         key_name(id),
         duration(ttl)
     );
-    Ok(Reply::new(text, json!({"active": id, "before": before, "in_use_within_seconds": ttl.as_secs()})))
+    if fit < fitted {
+        text += &format!(
+            "{WARNING}Values of {} to {fitted} bytes were masked until now, and are too long under it: their messages are refused.{WARNING:#}\n",
+            fit + 1
+        );
+    }
+    Ok(Reply::new(
+        text,
+        json!({"active": id, "before": before, "longest_value": fit, "in_use_within_seconds": ttl.as_secs()}),
+    ))
 }
 
 async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failure> {
@@ -181,7 +197,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         key_name(id)
     );
     confirm(&question, yes)?;
-    let label = secret.keep_as(&format!("RETIRED-{}", if id.is_empty() { "unnamed" } else { id })).await?;
+    let label = secret.keep_as(&ring::retired(id)).await?;
     secret.ring.keys.remove(id);
     secret.write().await?;
     let text = format!(

@@ -40,6 +40,14 @@ pub struct Key {
     pub replaced: Option<Timestamp>,
 }
 
+/// How labels of this tool's begin.
+const LABEL: &str = "ETLCTL-";
+
+/// The label of the version that had a key that was retired.
+pub fn retired(id: &str) -> String {
+    format!("RETIRED-{}", if id.is_empty() { "unnamed" } else { id })
+}
+
 /// The secret, and which version of it was read.
 pub struct RingSecret {
     client: Client,
@@ -80,10 +88,23 @@ impl RingSecret {
     /// Keeps the version that was read from being deleted once it is neither the current nor the previous one. Returns the
     /// label that does so.
     pub async fn keep_as(&self, label: &str) -> Result<String, Failure> {
-        let label = format!("ETLCTL-{label}");
+        let label = format!("{LABEL}{label}");
         let keep = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&label);
         let kept = keep.move_to_version_id(&self.version).send().await;
         kept.map(|_| label).map_err(aws("keep the present version of the keyring"))
+    }
+
+    /// Whether a key of this id was taken out of the ring, as far as the labels of kept versions tell.
+    pub async fn was_retired(&self, id: &str) -> Result<bool, Failure> {
+        let label = format!("{LABEL}{}", retired(id));
+        let mut pages = self.client.list_secret_version_ids().secret_id(&self.id).into_paginator().send();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(aws("look for retired keys"))?;
+            if page.versions().iter().any(|version| version.version_stages().contains(&label)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     async fn current_version(&self) -> Option<String> {
@@ -98,7 +119,7 @@ impl RingSecret {
         Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
         // Labels keep a version alive until it is the current one. One that others use too, they would take away.
         let version = hex::encode(random::<16>()?.as_ref());
-        let pending = format!("ETLCTL-{version}");
+        let pending = format!("{LABEL}{version}");
         let put = self.client.put_secret_value().secret_id(&self.id).client_request_token(&version);
         match put.secret_string(text.as_str()).version_stages(&pending).send().await {
             // Tried again by the SDK after an answer that was lost, it is there already.

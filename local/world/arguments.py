@@ -101,6 +101,7 @@ def soak(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(10_000), metavar="S", help="replay this seed's messages and schedule")
     parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="let the attack last M minutes (default: 5), the run about two more")
     parser.add_argument("--quick", action="store_true", help="a small attack, of about a minute and a half in all")
+    parser.add_argument("--storm", action="store_true", help="a million messages and a thousand faults in half an hour, by queues in memory")
     parser.add_argument("--build", type=Path, metavar="DIR", help="deploy what `sam build` put there, instead of building")
 
 

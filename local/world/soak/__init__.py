@@ -3,6 +3,7 @@
 - ``load``         what is sent, and what is to become of each message
 - ``visits``       the second mapping, and its messages
 - ``proxy``        the network between the function and PostgreSQL
+- ``memory``       queues in memory, for a storm
 - ``environment``  execution environments beyond the emulator's, under Lambda's contract
 - ``pollers``      what hands the queues' messages to them
 - ``faults``       what breaks, and when

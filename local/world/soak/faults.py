@@ -16,6 +16,7 @@ import psycopg
 from world.servers import DATABASE_USER, Servers
 from world.soak.pollers import Redeliveries
 from world.soak.proxy import Proxy
+from world.soak.visits import TABLE as VISITS
 from world.stack import Stack
 
 # A fault that found nothing to break, as no connection was open or no statement came by, is tried again for so long.
@@ -38,6 +39,8 @@ class Targets:
 
     servers: Servers
     stack: Stack
+    # Where the queues are.
+    sqs: object
     # The network to PostgreSQL, and that to Secrets Manager.
     proxy: Proxy
     aws_proxy: Proxy
@@ -157,6 +160,37 @@ def alter_role_for_a_while(targets: Targets, chance: random.Random, change: str,
     return True
 
 
+def demand_a_column(targets: Targets, chance: random.Random) -> bool:
+    """A column that nobody fills takes no null for a while: no row can be written."""
+    demand = "alter table user_logins add column if not exists demanded text not null default '', alter column demanded drop default"
+    return alter_table_for_a_while(targets, chance, demand, "alter table user_logins drop column if exists demanded")
+
+
+def refuse_by_trigger(targets: Targets, chance: random.Random) -> bool:
+    """A trigger raises an exception for some of the users for a while."""
+    refuse = """create or replace function refuse() returns trigger language plpgsql as $$
+        begin if new.user_id ~ '[0-3]$' then raise exception 'not now'; end if; return new; end $$;
+        create trigger refuse before insert on user_logins for each row execute function refuse()"""
+    return alter_table_for_a_while(targets, chance, refuse, "drop trigger if exists refuse on user_logins")
+
+
+def detach_partition(targets: Targets, chance: random.Random) -> bool:
+    """There is no partition for any row of the second mapping's for a while."""
+    detach = f"alter table {VISITS} detach partition {VISITS}_all"
+    return alter_table_for_a_while(targets, chance, detach, f"alter table {VISITS} attach partition {VISITS}_all default")
+
+
+def alter_table_for_a_while(targets: Targets, chance: random.Random, change: str, back: str) -> bool:
+    with targets.admin() as admin:
+        admin.execute(change)
+    try:
+        time.sleep(chance.uniform(0.5, 3))
+    finally:
+        with targets.admin() as admin:
+            admin.execute(back)
+    return True
+
+
 def rotate_password(targets: Targets, chance: random.Random) -> bool:
     """As a single user's rotation does: for a moment the secret and the server disagree. Connections end, so that all have to log in again."""
     password = secrets.token_urlsafe(24)
@@ -225,12 +259,11 @@ def silence_secrets(targets: Targets, chance: random.Random) -> bool:
 
 def shorten_visibility(targets: Targets, chance: random.Random) -> bool:
     """For a while, what is received comes back while it is still being handled."""
-    sqs = targets.stack.localstack.client("sqs")
     for queue_url in targets.queue_urls:
-        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": "1"})
+        targets.sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": "1"})
     time.sleep(chance.uniform(1, 3))
     for queue_url in targets.queue_urls:
-        sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": str(targets.visibility_seconds)})
+        targets.sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": str(targets.visibility_seconds)})
     return True
 
 
@@ -260,6 +293,9 @@ LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
         "no connections left": (1, exhaust_connections),
         "password rotated": (2, rotate_password),
         "keyring rotated": (1, rotate_keyring),
+        "a column demanded": (1, demand_a_column),
+        "some users refused": (1, refuse_by_trigger),
+        "partition missing": (1, detach_partition),
     },
     {
         "function killed": (5, kill_function),
@@ -284,7 +320,7 @@ def plan(count: int, seed: int) -> list[list[Fault]]:
         while len(kinds) < share:
             kinds += chance.sample(once, min(len(once), share - len(kinds)))
         chance.shuffle(kinds)
-        lanes.append([Fault(kind, (place + chance.random()) / share, chance.getrandbits(32)) for place, kind in enumerate(kinds)])
+        lanes.append([Fault(kind, (index + chance.random()) / share, chance.getrandbits(32)) for index, kind in enumerate(kinds)])
     return lanes
 
 

@@ -46,13 +46,13 @@ class Message:
         return self.row is not None
 
 
-def make(count: int, seed: int) -> list[Message]:
+def make(count: int, seed: int, bad_share: float = BAD_SHARE) -> list[Message]:
     """`count` messages in the order in which they are sent; those with a group go to the FIFO queue."""
     chance = random.Random(seed)
     fifo = int(count * FIFO_SHARE)
-    second = [Message(body, row, visit=True) for body, row in visits.make(chance, int(count * VISITS_SHARE), CANARY, BAD_SHARE)]
+    second = [Message(body, row, visit=True) for body, row in visits.make(chance, int(count * VISITS_SHARE), CANARY, bad_share)]
     logins = count - fifo - len(second)
-    standard = [bad(chance, number) for number in range(int(logins * BAD_SHARE))]
+    standard = [bad(chance, number) for number in range(int(logins * bad_share))]
     goods = [good(chance, f"{CANARY}-{number:07}") for number in range(logins - len(standard))]
     for _ in range(int(len(goods) * COPY_SHARE)):
         goods[chance.randrange(len(goods))] = chance.choice(goods)

@@ -15,6 +15,7 @@ from world.soak.checker import Evidence
 from world.soak.environment import Environment
 from world.soak.faults import Attack, Targets
 from world.soak.load import Message
+from world.soak.memory import MemorySqs
 from world.soak.pollers import Order, Poller, Pool, Redeliveries, deduplication_id, redrive_policy
 from world.soak.proxy import Proxy
 
@@ -26,6 +27,7 @@ VISIBILITY_SECONDS = 6
 # So many that no fault dead-letters a good message during the attack; after it, so few that a bad one leaves at once.
 MOST_RECEIVES, MOST_RECEIVES_AT_LAST = 1000, 3
 EMULATOR_BATCH, POLLER_BATCH, FIFO_BATCH = 200, 60, 10
+STORM_BATCH, STORM_VISIBILITY_SECONDS = 1000, 60
 # For each queue; one more than pollers, for what is delivered to two at once.
 ENVIRONMENTS, POLLERS = 3, 2
 SECRETS_TTL = 2
@@ -39,7 +41,8 @@ TICK_SECONDS = 10
 class Run:
     """Owns the deployed stack, the FIFO queue beside it, what polls both (as a context manager), and the record of what was sent."""
 
-    def __init__(self, servers: Servers, proxy: Proxy, aws_proxy: Proxy, messages: list[Message], seed: int):
+    def __init__(self, servers: Servers, proxy: Proxy, aws_proxy: Proxy, messages: list[Message], seed: int, storm: bool = False):
+        """In a storm the queues are in memory, and more environments take larger batches from them."""
         self.messages = messages
         self._servers, self._chance = servers, random.Random(seed)
         self.sent: dict[str, Message] = {}
@@ -50,7 +53,7 @@ class Run:
         self.stack = stack.deploy(
             servers,
             DatabasePort=proxy.port,
-            LogLevel="TRACE",
+            LogLevel="INFO" if storm else "TRACE",
             FunctionTimeout=TIMEOUT_SECONDS,
             MaxReceiveCount=MOST_RECEIVES,
             OutageDelay=0,
@@ -58,12 +61,19 @@ class Run:
             BatchWindow=1,
             SecretsTtl=SECRETS_TTL,
         )
-        self._sqs = self.stack.localstack.client("sqs")
-        self._sqs.set_queue_attributes(QueueUrl=self.stack.queue_url, Attributes={"VisibilityTimeout": str(VISIBILITY_SECONDS)})
-        self._fifo_url, self._fifo_dead_url = create_queue(self._sqs, "logins", fifo=True)
-        self._visits_url, self._visits_dead_url = create_queue(self._sqs, "visits")
-        urls = [self.stack.queue_url, self._fifo_url, self._visits_url]
-        self.targets = Targets(servers, self.stack, proxy, aws_proxy, Redeliveries(), urls, VISIBILITY_SECONDS)
+        visibility = STORM_VISIBILITY_SECONDS if storm else VISIBILITY_SECONDS
+        if storm:
+            self.stack.enable_mapping(False)
+            self._sqs = MemorySqs()
+            self._url, self._dead_url = create_queue(self._sqs, "standard", visibility)
+        else:
+            self._sqs = self.stack.localstack.client("sqs")
+            self._url, self._dead_url = self.stack.queue_url, self.stack.dead_letter_queue_url
+            self._sqs.set_queue_attributes(QueueUrl=self._url, Attributes={"VisibilityTimeout": str(visibility)})
+        self._fifo_url, self._fifo_dead_url = create_queue(self._sqs, "logins", visibility, fifo=True)
+        self._visits_url, self._visits_dead_url = create_queue(self._sqs, "visits", visibility)
+        urls = [self._url, self._fifo_url, self._visits_url]
+        self.targets = Targets(servers, self.stack, self._sqs, proxy, aws_proxy, Redeliveries(), urls, visibility)
         client = self.stack.localstack.client("secretsmanager")
         self.targets.passwords.append(json.loads(client.get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])["password"])
         first = json.loads(client.get_secret_value(SecretId=self.stack.masking_secret_arn)["SecretString"])
@@ -86,15 +96,17 @@ class Run:
                 return Environment(self.stack, paths.SAM_BUILD / "LoginFunction", log, self.tally, self.answers, **variables)
 
             def poller() -> Poller:
-                client = self.stack.localstack.client("sqs")
+                client = self._sqs if storm else self.stack.localstack.client("sqs")
                 return Poller(client, url, size, random.Random(self._chance.random()), self.targets.redeliveries, self.tally, order)
 
             return Pool([environment(number) for number in range(ENVIRONMENTS)], [poller() for _ in range(POLLERS)])
 
-        self._pool = pool(self.stack.queue_url, POLLER_BATCH, OUTAGE_DELAY)
+        # The function can hide nothing of a queue in memory.
+        outage_delay, batch = (0, STORM_BATCH) if storm else (OUTAGE_DELAY, POLLER_BATCH)
+        self._pool = pool(self._url, batch, outage_delay)
         # In the emulator's FIFO queues a hidden message keeps those of other groups from coming back.
         self._fifo_pool = pool(self._fifo_url, FIFO_BATCH, 0, self._order)
-        self._visits_pool = pool(self._visits_url, POLLER_BATCH, OUTAGE_DELAY, settings={"MAPPING_FILE": str(mapping)})
+        self._visits_pool = pool(self._visits_url, batch, outage_delay, settings={"MAPPING_FILE": str(mapping)})
         self._pools = self._pool, self._fifo_pool, self._visits_pool
 
     def __enter__(self) -> "Run":
@@ -124,7 +136,7 @@ class Run:
 
     def _send(self, messages: list[Message]) -> None:
         for url, some in (
-            (self.stack.queue_url, [message for message in messages if not (message.group or message.visit)]),
+            (self._url, [message for message in messages if not (message.group or message.visit)]),
             (self._visits_url, [message for message in messages if message.visit]),
             (self._fifo_url, [message for message in messages if message.group]),
         ):
@@ -148,7 +160,7 @@ class Run:
         with self.targets.admin() as database:
             overtaking = database.execute("select user_id from user_logins where user_id = any (%s)", [held_back]).fetchall()
 
-        self._set(self.stack.queue_url, redrive_policy(self.stack.dead_letter_queue_url, MOST_RECEIVES_AT_LAST))
+        self._set(self._url, redrive_policy(self._dead_url, MOST_RECEIVES_AT_LAST))
         self._set(self._visits_url, redrive_policy(self._visits_dead_url, MOST_RECEIVES_AT_LAST))
         # In a FIFO queue what waits behind a bad message is received as often as that one, and would go with it to the dead-letter queue. One
         # at a time, the bad one at the head of its group is received more often than all others, and leaves alone.
@@ -172,7 +184,10 @@ class Run:
         self._sqs.set_queue_attributes(QueueUrl=queue_url, Attributes=attributes)
 
     def _remaining(self) -> int:
-        return sum(sum(self.stack.depth(url)) for url in self.targets.queue_urls)
+        return sum(self._depth(url) for url in self.targets.queue_urls)
+
+    def _depth(self, url: str) -> int:
+        return self._sqs.depth(url) if isinstance(self._sqs, MemorySqs) else sum(self.stack.depth(url))
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Gives up when nothing has changed for a while; the account then says what is missing."""
@@ -199,7 +214,7 @@ class Run:
         keys = [text for key in targets.ring["keys"].values() for text in (key["key"], key.get("iv")) if text]
         return Evidence(
             sent=self.sent,
-            dead=[message for url in (self.stack.dead_letter_queue_url, self._fifo_dead_url, self._visits_dead_url) for message in take_all(self._sqs, url)],
+            dead=[message for url in (self._dead_url, self._fifo_dead_url, self._visits_dead_url) for message in take_all(self._sqs, url)],
             left=left,
             overtaking=overtaking,
             malformed=self.tally["failed: malformed answer"],
@@ -222,9 +237,9 @@ def prepare_database(servers: Servers) -> None:
     servers.postgres.restart()
 
 
-def create_queue(sqs, name: str, fifo: bool = False) -> tuple[str, str]:
+def create_queue(sqs, name: str, visibility: float, fifo: bool = False) -> tuple[str, str]:
     """A queue beside the stack's, and its dead-letter queue."""
-    attributes = {"VisibilityTimeout": str(VISIBILITY_SECONDS)} | ({"FifoQueue": "true"} if fifo else {})
+    attributes = {"VisibilityTimeout": str(visibility)} | ({"FifoQueue": "true"} if fifo else {})
     end = ".fifo" if fifo else ""
     dead = sqs.create_queue(QueueName=f"{name}-dead{end}", Attributes=attributes)["QueueUrl"]
     queue = sqs.create_queue(QueueName=f"{name}{end}", Attributes=attributes | redrive_policy(dead, MOST_RECEIVES))["QueueUrl"]

@@ -82,7 +82,8 @@ create schema app;
 create table {TABLE} (
     id uuid, masked_ip varchar(256), masked_phone varchar(256), seen timestamptz, day date, pages integer, bytes bigint, ratio double precision,
     bot boolean, tags jsonb, agent varchar(32), sent timestamptz, message_id uuid
-);
+) partition by range (day);
+create table {TABLE}_all partition of {TABLE} default;
 grant usage on schema app to login_etl;
 grant insert on {TABLE} to login_etl
 """

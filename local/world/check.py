@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from world import arguments, build, command, fresh, fuzz, instructions, paths, stack, template
+from world import arguments, build, command, fresh, fuzz, instructions, paths, pgbouncer, stack, template
 from world.command import CommandFailed, Interrupted
 from world.postgres import PostgresError
 from world.servers import Servers, alone
@@ -243,9 +243,10 @@ def check_function() -> None:
             quietly(f"function-copy-{statements}", it.program, directory=it.directory, **environment, **ways)
 
 
-def check_deployed() -> None:
+def check_deployed() -> str | None:
     """The deployed stack: messages through it, changes to it, what it logs and measures."""
     on_stack("deployed", WORLD, "tests/end_to_end", "tests/packaging")
+    return None if pgbouncer.program() else f"the function behind a pooler: {pgbouncer.MISSING}"
 
 
 def check_etlctl() -> None:

@@ -215,7 +215,7 @@ class Postgres:
         raise PostgresError("PostgreSQL does not run as root, and there is neither a user `postgres` nor `nobody` to run it as")
 
     @property
-    def _as_account(self) -> list[str | Path]:
+    def as_account(self) -> list[str | Path]:
         """The beginning of a command that is to run as that user."""
         account = self._account
         if not account:
@@ -230,7 +230,7 @@ class Postgres:
         # pg_ctl hands the path to a shell, in double quotes.
         if set(str(self._data)) & set('"$`\\'):
             raise PostgresError(f"PostgreSQL's pg_ctl does not bear {self.directory}: please use a path without \", $, ` and \\")
-        self._write("password", secrets.token_urlsafe(24).encode(), mode=0o600)
+        self.write("password", secrets.token_urlsafe(24).encode(), mode=0o600)
         self._make_certificates()
         # Under a name of its own: the initdb of a killed run may still be writing to the last one.
         self._discard_unfinished()
@@ -250,7 +250,7 @@ class Postgres:
         for unfinished in self.directory.glob("data.*"):
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    def _write(self, name: str, content: bytes, mode: int) -> None:
+    def write(self, name: str, content: bytes, mode: int) -> None:
         """A file beside the data; one that not everyone may read belongs to the server's user."""
         path = self.directory / name
         path.unlink(missing_ok=True)
@@ -265,9 +265,9 @@ class Postgres:
         authority = trustme.CA(organization_name="login-etl local authority")
         # macOS refuses server certificates that are valid for more than 825 days.
         server = authority.issue_cert(self.host, not_after=datetime.now(UTC) + timedelta(days=800))
-        self._write("ca.pem", authority.cert_pem.bytes(), mode=0o644)
-        self._write("server.pem", server.cert_chain_pems[0].bytes(), mode=0o644)
-        self._write("server.key", server.private_key_pem.bytes(), mode=0o600)
+        self.write("ca.pem", authority.cert_pem.bytes(), mode=0o644)
+        self.write("server.pem", server.cert_chain_pems[0].bytes(), mode=0o644)
+        self.write("server.key", server.private_key_pem.bytes(), mode=0o600)
 
     # The process.
 
@@ -310,7 +310,7 @@ class Postgres:
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         with open(self.log_file, "ab") as log:
             process = subprocess.Popen(
-                [*self._as_account, self._programs[0] / program, *arguments],
+                [*self.as_account, self._programs[0] / program, *arguments],
                 cwd="/",
                 env=environment | {"LC_ALL": "C", "TZ": "UTC"},
                 stdin=subprocess.DEVNULL,
@@ -358,7 +358,7 @@ class Postgres:
         if not all((directory / program).exists() for program in ("initdb", "pg_ctl", "postgres")):
             return 0
         try:
-            answer = subprocess.run([*self._as_account, directory / "postgres", "--version"], cwd="/", capture_output=True, text=True)
+            answer = subprocess.run([*self.as_account, directory / "postgres", "--version"], cwd="/", capture_output=True, text=True)
         except (FileNotFoundError, PermissionError):
             return 0
         major = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)

@@ -1,0 +1,39 @@
+"""The function behind PgBouncer in transaction mode, which gives each of its transactions another session."""
+
+import json
+import random
+
+import pytest
+from waiting import until
+from world import delivery, messages, pgbouncer
+from world.pgbouncer import PgBouncer
+from world.servers import DATABASE_SECRET
+
+# `./local/test` says that it was left out.
+pytestmark = pytest.mark.skipif(pgbouncer.program() is None, reason=pgbouncer.MISSING)
+
+
+@pytest.mark.parametrize("copy_threshold", ["10001", "2"])
+def test_every_message_is_a_row_once(servers, stack, copy_threshold):
+    functions = stack.localstack.client("lambda")
+    variables = functions.get_function_configuration(FunctionName=stack.function_name)["Environment"]["Variables"]
+    credentials = json.loads(stack.localstack.client("secretsmanager").get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])
+
+    def configure(**changed):
+        functions.update_function_configuration(FunctionName=stack.function_name, Environment={"Variables": variables | changed})
+        until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
+
+    logins = [messages.login(random.Random(f"pooler {copy_threshold} {number}")) for number in range(300)]
+    users = [login["user_id"] for login in logins]
+    with PgBouncer(pgbouncer.program(), servers.postgres, credentials["username"], credentials["password"], sessions=2) as pooler:
+        configure(DATABASE_PORT=str(pooler.port), COPY_THRESHOLD=copy_threshold)
+        try:
+            delivery.send(stack, [json.dumps(login) for login in logins])
+            with servers.postgres.connect(autocommit=True) as database:
+                count = "select count(*) from user_logins where user_id = any(%s)"
+                until(lambda: database.execute(count, [users]).fetchone()[0] >= len(users))
+                until(lambda: sum(stack.depth(stack.queue_url)) == 0)
+                assert database.execute(count, [users]).fetchone()[0] == len(users)
+        finally:
+            configure()
+    assert "a pooler is in between: going on without prepared statements" in stack.log_text()

@@ -40,7 +40,9 @@ class Function:
         bootstrap = Path(__file__).with_name("bootstrap.py").read_text()
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w") as file:
-            file.writestr("bootstrap", f"#!{sys.executable}\n{bootstrap}")
+            # A script that sh and Python both read: its first line can name no interpreter with a space in its path.
+            beginning = f"""#!/bin/sh\n'''exec' "{sys.executable}" "$0" "$@"\n' '''\n"""
+            file.writestr("bootstrap", beginning + bootstrap)
         self.client = localstack.client("lambda")
         self.client.create_function(
             FunctionName=self.name,

@@ -4,10 +4,11 @@
 //! and again, each time at the cost of a receive of its messages. It has them back later, as in an outage, and tries again
 //! with each batch.
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::SystemTime};
 
 use aws_config::SdkConfig;
 use aws_lambda_events::sqs::SqsBatchResponse;
+use futures_util::FutureExt;
 use lambda_runtime::{Error, LambdaEvent};
 use tokio::{
     sync::Mutex,
@@ -32,7 +33,8 @@ const INIT_TIME: Duration = Duration::from_secs(9);
 /// One for the life of an execution environment.
 pub struct Function {
     sdk_config: SdkConfig,
-    handler: Mutex<Option<Arc<Handler>>>,
+    /// The handler, or why there is none.
+    handler: Mutex<Result<Arc<Handler>, String>>,
     /// For what comes while there is no handler.
     redelivery: Redelivery,
 }
@@ -49,7 +51,7 @@ impl Function {
         let until = Instant::now() + INIT_TIME;
         let sdk_config = config::sdk_config().await;
         let handler = handler(&sdk_config, until).await;
-        let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).ok().map(Arc::new);
+        let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).map(Arc::new);
         let outage_delay = read_config().map_or(config::OUTAGE_DELAY, |config| config.outage_delay);
         let redelivery = Redelivery::new(sdk_config.clone(), outage_delay);
         Self { sdk_config, handler: Mutex::new(handler), redelivery }
@@ -60,25 +62,30 @@ impl Function {
     /// # Errors
     /// [`BatchError`]: all of the batch comes back.
     pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
+        // The runtime would put a panic's message into its answer, and a message can quote data.
+        AssertUnwindSafe(self.try_to_invoke(event)).catch_unwind().await.unwrap_or(Err(BatchError::Panic))
+    }
+
+    async fn try_to_invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
         let times = Times::of(&event.context);
-        let handler = match timeout_at(times.deadline, self.handler(times.deadline)).await {
-            Ok(handler) => handler,
-            Err(_) => Err("no answer in time".to_owned()),
-        };
-        match handler {
+        match self.handler(times.deadline).await {
             Ok(handler) => handler.invoke(event).await,
             Err(error) => Err(self.give_back(&event, &times, error).await),
         }
     }
 
     async fn handler(&self, deadline: Instant) -> Result<Arc<Handler>, String> {
-        let mut current = self.handler.lock().await;
-        if let Some(handler) = &*current {
-            return Ok(Arc::clone(handler));
+        let Ok(mut current) = timeout_at(deadline, self.handler.lock()).await else {
+            return Err("another invocation is waiting for its settings and secrets".to_owned());
+        };
+        if current.is_err() {
+            let until = deadline.min(Instant::now() + INIT_TIME);
+            // An attempt for which there was no time says less than the one before.
+            if let Ok(made) = timeout_at(until, make_handler(&self.sdk_config, until)).await {
+                *current = made.map(Arc::new).map_err(|error| error.to_string());
+            }
         }
-        let handler = Arc::new(handler(&self.sdk_config, deadline.min(Instant::now() + INIT_TIME)).await?);
-        *current = Some(Arc::clone(&handler));
-        Ok(handler)
+        current.clone()
     }
 
     async fn give_back(&self, event: &LambdaEvent<Event>, times: &Times, error: String) -> BatchError {

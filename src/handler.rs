@@ -71,19 +71,22 @@ pub struct Handler {
     health: Mutex<Health>,
 }
 
-/// How many of the latest messages were invalid; each batch counts half as much as the next one.
+/// How many of the latest messages were invalid or refused; each batch counts half as much as the next one.
 #[derive(Debug, Default)]
 struct Health {
     messages: f64,
-    invalid: f64,
+    bad: f64,
 }
 
 impl Health {
-    /// Adds a batch. Returns whether less than half were invalid; else it is rather the mapping that does not fit.
-    fn add(&mut self, messages: usize, invalid: usize) -> bool {
-        self.messages = self.messages / 2.0 + messages as f64;
-        self.invalid = self.invalid / 2.0 + invalid as f64;
-        self.invalid < self.messages / 2.0
+    /// Adds a batch's new messages. Returns whether less than half were bad; else it is rather the mapping or the table that
+    /// does not fit.
+    fn add(&mut self, messages: usize, bad: usize) -> bool {
+        if messages > 0 {
+            self.messages = self.messages / 2.0 + messages as f64;
+            self.bad = self.bad / 2.0 + bad as f64;
+        }
+        self.bad < self.messages / 2.0
     }
 }
 
@@ -264,15 +267,18 @@ impl Handler {
     /// Has messages that can never succeed back at once, so that they are soon in the dead-letter queue and hold up no group;
     /// and later those that may succeed then.
     async fn bring_back(&self, messages: &[Message<'_>], loaded: &Loaded, until: Instant) {
+        let is_bad = |failure: &Failure| matches!(failure, Failure::Invalid(_) | Failure::Refused(_));
+        // A message counts once, however often it comes back.
+        let news =
+            || pairs(messages, &loaded.failures).filter(|(message, _)| message.receive_count().unwrap_or(1) <= 1);
+        let bad = news().filter(|(_, failure)| failure.is_some_and(is_bad)).count();
+        let most_are_good = self.health.lock().await.add(news().count(), bad);
         if loaded.failures.iter().all(Option::is_none) {
-            self.health.lock().await.add(messages.len(), 0);
             return;
         }
-        let invalid = loaded.failures.iter().flatten().filter(|failure| matches!(failure, Failure::Invalid(_))).count();
-        let mapping_fits = self.health.lock().await.add(messages.len(), invalid);
         let hopeless = |failure: &Failure| match failure {
-            Failure::Invalid(_) => mapping_fits,
-            Failure::Refused(_) => loaded.inserted > 0,
+            Failure::Invalid(_) => most_are_good,
+            Failure::Refused(error) => most_are_good && loaded.inserted > 0 && error.is_for_good(),
             Failure::Doubtful(_) | Failure::HeldBack | Failure::Untried => false,
         };
         let failed = || pairs(messages, &loaded.failures).filter_map(|(message, failure)| Some((message, failure?)));
@@ -285,8 +291,8 @@ impl Handler {
             hopeless(failure) || waits
         });
         self.redelivery.hurry(hurried.map(|(message, _)| message), until).await;
-        let doubtful = failed().filter(|(_, failure)| matches!(failure, Failure::Doubtful(_)));
-        self.redelivery.delay(doubtful.map(|(message, _)| message), until).await;
+        let later = failed().filter(|(_, failure)| matches!(failure, Failure::Doubtful(_) | Failure::Untried));
+        self.redelivery.delay(later.map(|(message, _)| message), until).await;
     }
 
     /// Makes an entry of each message that is to be written, in the batch's order.

@@ -237,7 +237,7 @@ pub enum MappingCommand {
     ///
     /// The masks are made under a key that is made up, unless --keyring gives another.
     Try {
-        /// A file of bodies or of SQS events, one a line, or of one event; `-` for standard input
+        /// A file of bodies or of SQS events, one a line, or of one event or body; `-` for standard input
         file: PathBuf,
         /// A file with the text of a keyring's secret
         #[arg(long, value_name = "FILE")]

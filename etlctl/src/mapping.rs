@@ -11,6 +11,7 @@ use login_etl::{
         Attribute, Column, ColumnType, Convert, Envelope, Field, Invalid, Mapping, Row, Source, Table, Unwrap, quoted,
     },
 };
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, Type};
@@ -117,8 +118,9 @@ fn check(file: Option<&Path>) -> Reply {
     };
     let (columns, masked) = (mapping.columns().len(), mapping.masked().count());
     let name = mapping.table().plain();
-    let text =
-        format!("{GOOD}Valid:{GOOD:#} {} of {name}, {masked} of them masked\n", count(columns as i128, "column"));
+    let whose = file.map_or("the built-in mapping".to_owned(), |file| file.display().to_string());
+    let columns_of = count(columns as i128, "column");
+    let text = format!("{GOOD}Valid:{GOOD:#} {whose}: {columns_of} of {name}, {masked} of them masked\n");
     Reply::new(text, json!({"valid": true, "table": name, "columns": columns, "masked": masked}))
 }
 
@@ -227,13 +229,13 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
     let keyring = keyring.map_err(|error| failed(format!("the keyring {error}")))?;
     let (mut text, mut json, mut good) = (String::new(), Vec::new(), 0);
     let lines = read(file)?;
-    // A whole file may be one event, as the samples are. A body may have a field of that name, too.
+    // A whole file may be one event, as the samples are, or one body. A body may have a field of that name, too.
     let is_event = |text: &str| {
         let messages = event::messages(text.as_bytes());
         messages.is_ok_and(|messages| messages.iter().all(|message| message.id().is_some()))
     };
-    let one_event = is_event(&lines);
-    let lines: Vec<&str> = if one_event { vec![&lines] } else { lines.lines().collect() };
+    let is_one = is_event(&lines) || serde_json::from_str::<IgnoredAny>(&lines).is_ok();
+    let lines: Vec<&str> = if is_one { vec![&lines] } else { lines.lines().collect() };
     for line in lines.into_iter().filter(|line| !line.trim().is_empty()) {
         let events = event::messages(line.as_bytes()).ok().filter(|_| is_event(line));
         let messages: Vec<_> = match &events {
@@ -274,7 +276,11 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
     if all == 0 {
         return Err(Failure::Usage("there is no message in it: a body, or an SQS event, a line".to_owned()));
     }
-    text += &format!("\n{} would be rows, {refused} refused\n", count(good as i128, "message"));
+    text += &format!(
+        "\n{} would be rows of {}, {refused} refused\n",
+        count(good as i128, "message"),
+        mapping.table().plain()
+    );
     Ok(Reply { no: refused > 0, ..Reply::new(text, Value::Array(json)) })
 }
 

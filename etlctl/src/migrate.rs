@@ -66,6 +66,7 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
     let waiting = spinner("Waiting for another migration to end");
     client.query("select pg_advisory_lock($1)", &[&LOCK]).await.map_err(sql("lock the schema"))?;
     drop(waiting);
+    check_schema(settings, client).await?;
     let misfits = misfits(&settings.mapping, client).await?.unwrap_or_default();
     if !misfits.is_empty() {
         let name = mapping.table().plain();
@@ -99,6 +100,25 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
                  those who operate the pipeline their rights (`grant login_etl_operator to NAME`).\n";
     }
     Ok(Reply::new(text, json!({ "applied": applied })))
+}
+
+/// Tables of the same pipeline in two schemas would be worse than none: the function would find the ones or the others.
+async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failure> {
+    let query = "select to_regnamespace($1) is not null, (
+        select string_agg(relnamespace::regnamespace::text, ', ') from pg_class
+        where relname = 'login_etl_migrations' and relkind = 'r' and relnamespace <> coalesce(to_regnamespace($1)::oid, 0::oid)
+    )";
+    let row = client.query_one(query, &[&settings.schema]).await.map_err(sql("look at the schemas"))?;
+    let (schema, is_there, others): (_, bool, Option<String>) = (&settings.schema, row.get(0), row.get(1));
+    if !is_there {
+        return Err(failed(format!("there is no schema {schema}: create it, or name another with --database-schema")));
+    }
+    match others.filter(|_| settings.get("DATABASE_SCHEMA").is_none()) {
+        Some(others) => Err(failed(format!(
+            "the tables are in the schema {others}: name it with --database-schema, or say --database-schema {schema} to have others there"
+        ))),
+        None => Ok(()),
+    }
 }
 
 async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure> {
@@ -206,7 +226,7 @@ pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<O
         match found(name).map(|column| column.get::<_, &str>(1)) {
             None => misfits.push(format!("it has no column {name} {wanted}: add it")),
             Some(found) if fits(found, &wanted) => {}
-            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}, without the views that read it; `etlctl mapping ddl | psql` makes those again")),
+            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}. The view of its duplicates is in the way: drop that first, and run `etlctl mapping ddl` into psql after")),
         }
     }
     for column in &columns {

@@ -96,7 +96,21 @@ impl Mapping {
     /// [`MappingError`], for the first broken rule. The operator's fault.
     pub fn from_toml(text: &str, file: &str) -> Result<Self, MappingError> {
         let read = toml::from_str::<File>(text)
-            .map_err(|error| Broken(error.span().unwrap_or_default(), error.message().to_owned()))
+            .map_err(|error| {
+                let message = match error.message() {
+                    "invalid type: map, expected a sequence" => {
+                        "each column begins with [[column]], in double brackets".to_owned()
+                    }
+                    message
+                        if message.starts_with("unknown field `unwrap`")
+                            || message.starts_with("unknown field `table`") =>
+                    {
+                        "this goes to the top, before the first [[column]]".to_owned()
+                    }
+                    message => message.to_owned(),
+                };
+                Broken(error.span().unwrap_or_default(), message)
+            })
             .and_then(validated);
         read.map_err(|Broken(span, message)| MappingError {
             file: file.to_owned(),
@@ -140,6 +154,9 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     Ok(mapping)
 }
 
+/// Tables that every mapping shares.
+const RESERVED: [&str; 3] = ["etl_ledger", "etl_audit", "login_etl_migrations"];
+
 fn table(text: &Spanned<String>) -> Result<Table, Broken> {
     let parts: Vec<_> = text.get_ref().split('.').collect();
     let (schema, name) = match parts[..] {
@@ -149,6 +166,9 @@ fn table(text: &Spanned<String>) -> Result<Table, Broken> {
     };
     for part in schema.iter().chain([&name]) {
         is_name(part).or_else(|fault| broken(text.span(), format!("a table's name {fault}")))?;
+    }
+    if RESERVED.contains(&name) {
+        return broken(text.span(), format!("{name} is a table of the pipeline's own"));
     }
     Ok(Table { schema: schema.map(ToOwned::to_owned), name: name.to_owned() })
 }

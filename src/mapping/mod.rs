@@ -273,9 +273,10 @@ impl Mapping {
         self.columns.iter().find(|column| column.subject)
     }
 
-    /// The column that has a row's day: the first of type `date`.
+    /// The column that has a row's day: the first date that is not of the body, else the first date.
     pub fn day(&self) -> Option<&Column> {
-        self.columns.iter().find(|column| column.column_type == ColumnType::Date)
+        let dates = || self.columns.iter().filter(|column| column.column_type == ColumnType::Date);
+        dates().find(|column| matches!(column.source, Source::Envelope(_))).or_else(|| dates().next())
     }
 
     /// The row of a message. Rows that are made in one `buffer` share its memory.

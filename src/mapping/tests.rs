@@ -331,6 +331,9 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
     for (text, position, message) in [
         ("table = 1".to_owned(), (1, 9), "invalid type"),
         ("table = \"t\"".to_owned(), (1, 9), "there is no [[column]]"),
+        (plain("").replace("[[column]]", "[column]"), (2, 1), "in double brackets"),
+        (plain("unwrap = \"sns\""), (7, 1), "before the first [[column]]"),
+        (plain("").replace("\"t\"", "\"etl_ledger\""), (1, 9), "of the pipeline's own"),
         ("table = \"a.b.c\"\n[[column]]\nname = \"c\"".to_owned(), (1, 9), "a table is its name"),
         (plain("oops = 1"), (7, 1), "unknown field `oops`"),
         (plain("").replace("keep = \"plain\"\n", ""), (3, 8), "does not say `keep"),

@@ -105,7 +105,10 @@ impl Connection {
         let rows = self.client.query_typed(sql.copy_fits, &parameters).await?;
         let fits = rows.first().is_some_and(|row| row.get(0));
         if !fits {
-            tracing::warn!("the table's types are not the mapping's, or it has a rule: writing without COPY");
+            tracing::warn!(
+                sql.table,
+                "the table's types are not the mapping's, or it has a rule: writing without COPY"
+            );
         }
         self.copy_fits = Some(fits);
         Ok(fits)

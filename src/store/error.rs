@@ -173,9 +173,20 @@ impl DatabaseError {
         matches!(self.code(), "26000" | "42P05")
     }
 
-    /// The user may not write to the tables at all.
-    pub(super) fn is_missing_right(&self) -> bool {
-        matches!(self.0, Cause::Sqlstate { denied: Denied::Right, .. })
+    /// Rather the table's fault than a row's, however few rows say so: a right is missing, or a table or column.
+    pub(super) fn is_the_table_s(&self) -> bool {
+        matches!(self.0, Cause::Sqlstate { denied: Denied::Right, .. }) || matches!(self.code(), "42P01" | "42703")
+    }
+
+    /// Whether the same row will be refused again, whatever else is written meanwhile: for a value, or by a constraint other than a
+    /// foreign key, whose row may yet come.
+    pub fn is_for_good(&self) -> bool {
+        match &self.0 {
+            Cause::Sqlstate { code, constraint, .. } => {
+                code.starts_with("22") || (code.starts_with("23") && code != "23503" && constraint.is_some())
+            }
+            _ => false,
+        }
     }
 
     /// Whether a row is refused rather for its own sake than for the table's, as far as the code says: by a constraint, or for
@@ -204,8 +215,8 @@ impl DatabaseError {
             // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout; too_many_connections;
             // read_only_sql_transaction: a failover left us on the standby
             "57P01" | "57P02" | "57P03" | "57P05" | "53300" | "25006" => Remedy::Reconnect,
-            // undefined_table, undefined_column, invalid_sql_statement_name
-            "42P01" | "42703" | "26000" => Remedy::GiveUp,
+            // invalid_sql_statement_name
+            "26000" => Remedy::GiveUp,
             // connection_exception
             code if code.starts_with("08") => Remedy::Reconnect,
             // Not this statement's matter, but the server's or the connection's: invalid_transaction_state,
@@ -240,7 +251,7 @@ impl fmt::Display for DatabaseError {
                     "42501" if *denied == Denied::Policy => ": a policy of row security forbids it",
                     "42804" => ": the types of the table's columns are not the mapping's; `etlctl doctor` names them",
                     "23502" => ": the column takes no null; give it a default, or have the mapping fill it",
-                    "23514" if constraint.is_none() => ": no partition takes the row; make one",
+                    "23514" if constraint.is_none() && table.is_some() => ": no partition takes the row; make one",
                     code if code.starts_with("28") => ": check username and password in the database secret",
                     "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
                     "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or make the mapping's table (`etlctl mapping ddl`)",
@@ -263,10 +274,10 @@ mod tests {
     #[test]
     fn each_sqlstate_has_its_remedy() {
         for (codes, remedy) in [
-            ("22001 22003 22021 22P02 23502 23505 23514 54001 P0001 42501 44000 42804", Remedy::Isolate),
+            ("22001 22003 22021 22P02 23502 23505 23514 54001 P0001 42501 44000 42804 42P01 42703", Remedy::Isolate),
             ("40001 40P01", Remedy::Repeat),
             ("08000 08006 57P01 57P02 57P03 57P05 53300 25006", Remedy::Reconnect),
-            ("28P01 28000 3D000 3F000 42P01 42703 53100 55P03 57014 58030 XX000", Remedy::GiveUp),
+            ("28P01 28000 3D000 3F000 53100 55P03 57014 58030 XX000", Remedy::GiveUp),
         ] {
             for code in codes.split(' ') {
                 let error = DatabaseError(Cause::Sqlstate {

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{DatabaseError, Entry, Fate, RECENT, Session, StoreError, Stored, Way, error::Remedy};
+use super::{Entry, Fate, RECENT, Session, StoreError, Stored, Way, error::Remedy};
 
 /// Rows that are tried alone before any others.
 const PROBES: usize = 8;
@@ -30,14 +30,13 @@ struct Isolation<'a, 'b> {
 }
 
 impl Session {
-    /// Inserts what the table takes of a batch that was refused with `error`, as far as there is time.
+    /// Inserts what the table takes of a batch that was refused, as far as there is time.
     ///
     /// Earlier entries of a group go first, so that a refused row holds back the rest of its group and nothing else.
     pub(super) async fn isolate(
         &mut self,
         entries: &[Entry<'_>],
         way: Way,
-        error: DatabaseError,
         deadline: Instant,
     ) -> Result<Stored, StoreError> {
         let fates = vec![None; entries.len()];
@@ -47,18 +46,14 @@ impl Session {
                 break;
             }
         }
-        if self.is_table_s_fault(&isolation) {
-            return Err(StoreError::Table(error));
-        }
+        self.check_table(&isolation)?;
         let mut parts = vec![(0..entries.len()).collect::<Vec<_>>()];
         while let Some(part) = parts.pop() {
             if !self.attempt(&mut isolation, part, &mut parts, deadline).await? {
                 break;
             }
         }
-        if self.is_table_s_fault(&isolation) {
-            return Err(StoreError::Table(error));
-        }
+        self.check_table(&isolation)?;
         self.judge(isolation)
     }
 
@@ -110,14 +105,20 @@ impl Session {
         Ok(true)
     }
 
-    /// Whether rows were refused and none inserted, but for those that are known to be refused for their own sake.
-    fn is_table_s_fault(&self, isolation: &Isolation<'_, '_>) -> bool {
+    /// Fails if rows were refused and none inserted, but for those that are known to be refused for their own sake.
+    fn check_table(&self, isolation: &Isolation<'_, '_>) -> Result<(), StoreError> {
         let fates = isolation.entries.iter().zip(&isolation.fates);
         let refused: Vec<_> = fates
             .filter(|(entry, _)| !self.refused.contains(&entry.key))
             .filter_map(|(_, fate)| if let Some(Fate::Refused(error)) = fate { Some(error) } else { None })
             .collect();
-        isolation.inserted == 0 && (refused.len() >= ENOUGH || refused.iter().any(|error| error.is_missing_right()))
+        let certain = refused.iter().find(|error| error.is_the_table_s());
+        match certain.or(refused.first()) {
+            Some(error) if isolation.inserted == 0 && (certain.is_some() || refused.len() >= ENOUGH) => {
+                Err(StoreError::Table((*error).clone()))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn judge(&mut self, isolation: Isolation<'_, '_>) -> Result<Stored, StoreError> {
@@ -151,9 +152,9 @@ impl Session {
 /// Entries from all over a batch; where the queue keeps an order, only such as come first in their group.
 fn probes(entries: &[Entry<'_>]) -> Vec<usize> {
     let mut groups = HashSet::new();
-    let is_first: Vec<_> = entries.iter().map(|entry| entry.group.is_none_or(|group| groups.insert(group))).collect();
-    let mut probes: Vec<_> = (0..PROBES).map(|probe| probe * entries.len() / PROBES).collect();
+    let is_first = |entry: &Entry<'_>| entry.group.is_none_or(|group| groups.insert(group.to_owned()));
+    let firsts: Vec<_> = entries.iter().map(is_first).enumerate().filter(|(_, is_first)| *is_first).collect();
+    let mut probes: Vec<_> = (0..PROBES).map(|probe| firsts[probe * firsts.len() / PROBES].0).collect();
     probes.dedup();
-    probes.retain(|&probe| is_first[probe]);
     probes
 }

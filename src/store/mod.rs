@@ -233,7 +233,8 @@ impl Session {
         let stored = match writing.await {
             Ok((_, Ok(inserted))) => Stored { inserted, fates: vec![Fate::Stored; entries.len()] },
             Ok((way, Err(StoreError::Insert(error)))) if error.remedy() == Remedy::Isolate => {
-                self.isolate(entries, way, error, deadline).await?
+                tracing::debug!(%error, "looking for the refused rows");
+                self.isolate(entries, way, deadline).await?
             }
             Ok((_, Err(error))) => return Err(error),
             Err(_) => return Err(StoreError::Deadline),
@@ -251,7 +252,7 @@ impl Session {
         let mut wait = FIRST_WAIT;
         let mut tries = 1;
         loop {
-            let error = match self.try_to_write(&batch, way).await {
+            let error = match self.try_to_write(&batch, &mut way).await {
                 Err(StoreError::Insert(error)) if error.is_prepared_statement_conflict() && self.keeps_statements => {
                     tracing::warn!(%error, "a pooler is in between: going on without prepared statements");
                     self.keeps_statements = false;
@@ -289,14 +290,17 @@ impl Session {
         }
     }
 
-    async fn try_to_write(&mut self, batch: &Batch<'_>, way: Way) -> Result<u64, StoreError> {
+    /// `COPY` gives way where it would not write what `INSERT` does.
+    async fn try_to_write(&mut self, batch: &Batch<'_>, way: &mut Way) -> Result<u64, StoreError> {
         let mut connection = self.take_connected().await?;
         let keeps_statements = self.keeps_statements;
         let sql = Arc::clone(&self.sql);
         let writing = async {
-            let way = if way == Way::Copy && !connection.copy_fits(&sql).await? { Way::InsertUnknown } else { way };
+            if *way == Way::Copy && !connection.copy_fits(&sql).await? {
+                *way = Way::InsertUnknown;
+            }
             let (client, kept) = connection.prepared(&sql, keeps_statements).await?;
-            match way {
+            match *way {
                 Way::Copy => batch.copy(client, &sql, kept).await,
                 Way::Insert => batch.insert(client, &sql, kept).await,
                 Way::InsertUnknown => batch.insert_unknown(client, &sql).await,
@@ -304,7 +308,7 @@ impl Session {
         };
         let written = writing.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)));
         // After a `COPY` that failed the driver may take one answer for another (rust-postgres, issue 789).
-        if way != Way::Copy || written.is_ok() {
+        if *way != Way::Copy || written.is_ok() {
             self.connection = Some(connection);
         }
         written

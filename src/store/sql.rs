@@ -83,11 +83,11 @@ impl Sql {
 const COPY_FITS: &str = "
     select not exists (
         select from unnest($2::text[], $3::oid[]) as wanted (name, type)
-        left join pg_catalog.pg_attribute on attrelid = pg_catalog.to_regclass($1) and attname = wanted.name
+        left join pg_catalog.pg_attribute on attrelid = pg_catalog.to_regclass($1)::oid and attname::text = wanted.name
         left join pg_catalog.pg_type on pg_type.oid = atttypid
-        where atttypid is distinct from wanted.type and not (wanted.type = 25 and typname in ('varchar', 'bpchar'))
+        where atttypid is distinct from wanted.type and not (wanted.type = 25::oid and typname in ('varchar', 'bpchar'))
     ) and not exists (
-        select from pg_catalog.pg_rewrite where ev_class = pg_catalog.to_regclass($1) and ev_type = '3'
+        select from pg_catalog.pg_rewrite where ev_class = pg_catalog.to_regclass($1)::oid and ev_type = '3'
     )";
 
 fn element_type(column_type: ColumnType) -> Type {

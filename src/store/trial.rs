@@ -1,9 +1,6 @@
 //! What the function would write, tried and taken back.
 
-use std::time::SystemTime;
-
 use tokio_postgres::Client;
-use uuid::Uuid;
 
 use super::{Connection, DatabaseError, Entry, LedgerKey, Sql, batch::Batch, error::Remedy};
 use crate::mapping::{Mapping, Row};
@@ -27,12 +24,12 @@ impl Trial {
         Ok(Self { connection, sql: Sql::new(mapping) })
     }
 
-    /// Why PostgreSQL refuses each of these rows, if it does.
+    /// Why PostgreSQL refuses each of these rows, if it does. One whose message is in the ledger is not written, and not refused.
     ///
     /// # Errors
     /// [`DatabaseError`], when it refuses them for no row's sake.
-    pub async fn refusals(&self, rows: Vec<Row>) -> Result<Vec<Option<DatabaseError>>, DatabaseError> {
-        let entries: Vec<_> = rows.into_iter().map(entry).collect();
+    pub async fn refusals(&self, rows: Vec<(LedgerKey, Row)>) -> Result<Vec<Option<DatabaseError>>, DatabaseError> {
+        let entries: Vec<_> = rows.into_iter().map(|(key, row)| Entry { key, group: None, row }).collect();
         // Most are all right.
         if self.refusal(entries.iter().collect()).await?.is_none() {
             return Ok(vec![None; entries.len()]);
@@ -55,13 +52,5 @@ impl Trial {
             Err(error) if error.remedy() == Remedy::Isolate => Ok(Some(error)),
             Err(error) => Err(error),
         }
-    }
-}
-
-fn entry(row: Row) -> Entry<'static> {
-    Entry {
-        key: LedgerKey { sent_at: SystemTime::now(), message_id: Uuid::from_u128(fastrand::u128(..)) },
-        group: None,
-        row,
     }
 }

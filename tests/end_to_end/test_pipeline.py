@@ -31,7 +31,7 @@ BAD = {
     spoilt(device_id=f"{CANARY}\0"): "device_id contains a NUL character",
     spoilt(ip={CANARY: CANARY}): "ip is not a string",
     spoilt(device_id=CANARY * 30): "device_id is too long",
-    spoilt(): 'refused by the database: SQLSTATE 23514, constraint "no_canary"',
+    spoilt(): 'refused by the database: SQLSTATE 23514, constraint "no_canary", table public.user_logins',
 }
 
 

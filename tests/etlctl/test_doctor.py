@@ -308,7 +308,7 @@ def test_failures_of_the_last_hour_are_found(pipeline, undo):
         pipeline.logged(line)
     whole, single = findings(pipeline)
     assert (whole["state"], single["state"]) == ("failed", "warning")
-    assert "a batch came back as a whole 1 time: Database" in whole["found"]
+    assert "a batch came back as a whole 1 time: Table" in whole["found"]
     assert "1 of 1 delivery failed: 1 × user_id is missing" in single["found"]
 
 

@@ -50,7 +50,7 @@ def test_it_counts_what_is_where_and_what_the_last_hour_came_to(ran):
         "deduplicated": 1,
         "failed": 3,
         "failed_by_reason": {"body is not JSON": 1, "user_id is missing": 2},
-        "batches_failed": {"Database": 1},
+        "batches_failed": {"Table": 1},
         "not_started": [],
         "complete": True,
     }

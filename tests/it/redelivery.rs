@@ -104,7 +104,7 @@ async fn what_waits_behind_it_in_its_group_is_back_with_it() {
     let world = World::new().await;
     let queue = Queue::named(&format!("{}.fifo", world.database), 600).await;
     let bodies = [body(0), "bad".to_owned(), body(2), body(3), body(4), body(5)];
-    let groups = ["calm", "held up", "held up", "calm", "calm", "calm"];
+    let groups = ["calm", "held-up", "held-up", "calm", "calm", "calm"];
     let response = hand_over(&world.handler().await, &queue, &bodies, &groups).await;
     let failed: HashSet<_> = failed(&response).into_iter().map(ToOwned::to_owned).collect();
     assert_eq!(failed.len(), 2);

@@ -17,6 +17,7 @@ use jiff::Timestamp;
 use login_etl::{
     keyring::Keyring,
     mapping::{Envelope, Invalid, Mapping, Row},
+    store::LedgerKey,
 };
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -64,6 +65,8 @@ pub async fn run(settings: &Settings, command: &Dlq) -> Result<Reply, Failure> {
 struct Dead {
     message: Message,
     reason: Option<String>,
+    /// Whether it is the database that refuses it.
+    refused: bool,
 }
 
 impl Dead {
@@ -137,7 +140,7 @@ impl<'a> Queue<'a> {
                 let id = message.message_id().unwrap_or_default();
                 if known.insert(id.to_owned()) {
                     let reason = validation.reason(message.body().unwrap_or_default());
-                    dead.push(Dead { message, reason });
+                    dead.push(Dead { message, reason, refused: false });
                 } else if let Some(known) = dead.iter_mut().find(|dead| dead.id() == id) {
                     // It had come back into sight. What it can be let go with is new.
                     known.message = message;
@@ -184,17 +187,20 @@ impl<'a> Queue<'a> {
         let bar = progress(valid.len() as u64, "Trying their rows {bar:30} {pos} of {len}");
         let validation = Validation::new(self.settings).await?;
         let trial = self.settings.trial().await?;
+        let horizon = SystemTime::now() - self.settings.function()?.database.ledger_retention;
         for part in valid.chunks_mut(TRIED_TOGETHER) {
             let (mut messages, mut rows) = (Vec::new(), Vec::new());
             for dead in part.iter_mut() {
                 if let Ok(row) = validation.row(dead.body()) {
-                    rows.push(row);
+                    let sent = dead.sent().and_then(|at| u64::try_from(at.as_millisecond()).ok());
+                    rows.push((LedgerKey::new(dead.id(), sent, horizon), row));
                     messages.push(dead);
                 }
             }
             let refusals = trial.refusals(rows).await.map_err(|error| failed(error.to_string()))?;
             bar.inc(messages.len() as u64);
             for (dead, refusal) in messages.into_iter().zip(refusals) {
+                dead.refused = refusal.is_some();
                 dead.reason = refusal.map(|error| format!("refused by the database: {error}"));
             }
         }

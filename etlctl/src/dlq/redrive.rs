@@ -104,17 +104,16 @@ impl Queue<'_> {
         drop(spinner);
         result?;
 
-        let left = |valid: bool| {
-            let left =
-                taken.dead.iter().filter(|dead| dead.reason.is_none() == valid && !taken.loaded.contains(dead.id()));
-            left.count() as i128
+        // By the function, or by the database when it was asked.
+        let left = |refused: bool| {
+            let is_refused = |dead: &&Dead| (dead.refused || dead.reason.is_none()) == refused;
+            taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id())).filter(is_refused).count() as i128
         };
         let (loaded, refused, invalid) = (taken.loaded.len() as i128, left(true), left(false));
         let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded, "message"));
         if refused > 0 {
             let refused = count(refused, "valid message");
-            text +=
-                &format!("{BAD}{refused} refused by the function once more; `etlctl dlq explain` says why{BAD:#}\n");
+            text += &format!("{BAD}{refused} refused once more; `etlctl dlq explain` says why{BAD:#}\n");
         }
         if invalid > 0 {
             text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(invalid, "message"));

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use login_etl::{
     secrets::Credentials,
-    store::{Connection, Connector, DatabaseError, Trial},
+    store::{Connection, Connector, DatabaseError, LedgerKey, Trial},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -87,7 +87,11 @@ async fn try_row(settings: &Settings, connection: Connection, checks: &mut Check
         Ok(trial) => trial,
         Err(error) => return Err(failed(error.to_string())),
     };
-    match trial.refusals(vec![row]).await.map(|refusals| refusals.into_iter().next().flatten()) {
+    match trial
+        .refusals(vec![(LedgerKey::new("login-etl-doctor", None, SystemTime::now()), row)])
+        .await
+        .map(|refusals| refusals.into_iter().next().flatten())
+    {
         Ok(None) => checks.right("it can write a row and its ledger key, which was tried and taken back"),
         Ok(Some(error)) if error.is_likely_the_row_s(&names) => {
             checks.consider(

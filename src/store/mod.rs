@@ -233,7 +233,6 @@ impl Session {
         let stored = match writing.await {
             Ok((_, Ok(inserted))) => Stored { inserted, fates: vec![Fate::Stored; entries.len()] },
             Ok((way, Err(StoreError::Insert(error)))) if error.remedy() == Remedy::Isolate => {
-                tracing::debug!(%error, "looking for the refused rows");
                 self.isolate(entries, way, deadline).await?
             }
             Ok((_, Err(error))) => return Err(error),

@@ -53,6 +53,8 @@ class PgBouncer:
             "auth_file": directory / "pgbouncer.users",
             "pool_mode": "transaction",
             "default_pool_size": sessions,
+            # The next transaction has another session, as with many clients.
+            "server_round_robin": 1,
             "client_tls_sslmode": "require",
             "client_tls_key_file": directory / "server.key",
             "client_tls_cert_file": directory / "server.pem",

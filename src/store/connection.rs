@@ -106,7 +106,7 @@ impl Connection {
         let fits = rows.first().is_some_and(|row| row.get(0));
         if !fits {
             tracing::warn!(
-                sql.table,
+                table = sql.table,
                 "the table's types are not the mapping's, or it has a rule: writing without COPY"
             );
         }

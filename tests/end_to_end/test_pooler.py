@@ -2,7 +2,9 @@
 
 import json
 import random
+import threading
 
+import psycopg
 import pytest
 from waiting import until
 from world import delivery, messages, pgbouncer
@@ -11,6 +13,14 @@ from world.servers import DATABASE_SECRET
 
 # `./local/test` says that it was left out.
 pytestmark = pytest.mark.skipif(pgbouncer.program() is None, reason=pgbouncer.MISSING)
+
+
+def use(pooler, servers, credentials, done):
+    """Another client, so that there are several sessions to share."""
+    user, password = credentials["username"], credentials["password"]
+    with psycopg.connect(host="127.0.0.1", port=pooler.port, dbname="postgres", user=user, password=password, prepare_threshold=None, autocommit=True) as database:
+        while not done.is_set():
+            database.execute("select pg_sleep(0.01)")
 
 
 @pytest.mark.parametrize("copy_threshold", ["10001", "2"])
@@ -27,6 +37,9 @@ def test_every_message_is_a_row_once(servers, stack, copy_threshold):
     users = [login["user_id"] for login in logins]
     with PgBouncer(pgbouncer.program(), servers.postgres, credentials["username"], credentials["password"], sessions=2) as pooler:
         configure(DATABASE_PORT=str(pooler.port), COPY_THRESHOLD=copy_threshold)
+        done = threading.Event()
+        other = threading.Thread(target=use, args=(pooler, servers, credentials, done))
+        other.start()
         try:
             delivery.send(stack, [json.dumps(login) for login in logins])
             with servers.postgres.connect(autocommit=True) as database:
@@ -35,5 +48,7 @@ def test_every_message_is_a_row_once(servers, stack, copy_threshold):
                 until(lambda: sum(stack.depth(stack.queue_url)) == 0)
                 assert database.execute(count, [users]).fetchone()[0] == len(users)
         finally:
+            done.set()
+            other.join()
             configure()
     assert "a pooler is in between: going on without prepared statements" in stack.log_text()

@@ -251,15 +251,14 @@ def check_deployed() -> str | None:
 
 def check_etlctl() -> None:
     """etlctl, the schema and what partitions it, on servers of their own, so that they can run beside the stack's."""
-    # Without delays: what fails is counted, and would come back sooner or later than it is looked at.
-    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents", OutageDelay=0)
+    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents")
 
 
-def on_stack(name: str, world: Path, *tests: str, **parameters: object) -> None:
+def on_stack(name: str, world: Path, *tests: str) -> None:
     """Runs tests on servers with the stack deployed."""
     with Servers(world) as servers:
         # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
-        stack.deploy(servers, quiet=True, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2, **parameters)
+        stack.deploy(servers, quiet=True, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
         pytest(name, *tests, LOGIN_ETL_WORLD=str(world))
 
 

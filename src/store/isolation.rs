@@ -1,7 +1,7 @@
 //! Which rows of a refused batch PostgreSQL refuses, and whose fault that is.
 //!
 //! SQLSTATE does not say: a trigger raises P0001 for one row, and a column that was made NOT NULL yesterday 23502 for every
-//! row. What is known for certain is which rows pass. So a few rows are tried alone first, from all over the batch. If one is
+//! row. What is known for certain is which rows pass. So a few rows of it are tried alone first, whichever. If one is
 //! inserted, the table takes rows, and whatever row it refuses is refused for its own sake. If none is, the table is at fault,
 //! and the batch fails.
 
@@ -149,12 +149,10 @@ impl Session {
     }
 }
 
-/// Entries from all over a batch; where the queue keeps an order, only such as come first in their group.
+/// Some entries of a batch, by chance, as bad rows may come in any pattern; where the queue keeps an order, only such as come first in
+/// their group.
 fn probes(entries: &[Entry<'_>]) -> Vec<usize> {
     let mut groups = HashSet::new();
-    let is_first = |entry: &Entry<'_>| entry.group.is_none_or(|group| groups.insert(group.to_owned()));
-    let firsts: Vec<_> = entries.iter().map(is_first).enumerate().filter(|(_, is_first)| *is_first).collect();
-    let mut probes: Vec<_> = (0..PROBES).map(|probe| firsts[probe * firsts.len() / PROBES].0).collect();
-    probes.dedup();
-    probes
+    let firsts = entries.iter().enumerate().filter(|(_, entry)| entry.group.is_none_or(|group| groups.insert(group)));
+    fastrand::choose_multiple(firsts.map(|(index, _)| index), PROBES)
 }

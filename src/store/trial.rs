@@ -49,7 +49,7 @@ impl Trial {
         client.batch_execute("rollback to savepoint trial").await.map_err(database_error)?;
         match written {
             Ok(_) => Ok(None),
-            Err(error) if error.remedy() == Remedy::Isolate => Ok(Some(error)),
+            Err(error) if error.remedy() == Remedy::Isolate && !error.is_the_table_s() => Ok(Some(error)),
             Err(error) => Err(error),
         }
     }

@@ -40,15 +40,15 @@ class Queues:
 class Pipeline(World):
     """Besides, a queue of its own and behind it the stack's function, loading into that database and logging for itself."""
 
-    VARIABLES = ("DATABASE_HOST", "DATABASE_PORT", "DATABASE_NAME", "DATABASE_CA_FILE", "DATABASE_SECRET_ID", "MASKING_SECRET_ID")
+    VARIABLES = ("DATABASE_HOST", "DATABASE_PORT", "DATABASE_NAME", "DATABASE_CA_FILE", "DATABASE_SECRET_ID", "MASKING_SECRET_ID", "OUTAGE_DELAY")
 
     def __init__(self, servers: Servers, stack: Stack):
         super().__init__(servers)
         self.localstack, self.function_name = servers.localstack, self.name
-        # What failed does not come back while a test looks at it.
+        # What failed does not come back while a test looks at it, sooner or later.
         self.queues = Queues(servers, VisibilityTimeout="300")
         self.queue_url = self.queues.queue_url
-        self.environment |= self.queues.environment | {"FUNCTION_NAME": self.name}
+        self.environment |= self.queues.environment | {"FUNCTION_NAME": self.name, "OUTAGE_DELAY": "0"}
         self.functions = servers.localstack.client("lambda")
         of_stack = self.functions.get_function(FunctionName=stack.function_name)
         with DIRECTLY.open(of_stack["Code"]["Location"]) as code:

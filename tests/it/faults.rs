@@ -104,7 +104,7 @@ async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_g
     let slow = "
         create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.05); return null; end $$;
         create trigger slow before insert on user_logins for each statement execute function slow();
-        alter table user_logins add check (right(user_id, 1) not in ('1', '3', '5', '7', '9'))";
+        alter table user_logins add check (right(user_id, 1) not in ('1', '4', '7'))";
     world.admin.batch_execute(slow).await.unwrap();
     let handler = world.handler().await;
     let all: Value = serde_json::from_str(&event(0, bodies(0..400))).unwrap();
@@ -124,13 +124,13 @@ async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_g
 #[tokio::test]
 async fn many_refused_rows_take_little_more_than_a_statement_each() {
     let world = World::new().await;
-    let refuse = "alter table user_logins add check (right(user_id, 1) not in ('1', '3', '5', '7', '9'))";
+    let refuse = "alter table user_logins add check (right(user_id, 1) not in ('1', '4', '7'))";
     world.admin.batch_execute(refuse).await.unwrap();
     let handler = world.handler().await;
     world.count_statements().await;
     let response = invoke(&handler, &event(0, bodies(0..1000))).await.unwrap();
-    assert_eq!(failed(&response).len(), 500);
+    assert_eq!(failed(&response).len(), 300);
     let statements = world.statements().await;
     assert!(statements < 1200, "{statements}");
-    assert_eq!(world.count("user_logins").await, 500);
+    assert_eq!(world.count("user_logins").await, 700);
 }

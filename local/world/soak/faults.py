@@ -162,7 +162,7 @@ def alter_role_for_a_while(targets: Targets, chance: random.Random, change: str,
 
 def demand_a_column(targets: Targets, chance: random.Random) -> bool:
     """A column that nobody fills takes no null for a while: no row can be written."""
-    demand = "alter table user_logins add column if not exists demanded text not null default '', alter column demanded drop default"
+    demand = "alter table user_logins add column demanded text not null default ''; alter table user_logins alter demanded drop default"
     return alter_table_for_a_while(targets, chance, demand, "alter table user_logins drop column if exists demanded")
 
 

@@ -231,6 +231,8 @@ def prepare_database(servers: Servers) -> None:
     """Keeps the times of commits, refuses one kind of user, and ends the function's statements with its invocation."""
     with servers.postgres.connect(autocommit=True) as admin:
         admin.execute("alter system set track_commit_timestamp = on")
+        # PostgreSQL's log would quote every row that a fault has it refuse.
+        admin.execute("alter system set log_error_verbosity = terse")
         admin.execute(f"alter table user_logins add constraint refused check (user_id not like '{load.REFUSED_USER}%')")
         admin.execute(visits.SCHEMA)
         admin.execute(f"alter role {DATABASE_USER} set statement_timeout = '{TIMEOUT_SECONDS}s'")

@@ -347,7 +347,7 @@ def test_a_function_that_fails_costs_nothing_and_its_error_is_shown(dead):
     with dead.pipeline.without("etl_ledger"):
         failed = dead.run("redrive", "--fixed", "--yes")
     assert (failed.returncode, failed.stdout) == (3, "")
-    assert re.search(r"the function failed: Database: .*SQLSTATE 42P01", failed.stderr)
+    assert re.search(r"the function failed: Table: .*SQLSTATE 42P01", failed.stderr)
     assert dead.in_sight() == sent
 
 

@@ -45,7 +45,7 @@ HEAD = """\
 
 # Performance
 
-How fast the function is, beside other ways of doing the same work and beside the limit of what it works on; what it needs. One command measures all of it, on any machine:
+How fast the function is and what it needs, compared with other ways of doing the same work and with the limits of what it works on. One command measures all of it, on any machine:
 
     ./local/bench            # measures everything, and writes this page
     ./local/bench --quick    # the same in a few minutes on a small scale; writes target/local/bench/quick/performance.md

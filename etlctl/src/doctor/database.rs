@@ -318,7 +318,7 @@ async fn rights(
     Ok(may_log_in)
 }
 
-/// How to get back what a migration makes: one that is recorded is not run again.
+/// How to get back what a migration makes. A migration that is recorded does not run again by itself.
 fn again(name: &str, outstanding: &[String]) -> String {
     if outstanding.iter().any(|outstanding| outstanding == name) {
         "run `etlctl migrate`".to_owned()

@@ -158,7 +158,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes a key the one that new values are masked under, or new one-way masks made. Returns which one was before.
+    /// Makes a key the active one: new values are masked under it. With `one_way`, new one-way masks are made under it
+    /// instead. Returns the id of the key that it takes the place of.
     pub fn activate(&mut self, id: &str, one_way: bool) -> Result<Option<String>, Failure> {
         self.key(id)?;
         let before = match one_way {

@@ -120,7 +120,7 @@ def body(chance: random.Random, canary: str, bad: bool) -> tuple[str, dict | Non
 
 
 def spoil(chance: random.Random, message: dict, canary: str) -> None:
-    """Makes it one that must not become a row."""
+    """Breaks one of the message's rules, so that it must not become a row."""
     parent, field, value = chance.choice(
         (
             ("visit", "id", canary),

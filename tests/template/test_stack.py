@@ -11,6 +11,8 @@ from world import paths, template
 
 ACCOUNT = "123456789012"
 KEYS = {name: f"arn:aws:kms:us-east-1:{ACCOUNT}:key/{name}" for name in ("KmsKeyArn", "SecretsKmsKeyArn", "LogKmsKeyArn")}
+# Of the two given secrets, each may have its own.
+KEYS["SecretsKmsKeyArn"] += "," + KEYS["SecretsKmsKeyArn"].replace("Secrets", "Keyring")
 # Each of these is given or not, in every combination; "rest" is what has nothing to do with the others.
 OPTIONS = {
     "fifo": {"QueueType": "fifo"},
@@ -231,9 +233,10 @@ def test_the_function_may_decrypt_with_the_keys_of_its_queue_and_secrets_and_no_
     allowed = variant_of(**{name: KEYS[name] for name in given}).allowed()
     statements = [statement for statement in allowed if "kms" in str(statement["Action"])]
     assert [statement["Action"] for statement in statements] == ["kms:Decrypt"] * len(statements)
-    assert [statement["Resource"] for statement in statements] == [KEYS[name] for name in given if name != "LogKmsKeyArn"]
+    resources = {"KmsKeyArn": KEYS["KmsKeyArn"], "SecretsKmsKeyArn": KEYS["SecretsKmsKeyArn"].split(",")}
+    assert [statement["Resource"] for statement in statements] == [resources[name] for name in given if name in resources]
     for statement in statements:
-        if statement["Resource"] == KEYS["SecretsKmsKeyArn"]:
+        if statement["Resource"] == resources["SecretsKmsKeyArn"]:
             assert statement.get("Condition") == {"StringEquals": {"kms:ViaService": "secretsmanager.us-east-1.amazonaws.com"}}
 
 

@@ -270,7 +270,7 @@ def check_instructions() -> str | None:
 
 
 def check_fuzz() -> None:
-    fuzz.check(10)
+    fuzz.check(6)
 
 
 def check_soak() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from world import arguments, command, paths
 from world.command import CommandFailed
 
-TARGETS = ("body", "event", "keyring")
+TARGETS = ("body", "event", "fields", "keyring", "mapping")
 FUZZ = paths.ROOT / "target" / "fuzz"
 # Longer inputs find nothing more in parsers without length fields, and cost speed.
 LONGEST_BYTES = 4096

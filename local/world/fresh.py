@@ -41,7 +41,11 @@ def usable_unshare() -> list[str] | None:
 
 
 def hidden() -> list[Path]:
-    home = Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()
+    home = Path.home()
+    # Some containers run under a number that has no name, nor a home.
+    with contextlib.suppress(KeyError):
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    home = home.resolve()
     return [path for path in (home, Path("/tmp"), Path("/var/tmp"), Path("/var/lib")) if path != Path("/") and path.is_dir()]
 
 

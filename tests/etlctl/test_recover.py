@@ -113,6 +113,8 @@ def test_a_query_that_would_change_anything_is_refused(ring):
         "select masked_ip from user_logins) to stdout; delete from user_logins; copy (select masked_ip from user_logins",
         "select set_config('transaction_read_only', 'off', true) as masked_ip",
         "select masked_ip from user_logins for update",
+        "select masked_ip from user_logins) to program 'true'; copy (select masked_ip from user_logins",
+        "select lo_create(0)::text as masked_ip",
     ):
         result = ring.run("recover", "--reason", "r", "--yes", "--query", query)
         assert (result.returncode, result.stdout) == (3, ""), query

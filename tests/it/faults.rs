@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::world::{World, bodies, event, failed, invoke, invoke_within, message_id};
+use crate::world::{World, bodies, body, event, failed, invoke, invoke_within, message_id};
 
 /// Whoever writes to the table writes through this, as the function does.
-const ONE_BAD: [(&str, &str); 4] = [
+const ONE_BAD: [(&str, &str); 8] = [
     (
         "a trigger",
         "create function f() returns trigger language plpgsql as
@@ -29,6 +29,18 @@ const ONE_BAD: [(&str, &str); 4] = [
         create function f() returns trigger language plpgsql as
             $$ begin if new.user_id = 'user-1' then raise exception 'no'; end if; return null; end $$;
         create constraint trigger t after insert on user_logins deferrable initially deferred for each row execute function f()"),
+    ("a foreign key", "
+        create table users (user_id varchar(128) primary key);
+        insert into users values ('user-0'), ('user-2');
+        alter table user_logins add foreign key (user_id) references users"),
+    ("a deferred foreign key", "
+        create table users (user_id varchar(128) primary key);
+        insert into users values ('user-0'), ('user-2');
+        alter table user_logins add foreign key (user_id) references users deferrable initially deferred"),
+    ("a unique index", "
+        create unique index on user_logins (user_id);
+        insert into user_logins (user_id, locale) values ('user-1', '')"),
+    ("a column that is demanded", "alter table user_logins alter locale set not null"),
 ];
 
 #[tokio::test]
@@ -36,9 +48,11 @@ async fn a_row_that_is_refused_leaves_the_others_of_its_batch_alone() {
     for (what, change) in ONE_BAD {
         let world = World::new().await;
         world.admin.batch_execute(change).await.unwrap();
-        let response = invoke(&world.handler().await, &event(0, bodies(0..3))).await.unwrap();
+        let before = world.count("user_logins").await;
+        let messages = [body(0), body(1).replace("\"locale\"", "\"other\""), body(2)];
+        let response = invoke(&world.handler().await, &event(0, messages)).await.unwrap();
         assert_eq!(failed(&response), [message_id(1)], "{what}");
-        assert_eq!(world.count("user_logins").await, 2, "{what}");
+        assert_eq!(world.count("user_logins").await - before, 2, "{what}");
         assert_eq!(world.count("etl_ledger").await, 2, "{what}");
     }
 }
@@ -133,4 +147,44 @@ async fn many_refused_rows_take_little_more_than_a_statement_each() {
     let statements = world.statements().await;
     assert!(statements < 1200, "{statements}");
     assert_eq!(world.count("user_logins").await, 700);
+}
+
+#[tokio::test]
+async fn a_table_that_is_changed_or_replaced_under_a_warm_connection_is_written_on() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    for (start, change) in [
+        (0, "select"),
+        (10, "alter table user_logins add column note text, alter device_type type text"),
+        (20, "alter table user_logins drop column note"),
+        (
+            30,
+            "begin;
+            alter table user_logins rename to before;
+            create table user_logins (like before including all);
+            grant insert on user_logins to login_etl;
+            commit",
+        ),
+    ] {
+        world.admin.batch_execute(change).await.unwrap();
+        assert!(failed(&invoke(&handler, &event(start as u128, bodies(start..start + 10))).await.unwrap()).is_empty());
+    }
+    assert_eq!((world.count("before").await, world.count("user_logins").await), (30, 10));
+    assert_eq!(world.sessions().await, 1);
+}
+
+#[tokio::test]
+async fn a_database_of_another_encoding_takes_what_it_can_hold() {
+    for (encoding, refused) in [("LATIN1", vec![message_id(1)]), ("SQL_ASCII", vec![])] {
+        let world = World::in_encoding(encoding).await;
+        let named = |name: &str, number| body(number).replace("\"user-", &format!("\"{name}-"));
+        let handler = world.handler().await;
+        let response = invoke(&handler, &event(0, [named("Zoë", 0), named("Łucja", 1), body(2)])).await.unwrap();
+        assert_eq!(failed(&response), refused, "{encoding}");
+        let known = world.count("user_logins where user_id in ('Zoë-0', 'Łucja-1', 'user-2')");
+        if encoding == "SQL_ASCII" {
+            assert_eq!(known.await, 3);
+        }
+        assert_eq!(world.count("user_logins").await, 3 - refused.len() as i64, "{encoding}");
+    }
 }

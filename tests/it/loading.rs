@@ -225,3 +225,17 @@ async fn a_table_of_other_types_is_written_alike_whatever_the_size_of_the_batch(
     assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..10))).await.unwrap()).is_empty());
     assert_eq!(world.count("user_logins where app_version = 230 and locale = 'RU'").await, 10);
 }
+
+#[tokio::test]
+async fn an_id_is_the_same_in_upper_case_and_is_answered_as_it_came() {
+    let world = World::new().await;
+    let handler = world.handler().await;
+    let id = "d25e75b7-9d01-4b4c-8f83-6b2b8f1e7f0a";
+    let upper = |event: String| event.replace(id, &id.to_uppercase());
+    let number = uuid::Uuid::parse_str(id).unwrap().as_u128();
+    invoke(&handler, &event(number, [body(0)])).await.unwrap();
+    assert!(failed(&invoke(&handler, &upper(event(number, [body(0)]))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 1);
+    let response = invoke(&handler, &upper(event(number, ["{}"]))).await.unwrap();
+    assert_eq!(failed(&response), [id.to_uppercase()]);
+}

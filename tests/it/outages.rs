@@ -1,13 +1,20 @@
 //! The database fails: between invocations, during one, at the door.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use login_etl::handler::Handler;
 
 use crate::{
     proxy::{Mode, Proxy},
-    world::{World, bodies, event, failed, invoke, invoke_within, message_id, variable},
+    world::{World, bodies, body, event, event_of, failed, invoke, invoke_within, message_id, variable},
 };
+
+const SESSIONS: &str =
+    "select state from pg_stat_activity where datname = current_database() and application_name = 'login-etl'";
 
 /// A function that lets a transaction wait for as long as another session holds a lock.
 const STOP: &str = "create function stop() returns trigger language plpgsql as
@@ -357,4 +364,101 @@ async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starti
     world.settings.insert("MASKING_SECRET_ID", "nowhere".to_owned());
     let error = world.try_handler().await.unwrap_err().to_string();
     assert!(error.starts_with(r#"cannot read the secret "nowhere" (ResourceNotFoundException)"#), "{error}");
+}
+
+#[tokio::test]
+async fn a_session_that_the_server_ends_for_being_idle_is_replaced() {
+    let world = World::new().await;
+    world.admin.batch_execute(&format!("alter database {} set idle_session_timeout = 50", world.database)).await.unwrap();
+    let handler = world.handler().await;
+    for number in 0..3 {
+        assert!(failed(&invoke(&handler, &event(number, bodies(0..1))).await.unwrap()).is_empty());
+        world.until(&format!("not exists ({SESSIONS})")).await;
+    }
+    assert_eq!(world.count("user_logins").await, 3);
+}
+
+#[tokio::test]
+async fn a_statement_that_the_server_ends_for_its_time_fails_the_batch_until_there_is_time() {
+    for timeout in ["statement_timeout", "lock_timeout"] {
+        let world = World::new().await;
+        let set = format!("alter role login_etl in database {} set {timeout} = 100", world.database);
+        world.admin.batch_execute(&set).await.unwrap();
+        let handler = world.handler().await;
+        let lock = world.lock_table().await;
+        let error = invoke(&handler, &event(0, bodies(0..3))).await.unwrap_err();
+        assert_eq!(error.error_type(), "Database", "{timeout}: {error}");
+        lock.batch_execute("commit").await.unwrap();
+        assert!(failed(&invoke(&handler, &event(0, bodies(0..3))).await.unwrap()).is_empty());
+        assert_eq!(world.count("user_logins").await, 3, "{timeout}");
+    }
+}
+
+/// A long password of any characters, as a person might choose it, or a program.
+#[tokio::test]
+async fn any_password_signs_in() {
+    for password in ["é\u{202e}😀 \\'\"%s", &"long".repeat(325)] {
+        let world = World::new().await;
+        let role = &world.database;
+        let quoted = password.replace('\'', "''").replace('\\', "\\\\");
+        world.admin.batch_execute(&format!("create role {role} login password E'{quoted}' in role login_etl")).await.unwrap();
+        world.put_secret("database", &world.credentials(role, password)).await;
+        assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
+    }
+}
+
+/// What RDS keeps in Secrets Manager says nothing of where the database is.
+#[tokio::test]
+async fn a_secret_that_rds_manages_signs_in() {
+    let mut world = World::new().await;
+    let name = world.database.clone();
+    world.admin.batch_execute(&format!("create role {name} login password 'p' in role login_etl")).await.unwrap();
+    let id = world.create_secret_named(&format!("rds-db-{name}"), &format!(r#"{{"username":"{name}","password":"p"}}"#)).await;
+    world.settings.insert("DATABASE_SECRET_ID", id);
+    world.settings.insert("DATABASE_NAME", name);
+    assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
+}
+
+/// Several environments get overlapping windows of the messages, with hardly any time, and lose their sessions now and then; and
+/// in the end enough time for what is left.
+#[tokio::test]
+async fn short_deadlines_and_lost_sessions_lose_and_double_nothing() {
+    const COUNT: usize = 2500;
+    const ROUNDS: usize = 25;
+    let world = World::new().await;
+    let handlers = [world.handler().await, world.handler().await, world.handler().await];
+    let waiting = Mutex::new((0..COUNT).collect::<BTreeSet<_>>());
+    let deliver = async |handler: &Handler, skipped: usize, time: Duration| {
+        let window: Vec<_> = waiting.lock().unwrap().iter().skip(skipped).take(500).copied().collect();
+        let messages = window.iter().map(|&number| (number as u128, body(number)));
+        if let Ok(response) = invoke_within(handler, &event_of(messages), time).await {
+            let failed = failed(&response);
+            waiting.lock().unwrap().retain(|&number| {
+                !window.contains(&number) || failed.contains(&&*message_id(number as u128))
+            });
+        }
+    };
+    let rounds = async |environment: usize| {
+        for round in 0..ROUNDS {
+            let chance = (environment * ROUNDS + round) * 7919;
+            // An invocation keeps 200 ms for its answer.
+            deliver(&handlers[environment], chance % 2000, Duration::from_millis(203 + chance as u64 % 298)).await;
+        }
+    };
+    let attack = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            world.terminate_sessions().await;
+        }
+    };
+    tokio::select! {
+        () = attack => {}
+        _ = async { tokio::join!(rounds(0), rounds(1), rounds(2)) } => {}
+    }
+    while !waiting.lock().unwrap().is_empty() {
+        deliver(&handlers[0], 0, Duration::from_secs(20)).await;
+    }
+    assert_eq!(world.count("user_logins").await, COUNT as i64);
+    assert_eq!(world.count("(select distinct user_id from user_logins) as users").await, COUNT as i64);
+    world.until(&format!("not exists (select from ({SESSIONS}) as sessions where state <> 'idle')")).await;
 }

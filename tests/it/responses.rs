@@ -224,3 +224,32 @@ async fn groups_of_a_standard_queue_hold_nothing_back() {
     assert_eq!(failed(&response), [message_id(0)]);
     assert_eq!(world.count("user_logins").await, 1);
 }
+
+#[tokio::test]
+async fn ten_thousand_invalid_messages_are_each_reported() {
+    let world = World::new().await;
+    let response = invoke(&world.handler().await, &event(0, vec!["{}"; 10_000])).await.unwrap();
+    assert_eq!(failed(&response), (0..10_000).map(message_id).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn of_ten_thousand_groups_each_is_held_back_by_its_own_failure_alone() {
+    let world = World::new().await;
+    let bodies = (0..10_000).map(|number| if number % 2 == 0 { body(number) } else { "{}".to_owned() });
+    let mut event: Value = serde_json::from_str(&event(0, bodies)).unwrap();
+    for (number, message) in event["Records"].as_array_mut().unwrap().iter_mut().enumerate() {
+        message["eventSourceARN"] = json!("arn:aws:sqs:us-east-1:123456789012:logins.fifo");
+        message["attributes"]["MessageGroupId"] = json!(number.to_string());
+    }
+    let response = invoke(&world.handler().await, &event.to_string()).await.unwrap();
+    assert_eq!(failed(&response), (0..5_000).map(|number| message_id(2 * number + 1)).collect::<Vec<_>>());
+    assert_eq!(world.count("user_logins").await, 5_000);
+}
+
+#[tokio::test]
+async fn bodies_of_a_megabyte_are_loaded() {
+    let world = World::new().await;
+    let large = |number| body(number).replacen('{', &format!("{{\"other\": {:?}, ", "\\u00e9".repeat(1024 * 1024 / 6)), 1);
+    assert!(failed(&invoke(&world.handler().await, &event(0, (0..5).map(large))).await.unwrap()).is_empty());
+    assert_eq!(world.count("user_logins").await, 5);
+}

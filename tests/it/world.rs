@@ -51,6 +51,11 @@ pub struct World {
 impl World {
     /// A new database with the schema, and secrets that let the function's own user into it.
     pub async fn new() -> Self {
+        Self::in_encoding("UTF8").await
+    }
+
+    /// The same, with the database in this encoding.
+    pub async fn in_encoding(encoding: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
 
@@ -69,7 +74,8 @@ impl World {
         superuser.user("postgres").password(variable("DATABASE_ADMIN_PASSWORD"));
         superuser.ssl_mode(SslMode::Disable);
         let server = connect(superuser.dbname("postgres")).await;
-        server.batch_execute(&format!("create database {database}")).await.unwrap();
+        let create = format!("create database {database} encoding '{encoding}' locale 'C' template template0");
+        server.batch_execute(&create).await.unwrap();
         let admin = connect(superuser.dbname(&database)).await;
         // Every test holds for every way of writing a batch.
         let way = |name| (name, std::env::var(name).unwrap_or_default());
@@ -103,8 +109,13 @@ impl World {
     }
 
     async fn create_secret(&self, name: &str, text: &str) {
-        let name = format!("{}/{name}", self.database);
-        self.secrets.create_secret().name(name).secret_string(text).send().await.unwrap();
+        self.create_secret_named(&format!("{}/{name}", self.database), text).await;
+    }
+
+    /// Gives its ARN.
+    pub async fn create_secret_named(&self, name: &str, text: &str) -> String {
+        let created = self.secrets.create_secret().name(name).secret_string(text).send().await.unwrap();
+        created.arn.unwrap()
     }
 
     pub async fn put_secret(&self, name: &str, text: &str) {
@@ -242,9 +253,14 @@ pub fn ids(event: &str) -> Vec<String> {
 
 /// An event of the messages with these bodies; the ids follow from `first` and the place.
 pub fn event<B: AsRef<str>>(first: u128, bodies: impl IntoIterator<Item = B>) -> String {
-    let messages = bodies.into_iter().enumerate().map(|(place, body)| {
+    event_of((first..).zip(bodies))
+}
+
+/// An event of messages with these numbers, from which their ids follow, and bodies.
+pub fn event_of<B: AsRef<str>>(messages: impl IntoIterator<Item = (u128, B)>) -> String {
+    let messages = messages.into_iter().enumerate().map(|(place, (number, body))| {
         json!({
-            "messageId": message_id(first + place as u128),
+            "messageId": message_id(number),
             "receiptHandle": "handle",
             "body": body.as_ref(),
             "attributes": {"SentTimestamp": (1_763_800_000_000 + place).to_string(), "ApproximateReceiveCount": "1"},

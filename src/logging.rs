@@ -18,6 +18,8 @@ pub fn init() {
         .with_default(level.min(LevelFilter::WARN))
         // The runtime's span, which carries the request id.
         .with_target("lambda_runtime::layers::trace", level.min(LevelFilter::INFO))
+        // It would say a failed batch's error a second time.
+        .with_target("lambda_runtime::layers::panic", LevelFilter::OFF)
         .with_target("login_etl", level);
     let json = variable("AWS_LAMBDA_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json"));
     let lines = tracing_subscriber::fmt::layer();

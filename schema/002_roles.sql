@@ -10,7 +10,7 @@ $$;
 
 -- The function's own user, with the rights it needs and no others; those on its table come with the table. It has no
 -- password yet, so nobody can log in as it:
---   alter role login_etl password '…';
+--   alter role login_etl password '...';
 -- And the rights of the people who operate the pipeline: grant login_etl_operator to alice;
 do $$
 begin

@@ -1,6 +1,10 @@
 //! The settings: environment variables, read once, and the AWS SDK's.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use aws_config::{SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_smithy_http_client::{
@@ -23,11 +27,32 @@ pub struct Config {
     pub mapping_file: Option<PathBuf>,
 }
 
-/// Where the database is; what is `None` here comes from the credentials' secret.
+/// The host, and the port if there is one, of a text such as `db`, `db:5433`, `10.0.0.1` or `[::1]:5433`. `None` where it is something else,
+/// such as a URL or a list.
+pub(crate) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
+    let text = text.trim();
+    if text.parse::<IpAddr>().is_ok() {
+        return Some((text.to_owned(), None));
+    }
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Some((address.ip().to_string(), Some(address.port())));
+    }
+    let (host, port) = match text.split_once(':') {
+        None => (text, None),
+        Some((host, port)) => (host, Some(port.parse().ok().filter(|port| *port > 0)?)),
+    };
+    let is_name = |host: &str| {
+        host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && !host.trim_matches('.').is_empty()
+    };
+    is_name(host).then(|| (host.to_owned(), port))
+}
+
+/// Where the database is, and who signs in; what is `None` here comes from the credentials' secret.
 #[derive(Clone, Debug)]
 pub struct DatabaseConfig {
-    /// `DATABASE_SECRET_ID`: name or ARN of the credentials' secret.
-    pub secret_id: String,
+    /// `DATABASE_AUTH`, and what it needs.
+    pub sign_in: SignIn,
     /// `DATABASE_HOST`.
     pub host: Option<String>,
     /// `DATABASE_HOSTADDR`: the address to connect to instead of the host's, as of a tunnel. The certificate names the host.
@@ -36,7 +61,7 @@ pub struct DatabaseConfig {
     pub port: Option<u16>,
     /// `DATABASE_NAME`.
     pub name: Option<String>,
-    /// `DATABASE_TLS` and `DATABASE_CA_FILE`.
+    /// `DATABASE_TLS` and `DATABASE_CA`.
     pub tls: Tls,
     /// `LEDGER_RETENTION_DAYS`: how long the ledger remembers a message.
     pub ledger_retention: Duration,
@@ -55,16 +80,39 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// fifth at 5,000.
 const COPY_THRESHOLD: usize = 4_000;
 
+/// How to sign in to the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SignIn {
+    /// With a user's password.
+    Password {
+        /// `DATABASE_SECRET_ID`: name or ARN of the credentials' secret.
+        secret_id: String,
+    },
+    /// With a token of IAM's, which takes no secret.
+    Iam {
+        /// `DATABASE_USER`.
+        user: String,
+    },
+}
+
 /// Whether and how the connection to the database is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tls {
-    /// Encrypted; the certificate must name the host and lead to a root in `ca_file`, or to one of the system's.
-    VerifyFull {
-        /// PEM file of the roots to trust, instead of the system's.
-        ca_file: Option<PathBuf>,
-    },
+    /// Encrypted; the certificate must name the host and lead to a root that is trusted.
+    VerifyFull(Roots),
     /// Not encrypted.
     Disable,
+}
+
+/// The roots to trust: `DATABASE_CA`, or `DATABASE_CA_FILE`, as it was called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Roots {
+    /// Those of Amazon and of RDS, which are built in, for AWS's hosts; the system's for others.
+    Aws,
+    /// The system's.
+    System,
+    /// Those of a PEM file.
+    File(PathBuf),
 }
 
 /// A setting is missing or wrong. The operator's fault.
@@ -76,6 +124,12 @@ pub enum ConfigError {
     /// A setting that is made elsewhere now, and would be lost in silence.
     #[error("remove {0}, and say {1}")]
     Moved(&'static str, &'static str),
+    /// A token would go over the network in clear.
+    #[error("remove DATABASE_TLS=disable: DATABASE_AUTH=iam needs TLS")]
+    TokenInClear,
+    /// Two settings say different things.
+    #[error("DATABASE_HOST says port {0}, and DATABASE_PORT says {1}: remove one of them")]
+    TwoPorts(u16, u16),
     /// A variable's value is none of those it can have.
     #[error("set {name} to {expected}: its value is not one of these")]
     Invalid {
@@ -98,25 +152,54 @@ impl Config {
         if optional("APP_VERSION_ENCODING").is_some_and(|encoding| encoding != "digits") {
             return Err(ConfigError::Moved("APP_VERSION_ENCODING", "convert = \"version-ordered\" in mapping.toml"));
         }
-        let ca_file = optional("DATABASE_CA_FILE").map(PathBuf::from);
+        let roots = match optional("DATABASE_CA").or_else(|| optional("DATABASE_CA_FILE")) {
+            None => Roots::Aws,
+            Some(roots) if roots == "aws" => Roots::Aws,
+            Some(roots) if roots == "system" => Roots::System,
+            Some(file) => Roots::File(file.into()),
+        };
+        let sign_in = match optional("DATABASE_AUTH").as_deref() {
+            None | Some("password") => SignIn::Password { secret_id: required("DATABASE_SECRET_ID")? },
+            Some("iam") if optional("DATABASE_TLS").as_deref() == Some("disable") => {
+                return Err(ConfigError::TokenInClear);
+            }
+            Some("iam") => {
+                required("DATABASE_HOST")?;
+                SignIn::Iam { user: required("DATABASE_USER")? }
+            }
+            Some(_) => return Err(invalid("DATABASE_AUTH", "password or iam")),
+        };
+        let (host, port_of_host) = match optional("DATABASE_HOST").map(|host| host_and_port(&host)) {
+            None => (None, None),
+            Some(Some((host, port))) => (Some(host), port),
+            Some(None) => {
+                return Err(invalid("DATABASE_HOST", "a host's name or address, and nothing but a port behind it"));
+            }
+        };
+        let port = match optional("DATABASE_PORT").map(|port| port.parse()) {
+            None => port_of_host,
+            Some(Ok(port)) if port > 0 => Some(port),
+            Some(_) => return Err(invalid("DATABASE_PORT", "a port from 1 to 65535")),
+        };
+        if let (Some(of_host), Some(port)) = (port_of_host, port)
+            && of_host != port
+        {
+            return Err(ConfigError::TwoPorts(of_host, port));
+        }
         Ok(Self {
             masking_secret_id: required("MASKING_SECRET_ID")?,
             database: DatabaseConfig {
-                secret_id: required("DATABASE_SECRET_ID")?,
-                host: optional("DATABASE_HOST"),
+                sign_in,
+                host,
                 hostaddr: match optional("DATABASE_HOSTADDR").map(|address| address.parse()) {
                     None => None,
                     Some(Ok(address)) => Some(address),
                     Some(Err(_)) => return Err(invalid("DATABASE_HOSTADDR", "an IP address")),
                 },
-                port: match optional("DATABASE_PORT").map(|port| port.parse()) {
-                    None => None,
-                    Some(Ok(port)) if port > 0 => Some(port),
-                    Some(_) => return Err(invalid("DATABASE_PORT", "a port from 1 to 65535")),
-                },
+                port,
                 name: optional("DATABASE_NAME"),
                 tls: match optional("DATABASE_TLS").as_deref() {
-                    None | Some("verify-full") => Tls::VerifyFull { ca_file },
+                    None | Some("verify-full") => Tls::VerifyFull(roots),
                     Some("disable") => Tls::Disable,
                     Some(_) => return Err(invalid("DATABASE_TLS", "verify-full or disable")),
                 },
@@ -189,7 +272,21 @@ mod tests {
     fn the_two_secrets_suffice() {
         let config = read(&[("DATABASE_HOST", "")]).unwrap();
         assert_eq!(config.database.host, None);
-        assert_eq!(config.database.tls, Tls::VerifyFull { ca_file: None });
+        assert_eq!(config.database.tls, Tls::VerifyFull(Roots::Aws));
+    }
+
+    #[test]
+    fn roots_are_aws_s_the_system_s_or_a_file_s() {
+        let file = |name: &str| Tls::VerifyFull(Roots::File(name.into()));
+        for (settings, tls) in [
+            (&[("DATABASE_CA", "aws")][..], Tls::VerifyFull(Roots::Aws)),
+            (&[("DATABASE_CA", "system")], Tls::VerifyFull(Roots::System)),
+            (&[("DATABASE_CA", "/opt/roots.pem")], file("/opt/roots.pem")),
+            (&[("DATABASE_CA_FILE", "/opt/before.pem")], file("/opt/before.pem")),
+            (&[("DATABASE_CA_FILE", "/opt/before.pem"), ("DATABASE_CA", "/opt/now.pem")], file("/opt/now.pem")),
+        ] {
+            assert_eq!(read(settings).unwrap().database.tls, tls);
+        }
     }
 
     #[test]
@@ -197,7 +294,14 @@ mod tests {
         for (name, value, message) in [
             ("MASKING_SECRET_ID", "", "set MASKING_SECRET_ID: it is required"),
             ("DATABASE_SECRET_ID", "", "set DATABASE_SECRET_ID: it is required"),
+            ("DATABASE_AUTH", "token", "set DATABASE_AUTH to password or iam: its value is not one of these"),
+            ("DATABASE_AUTH", "iam", "set DATABASE_HOST: it is required"),
             ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
+            (
+                "DATABASE_HOST",
+                "postgres://db",
+                "set DATABASE_HOST to a host's name or address, and nothing but a port behind it: its value is not one of these",
+            ),
             ("DATABASE_HOSTADDR", "db", "set DATABASE_HOSTADDR to an IP address: its value is not one of these"),
             ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
@@ -225,5 +329,52 @@ mod tests {
         ] {
             assert_eq!(read(&[(name, value)]).unwrap_err().to_string(), message);
         }
+    }
+
+    #[test]
+    fn a_host_may_say_its_port() {
+        for (text, host, port) in [
+            ("db", "db", None),
+            (" db.example.com.\n", "db.example.com.", None),
+            ("db_1:5433", "db_1", Some(5433)),
+            ("10.0.0.1", "10.0.0.1", None),
+            ("10.0.0.1:5433", "10.0.0.1", Some(5433)),
+            ("fd00::1", "fd00::1", None),
+            ("[fd00::1]:5433", "fd00::1", Some(5433)),
+        ] {
+            let database = read(&[("DATABASE_HOST", text)]).unwrap().database;
+            assert_eq!((database.host.as_deref(), database.port), (Some(host), port), "{text:?}");
+        }
+        for text in [
+            " ",
+            ".",
+            "postgres://db",
+            "db:",
+            "db:x",
+            "db:0",
+            "db:70000",
+            "db:5432:5433",
+            "a b",
+            "a,b",
+            "user@db",
+            "db/logins",
+        ] {
+            assert!(read(&[("DATABASE_HOST", text)]).is_err(), "{text:?}");
+        }
+        let both = |port| read(&[("DATABASE_HOST", "db:5433"), ("DATABASE_PORT", port)]);
+        assert_eq!(both("5433").unwrap().database.port, Some(5433));
+        assert_eq!(
+            both("5432").unwrap_err().to_string(),
+            "DATABASE_HOST says port 5433, and DATABASE_PORT says 5432: remove one of them"
+        );
+    }
+
+    #[test]
+    fn tokens_need_a_user_a_host_and_tls_and_no_secret() {
+        let iam = [("DATABASE_AUTH", "iam"), ("DATABASE_SECRET_ID", ""), ("DATABASE_HOST", "db")];
+        assert_eq!(read(&iam).unwrap_err(), ConfigError::Missing("DATABASE_USER"));
+        let with = |more| [&iam[..], &[("DATABASE_USER", "login_etl")], more].concat();
+        assert_eq!(read(&with(&[])).unwrap().database.sign_in, SignIn::Iam { user: "login_etl".to_owned() });
+        assert_eq!(read(&with(&[("DATABASE_TLS", "disable")])).unwrap_err(), ConfigError::TokenInClear);
     }
 }

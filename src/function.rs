@@ -135,7 +135,7 @@ async fn make_handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler,
     let mapping = Mapping::load(config.mapping_file)?;
     let secrets = Secrets::new(sdk_config);
     let connected_store = async {
-        let store = Store::new(config.database, secrets.clone(), &mapping).await?;
+        let store = Store::new(config.database, secrets.clone(), sdk_config.clone(), &mapping).await?;
         // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
         match timeout_at(until - (until - Instant::now()) / 10, store.connect()).await {
             Ok(Ok(())) => {}

@@ -43,4 +43,6 @@ pub mod runtime;
 #[cfg(feature = "lambda")]
 pub mod secrets;
 #[cfg(feature = "lambda")]
+pub mod sign_in;
+#[cfg(feature = "lambda")]
 pub mod store;

@@ -18,7 +18,10 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::keyring::{Keyring, KeyringError, Mask};
+use crate::{
+    config::host_and_port,
+    keyring::{Keyring, KeyringError, Mask},
+};
 
 /// Reads secrets, with the SDK's own retries.
 #[derive(Clone, Debug)]
@@ -59,6 +62,14 @@ pub enum SecretError {
         /// The name or ARN.
         id: String,
     },
+    /// Its host cannot be one.
+    #[error(
+        "the \"host\" of the secret {id:?} is no host: a name or an address, with nothing but a port behind it, and not another than \"port\" is"
+    )]
+    Host {
+        /// The name or ARN.
+        id: String,
+    },
 }
 
 fn hint(code: &str) -> &'static str {
@@ -83,7 +94,11 @@ pub struct Credentials {
     pub(crate) host: Option<String>,
     #[serde(default, deserialize_with = "port")]
     pub(crate) port: Option<u16>,
+    #[serde(alias = "database", alias = "db")]
     pub(crate) dbname: Option<String>,
+    /// Whether the password is a token of IAM's.
+    #[serde(skip)]
+    pub(crate) is_token: bool,
 }
 
 /// Rotation templates write the port as a number, people also as a string.
@@ -97,6 +112,7 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Er
     match Option::deserialize(deserializer)? {
         None => Ok(None),
         Some(Port::Number(port)) => Ok(Some(port)),
+        Some(Port::Text(text)) if text.is_empty() => Ok(None),
         Some(Port::Text(text)) => text.parse().map(Some).map_err(|_| D::Error::custom("not a port")),
     }
 }
@@ -104,7 +120,27 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Er
 impl Credentials {
     /// A user's name and password, with nothing said of where the database is.
     pub fn new(username: String, password: String) -> Self {
-        Self { username, password: Zeroizing::new(password), host: None, port: None, dbname: None }
+        Self { username, password: Zeroizing::new(password), host: None, port: None, dbname: None, is_token: false }
+    }
+
+    /// A user's name and a token of IAM's.
+    pub(crate) fn of_token(username: String, token: Zeroizing<String>) -> Self {
+        Self { password: token, is_token: true, ..Self::new(username, String::new()) }
+    }
+
+    /// A host that says its port, too; `None` where it is no host, or `port` says another.
+    fn with_host_taken_apart(mut self) -> Option<Self> {
+        // Templates leave empty what they do not know.
+        if let Some(text) = self.host.take().filter(|host| !host.trim().is_empty()) {
+            let (host, port) = host_and_port(&text)?;
+            if port.is_some() && self.port.is_some() && port != self.port {
+                return None;
+            }
+            self.host = Some(host);
+            self.port = self.port.or(port);
+        }
+        self.dbname = self.dbname.filter(|name| !name.is_empty());
+        Some(self)
     }
 
     /// The same user, where `other` says that the database is.
@@ -115,6 +151,11 @@ impl Credentials {
     /// The user's name.
     pub fn username(&self) -> &str {
         &self.username
+    }
+
+    /// Whether the password is a token of IAM's.
+    pub fn is_token(&self) -> bool {
+        self.is_token
     }
 }
 
@@ -146,7 +187,9 @@ impl Secrets {
     /// [`SecretError`], when the secret cannot be read or holds no credentials.
     pub async fn credentials(&self, id: &str) -> Result<Credentials, SecretError> {
         let text = self.text(id).await?;
-        serde_json::from_str(&text).map_err(|_| SecretError::Credentials { id: id.to_owned() })
+        let credentials: Credentials =
+            serde_json::from_str(&text).map_err(|_| SecretError::Credentials { id: id.to_owned() })?;
+        credentials.with_host_taken_apart().ok_or_else(|| SecretError::Host { id: id.to_owned() })
     }
 
     async fn text(&self, id: &str) -> Result<Zeroizing<String>, SecretError> {

@@ -55,7 +55,7 @@ def database(credentials: dict) -> dict[str, str]:
     }
     if os.environ["DATABASE_TLS"] == "disable":
         return where | {"sslmode": "disable"}
-    return where | {"sslmode": "verify-full", "sslrootcert": os.environ["DATABASE_CA_FILE"]}
+    return where | {"sslmode": "verify-full", "sslrootcert": os.environ["DATABASE_CA"]}
 
 
 # A message.

@@ -25,16 +25,17 @@ const fn setting(flag: &'static str, value: &'static str, variable: &'static str
 }
 
 /// All settings, in the order of the help.
-pub const SETTINGS: [Setting; 14] = [
+pub const SETTINGS: [Setting; 15] = [
     Setting { is_ones_own: true, ..setting("database-secret", "ID", "ETLCTL_DATABASE_SECRET_ID", "your own user") },
     Setting { is_ones_own: true, ..setting("database-user", "NAME", "DATABASE_USER", "with DATABASE_PASSWORD") },
+    Setting { is_ones_own: true, ..setting("database-auth", "WAY", "DATABASE_AUTH", "iam: with a token") },
     setting("database-host", "HOST", "DATABASE_HOST", ""),
     Setting { is_ones_own: true, ..setting("database-hostaddr", "IP", "DATABASE_HOSTADDR", "of a tunnel to it") },
     setting("database-port", "PORT", "DATABASE_PORT", ""),
     setting("database-name", "NAME", "DATABASE_NAME", ""),
     Setting { is_ones_own: true, ..setting("database-schema", "NAME", "DATABASE_SCHEMA", "of the tables; public") },
     setting("database-tls", "MODE", "DATABASE_TLS", "verify-full or disable"),
-    setting("database-ca-file", "FILE", "DATABASE_CA_FILE", "roots to trust"),
+    setting("database-ca", "ROOTS", "DATABASE_CA", "aws, system or a file"),
     setting("masking-secret", "ID", "MASKING_SECRET_ID", "the keyring"),
     setting("queue-url", "URL", "QUEUE_URL", ""),
     setting("dlq-url", "URL", "DLQ_URL", ""),
@@ -50,7 +51,8 @@ are is taken from the environment; the environment comes before a file `.env`. A
 
 Who you are to the database:
 The function's user may only insert. Yours, with the role login_etl_operator, is in a secret that --database-secret \
-names (JSON with username and password), or in DATABASE_USER and DATABASE_PASSWORD.
+names (JSON with username and password), or in DATABASE_USER and DATABASE_PASSWORD. With --database-auth iam, your AWS \
+identity signs a token for DATABASE_USER, and there is no password.
 
 Settings, each a flag and a variable, with every command:";
 
@@ -99,7 +101,13 @@ impl Cli {
     pub fn all() -> clap::Command {
         let settings = SETTINGS
             .iter()
-            .map(|setting| Arg::new(setting.flag).long(setting.flag).value_name(setting.value).global(true).hide(true));
+            .map(|setting| Arg::new(setting.flag).long(setting.flag).value_name(setting.value).global(true).hide(true))
+            // What it was called before.
+            .map(
+                |argument| {
+                    if argument.get_id() == "database-ca" { argument.alias("database-ca-file") } else { argument }
+                },
+            );
         let command = Self::command().args(settings).after_long_help(after_help());
         command.mut_subcommand("find", |find| {
             let forms = short_forms().map(|(flag, field)| {
@@ -220,6 +228,9 @@ pub struct Migrate {
     /// Only say what is missing; the exit status is 1 if anything is
     #[arg(long)]
     pub check: bool,
+    /// Have login_etl sign in with IAM's tokens, and by no password any more: grants it rds_iam, which RDS and Aurora have
+    #[arg(long, conflicts_with = "check")]
+    pub iam: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use login_etl::mapping::{Column, ColumnType, Mapping};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use tokio_postgres::{Client, GenericClient};
+use tokio_postgres::{Client, GenericClient, error::SqlState};
 
 use crate::{
     cli, mapping,
@@ -91,6 +91,9 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
         .batch_execute("grant select on login_etl_migrations to login_etl_operator")
         .await
         .map_err(sql("grant rights"))?;
+    if options.iam {
+        grant_iam(client).await?;
+    }
     let mut text = match applied.len() {
         0 => format!("{GOOD}The schema is up to date.{GOOD:#}\n"),
         _ => format!("{GOOD}Applied:{GOOD:#} {}\n", applied.join(", ")),
@@ -99,7 +102,21 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
         text += "If they are new: login_etl, the function's user, has no password yet (`\\password login_etl` in psql); and give\n\
                  those who operate the pipeline their rights (`grant login_etl_operator to NAME`).\n";
     }
+    if options.iam {
+        text += "login_etl signs in with IAM's tokens: deploy with DatabaseAuth=iam.\n";
+    }
     Ok(Reply::new(text, json!({ "applied": applied })))
+}
+
+/// From then on RDS takes no password of the function's user: so nobody gets it who did not ask.
+async fn grant_iam(client: &Client) -> Result<(), Failure> {
+    let has_role = client.query_one("select to_regrole('rds_iam') is not null", &[]).await;
+    if !has_role.map_err(sql("look for the role rds_iam"))?.get::<_, bool>(0) {
+        return Err(failed(
+            "there is no role rds_iam, which RDS and Aurora have: turn on IAM database authentication of the instance or cluster",
+        ));
+    }
+    client.batch_execute("grant rds_iam to login_etl").await.map_err(sql("grant rds_iam"))
 }
 
 /// Tables of the same pipeline in two schemas would be worse than none: the function would find the ones or the others.
@@ -124,7 +141,16 @@ async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failur
 async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure> {
     let what = || format!("apply {}", migration.name);
     let transaction = client.transaction().await.map_err(sql(what()))?;
-    transaction.batch_execute(&migration.text).await.map_err(sql(what()))?;
+    if let Err(error) = transaction.batch_execute(&migration.text).await {
+        let may_not = error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) && migration.name == FILES[1].0;
+        return Err(match may_not {
+            true => failed(
+                "your database user may not make the roles login_etl and login_etl_operator (SQLSTATE 42501): run `etlctl migrate` as the \
+                 tables' owner with the right to make roles (`alter role NAME createrole`), or as a superuser; on RDS, as the master user",
+            ),
+            false => sql(what())(error),
+        });
+    }
     let record = "insert into login_etl_migrations (name, checksum) values ($1, $2)
                   on conflict (name) do update set checksum = excluded.checksum, applied_at = now(), applied_by = session_user";
     transaction.execute(record, &[&migration.name.as_ref(), &checksum(&migration.text)]).await.map_err(sql(what()))?;

@@ -125,7 +125,7 @@ impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let hint = match error {
             StoreError::CaFile { .. } => {
-                "; the function's path is its own: name your copy of the file with --database-ca-file"
+                "; the function's path is its own: name your copy of the file with --database-ca"
             }
             StoreError::NoHost => "; or name it with --database-host",
             _ => "",

@@ -9,9 +9,10 @@ use std::{
 use aws_config::SdkConfig;
 use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurationOutput;
 use login_etl::{
-    config::{self, Config},
+    config::{self, Config, SignIn},
     mapping::{Column, Field, Mapping, quoted},
     secrets::{Credentials, Secrets},
+    sign_in,
     store::{Connection, Connector, Trial},
 };
 
@@ -38,6 +39,10 @@ pub struct Settings {
 
 /// Not a flag: everybody on the machine can read those.
 const PASSWORD: &str = "DATABASE_PASSWORD";
+
+/// How the function signs in, as a stack says it. Of the same names in the environment are one's own.
+const OF_FUNCTION: [(&str, &str); 2] =
+    [("DATABASE_AUTH", "FUNCTION_DATABASE_AUTH"), ("DATABASE_USER", "FUNCTION_DATABASE_USER")];
 
 /// This tool names every table's schema, and calls PostgreSQL's own functions alone: what somebody made in a schema that is
 /// looked into first is not taken for it.
@@ -109,7 +114,8 @@ impl Settings {
         }
         let variables = self.function_variables(&values["FUNCTION_NAME"]).await?;
         for (variable, value) in variables {
-            values.entry(variable).or_insert(value);
+            let of_function = OF_FUNCTION.iter().find(|(name, _)| *name == variable);
+            values.entry(of_function.map_or(variable, |(_, name)| (*name).to_owned())).or_insert(value);
         }
         Ok(values)
     }
@@ -159,6 +165,7 @@ impl Settings {
         Config::from_variables(|name| {
             // Not every command needs them; those that do require them by name.
             let optional_here = matches!(name, "MASKING_SECRET_ID" | "DATABASE_SECRET_ID");
+            let name = OF_FUNCTION.iter().find(|(variable, _)| *variable == name).map_or(name, |(_, name)| name);
             self.get(name).or_else(|| optional_here.then(|| "unknown".to_owned()))
         })
         .map_err(|error| failed(error.to_string()))
@@ -204,8 +211,36 @@ impl Settings {
         Ok(Connector::new(self.function()?.database, "etlctl")?)
     }
 
+    /// A token for a user of the database, signed with the AWS identity of who asks.
+    async fn token(&self, connector: &Connector, user: String) -> Result<Credentials, Failure> {
+        let user = Credentials::new(user, String::new());
+        let (host, port) = (connector.host(&user)?, connector.port(&user));
+        let token = sign_in::token(&self.aws, host, port, user.username()).await;
+        token.map_err(|error| failed(error.to_string()))
+    }
+
+    /// The function's credentials, or why they cannot be had.
+    pub async fn function_credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
+        match self.function()?.database.sign_in {
+            SignIn::Password { .. } => Ok(self.secrets().credentials(&self.require("DATABASE_SECRET_ID")?).await?),
+            SignIn::Iam { user } => self.token(connector, user).await,
+        }
+    }
+
     /// Who uses this tool: a user of the database's of their own, and where that is.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
+        match self.get("DATABASE_AUTH").as_deref() {
+            Some("iam") => {
+                let user = self.get("DATABASE_USER");
+                let user =
+                    user.ok_or_else(|| failed("set DATABASE_USER (--database-user), who has a token for a password"))?;
+                return self.token(connector, user).await;
+            }
+            None | Some("password") => {}
+            Some(_) => {
+                return Err(Failure::Usage("--database-auth is password or iam (for more, try --help)".to_owned()));
+            }
+        }
         let by_flag = self.global.settings.contains_key("ETLCTL_DATABASE_SECRET_ID");
         let user = self.get("DATABASE_USER").filter(|_| !by_flag);
         let mut credentials = if let Some(user) = user {
@@ -231,7 +266,7 @@ impl Settings {
     /// What tries rows as the function's user, by its own credentials.
     pub async fn trial(&self) -> Result<Trial, Failure> {
         let connector = self.connector()?;
-        let credentials = self.secrets().credentials(&self.require("DATABASE_SECRET_ID")?).await?;
+        let credentials = self.function_credentials(&connector).await?;
         let connection = connect(&connector, &credentials).await?;
         Trial::begin(connection, &self.declared).await.map_err(|error| failed(error.to_string()))
     }

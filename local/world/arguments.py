@@ -30,7 +30,9 @@ def demo(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--messages", type=at_least(1), default=100, metavar="N", help="send N made-up messages (default: 100)")
     source.add_argument("--input", type=Path, metavar="FILE", help="send the lines of FILE, each one message's body, instead")
     parser.add_argument("--mapping", type=Path, metavar="FILE", help="load the lines of --input as this mapping says, into its table")
-    parser.add_argument("--keep", action="store_true", help="leave everything running and say how to reach it, until ./local/down or the next demo")
+    ending = parser.add_mutually_exclusive_group()
+    ending.add_argument("--keep", action="store_true", help="leave everything running and say how to reach it, until ./local/down or the next demo")
+    ending.add_argument("--iam", action="store_true", help="sign in to PostgreSQL with tokens of IAM's, and no password")
 
 
 def test(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +116,12 @@ def at_least(least: int):
     return number
 
 
-PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, bench, fuzz, incidents, rotation, soak)}
+def roots(parser: argparse.ArgumentParser) -> None:
+    """Takes the roots of AWS that are built into the function from the npm package that keeps them, and writes docs/roots.md."""
+    parser.add_argument("--check", action="store_true", help="only say whether that package has a newer version; the exit status is 1 if it has")
+
+
+PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, bench, fuzz, incidents, roots, rotation, soak)}
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:

@@ -15,10 +15,11 @@ from pathlib import Path
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import unpad
 
-from world import arguments, build, command, delivery, down, messages, paths, stack
+from world import arguments, build, command, delivery, down, messages, paths, stack, tokens
 from world.localstack import LocalStackError
 from world.postgres import PostgresError
-from world.servers import Servers, alone
+from world.servers import DATABASE_USER, Servers, alone
+from world.tokens import Tokens
 
 # Beyond it nothing more will come: each bad message is received three times, seconds apart.
 QUIET_SECONDS = 120
@@ -46,8 +47,17 @@ def main() -> int:
             starting.result()
         print(f"LocalStack listens on {servers.localstack.endpoint}")
         table = map_to_table(servers, function, options.mapping)
-        deployed = stack.deploy(servers, build=function)
+        signing_in = {}
+        if options.iam:
+            signed = cleanup.enter_context(Tokens(servers.postgres, servers.localstack.identities))
+            signed.admit(DATABASE_USER)
+            signing_in = tokens.PARAMETERS
+            print(f"PostgreSQL lets {DATABASE_USER} in by tokens of IAM's, and by no password")
+        deployed = stack.deploy(servers, build=function, **signing_in)
         adds_up = run(servers, deployed, bodies, table)
+        if options.iam:
+            heading("Signing in")
+            print(f"  {sum(not verdict.reason for verdict in signed.verdicts):7} tokens accepted, and no secret with a password deployed")
         if options.keep:
             cleanup.pop_all()
             keep(servers, deployed)

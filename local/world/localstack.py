@@ -72,6 +72,11 @@ class LocalStack:
         """The directory with one log file for each execution environment of each function."""
         return self.directory / "functions"
 
+    @property
+    def identities(self) -> Path:
+        """The directory with the AWS identity of each environment: by its access key, the secret key and the session token."""
+        return self.directory / "identities"
+
     def client(self, service: str):
         """A boto3 client of this LocalStack."""
         return boto3.client(
@@ -103,7 +108,7 @@ class LocalStack:
                 print(f"Port {USUAL_PORT} is taken; LocalStack listens on {self.port}.", flush=True)
         elif not is_free(self.port):
             raise LocalStackError(f"port {self.port} is taken; LocalStack cannot listen there")
-        for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs):
+        for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs, self.identities):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         # LocalStack's own way of making one fails with pyOpenSSL 26.
@@ -190,6 +195,7 @@ class LocalStack:
             "PROVIDER_OVERRIDE_S3": "private",
             "LAMBDA_RUNTIME_EXECUTOR": "process",
             "LAMBDA_PROCESS_LOG_DIR": str(self.function_logs),
+            "LAMBDA_PROCESS_IDENTITIES": str(self.identities),
             # Seconds between two batches of an event source mapping, and the most between two looks at an empty queue.
             "LAMBDA_EVENT_SOURCE_MAPPING_POLL_INTERVAL_SEC": "0.05",
             "LAMBDA_EVENT_SOURCE_MAPPING_MAX_BACKOFF_ON_EMPTY_POLL_SEC": "0.5",

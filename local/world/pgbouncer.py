@@ -39,10 +39,10 @@ def program() -> list[str] | None:
 class PgBouncer:
     """Owns one, as a context manager; clients sign in as `user`, over the TLS of the PostgreSQL behind."""
 
-    def __init__(self, words: list[str], postgres: Postgres, user: str, password: str, sessions: int):
+    def __init__(self, words: list[str], postgres: Postgres, user: str, password: str, sessions: int, port: int = 0):
         """At most so many sessions of the server's are shared by all clients."""
         directory = postgres.directory
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_server(("127.0.0.1", port)) as listener:
             self.port = listener.getsockname()[1]
         postgres.write("pgbouncer.users", f'"{user}" "{password}"\n'.encode(), mode=0o600)
         settings = {

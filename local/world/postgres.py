@@ -192,6 +192,15 @@ class Postgres:
         for file in ("password", "ca.pem", "server.pem", "server.key"):
             (self.directory / file).unlink(missing_ok=True)
 
+    def ask_first(self, rule: str | None) -> None:
+        """Puts a line before those of the data's pg_hba.conf, in the place of one that was put there before."""
+        mark = "# put first"
+        file = self._data / "pg_hba.conf"
+        lines = [line for line in file.read_text().splitlines() if mark not in line]
+        file.write_text("\n".join([*([f"{rule} {mark}"] if rule else []), *lines, ""]))
+        with self.connect() as connection:
+            connection.execute("select pg_reload_conf()")
+
     # The place of the data.
 
     @property

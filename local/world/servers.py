@@ -98,7 +98,7 @@ class Servers:
             "DATABASE_HOST": self.postgres.host,
             "DATABASE_PORT": str(self.postgres.port),
             "DATABASE_NAME": "postgres",
-            "DATABASE_CA_FILE": str(self.postgres.ca_file),
+            "DATABASE_CA": str(self.postgres.ca_file),
         }
 
     def environment(self) -> dict[str, str]:

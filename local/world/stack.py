@@ -98,6 +98,6 @@ def parameters_for(servers: Servers) -> dict[str, object]:
         "DatabaseHost": settings["DATABASE_HOST"],
         "DatabasePort": settings["DATABASE_PORT"],
         "DatabaseName": settings["DATABASE_NAME"],
-        "DatabaseCaFile": settings["DATABASE_CA_FILE"],
+        "DatabaseCa": settings["DATABASE_CA"],
         **PARAMETERS,
     }

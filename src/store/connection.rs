@@ -2,11 +2,11 @@
 
 use std::{
     fmt,
-    net::IpAddr,
+    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
-use native_tls::{Certificate, Protocol, TlsConnector};
+use native_tls::TlsConnector;
 use postgres_native_tls::MakeTlsConnector;
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_postgres::{
@@ -15,10 +15,11 @@ use tokio_postgres::{
     tls::MakeTlsConnect,
     types::{ToSql, Type},
 };
+use x509_cert::Certificate;
 
-use super::{DatabaseError, StoreError, batch::Statements, sql::Sql};
+use super::{DatabaseError, StoreError, batch::Statements, certificate, roots::Trusted, sql::Sql};
 use crate::{
-    config::{DatabaseConfig, Tls},
+    config::{DatabaseConfig, Roots, Tls},
     secrets::Credentials,
 };
 
@@ -30,12 +31,11 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time that sent bytes may go unacknowledged.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
 
-/// How to connect: the settings, and the roots that are trusted, read once.
-#[derive(Clone)]
+/// How to connect: the settings, and the roots that are trusted, read once for a host.
 pub struct Connector {
     config: DatabaseConfig,
     application_name: &'static str,
-    tls: Option<TlsConnector>,
+    tls: Mutex<Option<(Trusted, TlsConnector)>>,
 }
 
 impl fmt::Debug for Connector {
@@ -116,37 +116,19 @@ impl Connection {
 }
 
 impl Connector {
-    /// Reads the trusted roots. The server shows the sessions under `application_name`.
+    /// Reads the roots that are trusted, if the settings alone say which. The server shows the sessions under `application_name`.
     ///
     /// # Errors
     /// [`StoreError`], when they cannot be used. The operator's fault.
     pub fn new(config: DatabaseConfig, application_name: &'static str) -> Result<Self, StoreError> {
-        let tls = match &config.tls {
-            Tls::Disable => None,
-            Tls::VerifyFull { ca_file } => {
-                let mut builder = TlsConnector::builder();
-                builder.min_protocol_version(Some(Protocol::Tlsv12));
-                if let Some(path) = ca_file {
-                    let roots = std::fs::read(path)
-                        .map_err(|error| error.kind().to_string())
-                        .and_then(|pem| Certificate::stack_from_pem(&pem).map_err(|error| error.to_string()))
-                        .and_then(
-                            |roots| if roots.is_empty() { Err("no certificate in it".to_owned()) } else { Ok(roots) },
-                        )
-                        .map_err(|reason| StoreError::CaFile { path: path.clone(), reason })?;
-                    builder.disable_built_in_roots(true);
-                    for root in roots {
-                        builder.add_root_certificate(root);
-                    }
-                }
-                Some(builder.build().map_err(|error| StoreError::Tls(error.to_string()))?)
-            }
-        };
-        Ok(Self { config, application_name, tls })
-    }
-
-    pub(super) fn secret_id(&self) -> &str {
-        &self.config.secret_id
+        let connector = Self { config, application_name, tls: Mutex::default() };
+        match (&connector.config.host, &connector.config.tls) {
+            (Some(host), _) => _ = connector.tls(host)?,
+            // They are the same for every host.
+            (None, Tls::VerifyFull(Roots::System | Roots::File(_))) => _ = connector.tls("")?,
+            _ => {}
+        }
+        Ok(connector)
     }
 
     pub(super) fn ledger_retention(&self) -> Duration {
@@ -161,9 +143,28 @@ impl Connector {
         self.config.prepared_statements
     }
 
-    /// How a server's certificate is verified; `None` where `DATABASE_TLS` is `disable`.
-    pub fn tls(&self) -> Option<&TlsConnector> {
-        self.tls.as_ref()
+    /// How a host's certificate is verified; `None` where `DATABASE_TLS` is `disable`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn tls(&self, host: &str) -> Result<Option<TlsConnector>, StoreError> {
+        let Some(trusted) = self.trusted(host) else { return Ok(None) };
+        let mut known = self.tls.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some((of, tls)) if *of == trusted => Ok(Some(tls.clone())),
+            _ => {
+                let tls = trusted.connector()?;
+                *known = Some((trusted, tls.clone()));
+                Ok(Some(tls))
+            }
+        }
+    }
+
+    fn trusted(&self, host: &str) -> Option<Trusted> {
+        match &self.config.tls {
+            Tls::Disable => None,
+            Tls::VerifyFull(roots) => Some(Trusted::of(roots, host)),
+        }
     }
 
     /// The host to connect to, of the settings or else of the secret.
@@ -172,11 +173,6 @@ impl Connector {
     /// [`StoreError::NoHost`]. The operator's fault.
     pub fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
         self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)
-    }
-
-    /// The address to connect to in the host's place, if there is one.
-    pub fn hostaddr(&self) -> Option<IpAddr> {
-        self.config.hostaddr
     }
 
     /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
@@ -207,16 +203,50 @@ impl Connector {
         if let Some(address) = self.config.hostaddr {
             config.hostaddr(address);
         }
+        let tls = self.tls(host)?;
         let opening = async {
-            match &self.tls {
-                Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls.clone())).await,
+            match tls {
+                Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls)).await,
                 None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
             }
         };
         // The driver's own limit covers the TCP handshake only.
         match timeout(self.config.connect_timeout, opening).await {
-            Ok(opened) => opened.map_err(|error| StoreError::Connect(DatabaseError::new(&error))),
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(self.explain(DatabaseError::new(&error), credentials).await),
             Err(_) => Err(StoreError::ConnectTimeout),
+        }
+    }
+
+    /// The certificate that the server shows, verified as for a connection; `None` where `DATABASE_TLS` is `disable`.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn certificate(&self, credentials: &Credentials) -> Result<Option<Certificate>, StoreError> {
+        let host = self.host(credentials)?;
+        let Some(tls) = self.tls(host)? else { return Ok(None) };
+        let asking = certificate::shown(tls, host, self.config.hostaddr, self.port(credentials));
+        match timeout(self.config.connect_timeout, asking).await {
+            Ok(Ok(certificate)) => Ok(Some(certificate)),
+            Ok(Err(error)) => Err(self.explain(error, credentials).await),
+            Err(_) => Err(StoreError::ConnectTimeout),
+        }
+    }
+
+    /// What to do about an error that kept us out.
+    async fn explain(&self, error: DatabaseError, credentials: &Credentials) -> StoreError {
+        let host = self.host(credentials).unwrap_or_default();
+        if error.refuses_credentials() {
+            return StoreError::refused(error, credentials, self.config.tls == Tls::Disable);
+        }
+        match self.trusted(host) {
+            Some(trusted) if error.is_about_the_root() => StoreError::Untrusted { roots: trusted.to_string() },
+            Some(_) if error.is_about_the_name() => {
+                let asking = certificate::names(host, self.config.hostaddr, self.port(credentials));
+                let names = timeout(self.config.connect_timeout, asking).await.unwrap_or_default();
+                StoreError::OtherName { host: host.to_owned(), names }
+            }
+            _ => StoreError::Connect(error),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{error::Error as _, fmt, io, iter, path::PathBuf};
 
-use crate::secrets::SecretError;
+use crate::{
+    secrets::{Credentials, SecretError},
+    sign_in::TokenError,
+};
 
 /// Why rows were not inserted. The batch's fault, but for what [`Store::new`](super::Store::new) returns: the operator's.
 #[derive(Debug, thiserror::Error)]
@@ -10,11 +13,14 @@ pub enum StoreError {
     /// The credentials could not be read.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// No token could be signed.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// Nobody says where the database is.
     #[error("no database host: set DATABASE_HOST, or put \"host\" into the database secret")]
     NoHost,
     /// The file of trusted roots cannot be used.
-    #[error("cannot use DATABASE_CA_FILE {path:?}: {reason}")]
+    #[error("cannot use DATABASE_CA {path:?}: {reason}")]
     CaFile {
         /// The file.
         path: PathBuf,
@@ -27,18 +33,47 @@ pub enum StoreError {
     /// The server did not take the connection in time.
     #[error("no connection to the database in time: check DATABASE_HOST, security groups and the database's load")]
     ConnectTimeout,
+    /// The server's certificate is of an authority that is not trusted.
+    #[error(
+        "no TLS: the database's certificate leads to none of the roots that are trusted, which are {roots}: set DATABASE_CA to a PEM \
+         file with its root, or to aws or system"
+    )]
+    Untrusted {
+        /// Whose they are.
+        roots: String,
+    },
+    /// The server's certificate names other hosts.
+    #[error("no TLS: the database's certificate is not for {host:?}{}: connect by a name that it has", listed(.names))]
+    OtherName {
+        /// The host that was asked for.
+        host: String,
+        /// Those that it names, as far as they could be read.
+        names: Vec<String>,
+    },
     /// The invocation ran out of time.
     #[error("the invocation's deadline came first")]
     Deadline,
     /// The database did not let us in.
     #[error("cannot connect to the database: {0}")]
     Connect(DatabaseError),
+    /// The database does not take the credentials.
+    #[error("cannot connect to the database: {error}: {advice}")]
+    Refused {
+        /// Its answer.
+        error: DatabaseError,
+        /// What to do about it.
+        advice: String,
+    },
     /// The database refused the statement, or stopped answering.
     #[error("cannot insert: {0}")]
     Insert(DatabaseError),
     /// The table takes no row.
     #[error("the table refuses every row: {0}")]
     Table(DatabaseError),
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!(", but for {}", names.join(", ")) }
 }
 
 impl StoreError {
@@ -49,12 +84,32 @@ impl StoreError {
             Self::NoHost | Self::CaFile { .. } | Self::Tls(_) => "Configuration",
             Self::ConnectTimeout => "DatabaseUnavailable",
             Self::Deadline => "Deadline",
-            Self::Connect(error) if error.refuses_credentials() => "DatabaseCredentials",
-            Self::Connect(DatabaseError(Cause::Tls(_))) => "DatabaseTls",
+            Self::Refused { .. } | Self::Token(_) => "DatabaseCredentials",
+            Self::Connect(error) if error.is_about_tls() => "DatabaseTls",
+            Self::Untrusted { .. } | Self::OtherName { .. } => "DatabaseTls",
             Self::Connect(_) | Self::Insert(_) if self.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
             Self::Connect(_) | Self::Insert(_) => "Database",
             Self::Table(_) => "Table",
         }
+    }
+
+    pub(super) fn refused(error: DatabaseError, credentials: &Credentials, without_tls: bool) -> Self {
+        let user = credentials.username();
+        let advice = match (credentials.is_token, error.code()) {
+            // "no pg_hba.conf entry for … no encryption"
+            (false, "28000") if without_tls => {
+                "does the server demand TLS? Remove DATABASE_TLS=disable; or check the user in the database secret"
+                    .to_owned()
+            }
+            (false, _) => "check username and password in the database secret".to_owned(),
+            // A user who is not of rds_iam is asked for a password: https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.DBAccounts.html
+            (true, "28P01") => format!("it takes the token for a password: grant rds_iam to {user:?}"),
+            (true, _) => format!(
+                "it refuses the token: allow the AWS identity rds-db:connect as {user:?} on this database, name the database \
+                 by its own endpoint, and see that this machine's clock is right"
+            ),
+        };
+        Self::Refused { error, advice }
     }
 
     pub(super) fn remedy(&self) -> Remedy {
@@ -83,12 +138,20 @@ pub(super) enum Remedy {
 /// An error of the database or of the way to it. Keeps SQLSTATE and names of the schema, but never the server's message
 /// or details, which quote values.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DatabaseError(Cause);
+pub struct DatabaseError(Box<Cause>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Cause {
     /// The server's answer: its code, and what of the schema it names.
-    Sqlstate { code: String, constraint: Option<String>, column: Option<String>, table: Option<String>, denied: Denied },
+    Sqlstate {
+        code: String,
+        constraint: Option<String>,
+        column: Option<String>,
+        table: Option<String>,
+        denied: Denied,
+        /// Where a table was looked for in vain.
+        place: Option<String>,
+    },
     /// The connection broke or was not made.
     Lost(String),
     /// The server's certificate was refused, or TLS failed.
@@ -97,14 +160,18 @@ enum Cause {
     Driver(String),
 }
 
-/// What denies something that is refused with insufficient_privilege. The server's text says it in the server's language, the name
-/// of its routine does not change.
+const UNKNOWN_HOST: &str = "its host's name is not known: check DATABASE_HOST, or \"host\" in the database secret";
+
+/// What denies something that is refused with insufficient_privilege: the server's text says it in the server's language, the name
+/// of its routine does not change. And with protocol_violation, a pooler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Denied {
     /// A right is missing.
     Right,
     /// A policy of row security.
     Policy,
+    /// A pooler that did not let us in, which has no code of its own for that: PgBouncer up to 1.18 at least.
+    SignIn,
     /// Something else, as a trigger.
     Otherwise,
 }
@@ -113,40 +180,74 @@ impl DatabaseError {
     pub(super) fn new(error: &tokio_postgres::Error) -> Self {
         if let Some(answer) = error.as_db_error() {
             let table = answer.schema().zip(answer.table()).map(|(schema, table)| format!("{schema}.{table}"));
-            return Self(Cause::Sqlstate {
+            return Self::of(Cause::Sqlstate {
                 code: answer.code().code().to_owned(),
                 constraint: answer.constraint().map(ToOwned::to_owned),
                 column: answer.column().map(ToOwned::to_owned),
                 table,
-                denied: match answer.routine() {
-                    Some("aclcheck_error") => Denied::Right,
-                    Some("ExecWithCheckOptions") => Denied::Policy,
+                denied: match (answer.code().code(), answer.routine()) {
+                    (_, Some("aclcheck_error")) => Denied::Right,
+                    (_, Some("ExecWithCheckOptions")) => Denied::Policy,
+                    ("08P01", _) if is_about_credentials(answer.message()) => Denied::SignIn,
                     _ => Denied::Otherwise,
                 },
+                place: None,
             });
         }
         let sources = || iter::successors(error.source(), |&error| error.source());
         let io = sources().find_map(|source| source.downcast_ref::<io::Error>());
-        let tls = sources().find_map(|source| source.downcast_ref::<native_tls::Error>()).map(ToString::to_string);
-        Self(match (io, tls) {
-            (Some(io), _) => Cause::Lost(io.kind().to_string()),
-            // How OpenSSL tells that the connection ended in the handshake.
-            (None, Some(tls)) if tls.contains("EOF") => Cause::Lost(tls),
-            (None, Some(tls)) => Cause::Tls(tls),
-            (None, None) if error.is_closed() => Cause::Lost("connection closed".to_owned()),
+        let tls = sources().find_map(|source| source.downcast_ref::<native_tls::Error>());
+        match (io, tls) {
+            (Some(io), _) => Self::of_io(io),
+            (None, Some(tls)) => Self::of_tls(tls),
+            (None, None) if error.is_closed() => Self::of(Cause::Lost("connection closed".to_owned())),
             // Without its source it names the kind of failure alone. The driver does not tell a server without TLS apart
             // in any other way.
             (None, None) => match error.to_string() {
-                kind if kind == "error performing TLS handshake" => {
-                    Cause::Tls("the server does not offer it; DATABASE_TLS=disable is for local runs".to_owned())
-                }
-                kind => Cause::Driver(kind),
+                kind if kind == "error performing TLS handshake" => Self::without_tls(),
+                kind => Self::of(Cause::Driver(kind)),
             },
-        })
+        }
+    }
+
+    pub(super) fn of_io(error: &io::Error) -> Self {
+        // The standard library has no kind for it.
+        let is_unknown_host = error.to_string().starts_with("failed to lookup address");
+        Self::of(Cause::Lost(if is_unknown_host { UNKNOWN_HOST.to_owned() } else { error.kind().to_string() }))
+    }
+
+    pub(super) fn of_tls(error: &dyn fmt::Display) -> Self {
+        let reason = error.to_string();
+        // How OpenSSL tells that the connection ended in the handshake.
+        Self::of(if reason.contains("EOF") { Cause::Lost(reason) } else { Cause::Tls(reason) })
+    }
+
+    pub(super) fn without_tls() -> Self {
+        Self::of(Cause::Tls("the server does not offer it; DATABASE_TLS=disable is for local runs".to_owned()))
+    }
+
+    /// Whether the certificate's authority is not trusted. The words are OpenSSL's: `X509_verify_cert_error_string`.
+    pub(super) fn is_about_the_root(&self) -> bool {
+        let words =
+            ["unable to get local issuer certificate", "self-signed certificate", "unable to get issuer certificate"];
+        matches!(&*self.0, Cause::Tls(reason) if words.iter().any(|words| reason.contains(words)))
+    }
+
+    /// Whether the certificate is for other hosts.
+    pub(super) fn is_about_the_name(&self) -> bool {
+        matches!(&*self.0, Cause::Tls(reason) if reason.contains("hostname mismatch") || reason.contains("IP address mismatch"))
+    }
+
+    fn of(cause: Cause) -> Self {
+        Self(Box::new(cause))
+    }
+
+    fn is_about_tls(&self) -> bool {
+        matches!(*self.0, Cause::Tls(_))
     }
 
     fn code(&self) -> &str {
-        match &self.0 {
+        match &*self.0 {
             Cause::Sqlstate { code, .. } => code,
             _ => "",
         }
@@ -154,7 +255,7 @@ impl DatabaseError {
 
     /// Class 28: the credentials are wrong, perhaps because they were rotated.
     pub(super) fn refuses_credentials(&self) -> bool {
-        self.code().starts_with("28")
+        self.code().starts_with("28") || matches!(*self.0, Cause::Sqlstate { denied: Denied::SignIn, .. })
     }
 
     /// The ledger has one of the keys, or an index that is not ours one of the rows.
@@ -164,7 +265,7 @@ impl DatabaseError {
 
     /// The server answered, with its last word on the connection perhaps: the transaction has failed.
     pub(super) fn is_answer(&self) -> bool {
-        matches!(self.0, Cause::Sqlstate { .. })
+        matches!(*self.0, Cause::Sqlstate { .. })
     }
 
     /// invalid_sql_statement_name, duplicate_prepared_statement: the server's session is not the one that the connection
@@ -175,13 +276,25 @@ impl DatabaseError {
 
     /// Rather the table's fault than a row's, however few rows say so: a right is missing, or a table or column.
     pub(super) fn is_the_table_s(&self) -> bool {
-        matches!(self.0, Cause::Sqlstate { denied: Denied::Right, .. }) || matches!(self.code(), "42P01" | "42703")
+        matches!(*self.0, Cause::Sqlstate { denied: Denied::Right, .. }) || matches!(self.code(), "42P01" | "42703")
+    }
+
+    /// undefined_table
+    pub(super) fn is_missing_table(&self) -> bool {
+        self.code() == "42P01"
+    }
+
+    /// Says where the table was looked for.
+    pub(super) fn set_place(&mut self, looked_for: String) {
+        if let Cause::Sqlstate { place, .. } = &mut *self.0 {
+            *place = Some(looked_for);
+        }
     }
 
     /// Whether the same row will be refused again, whatever else is written meanwhile: for a value, or by a constraint other than a
     /// foreign key, whose row may yet come.
     pub fn is_for_good(&self) -> bool {
-        match &self.0 {
+        match &*self.0 {
             Cause::Sqlstate { code, constraint, .. } => {
                 code.starts_with("22") || (code.starts_with("23") && code != "23503" && constraint.is_some())
             }
@@ -193,7 +306,7 @@ impl DatabaseError {
     /// a value. A row that finds no partition names neither; a column that is not written, `written` being those that are, is
     /// the table's matter.
     pub fn is_likely_the_row_s(&self, written: &[String]) -> bool {
-        match &self.0 {
+        match &*self.0 {
             Cause::Sqlstate { code, constraint, column, .. } => {
                 let is_ours = column.as_ref().is_some_and(|column| written.contains(column));
                 code.starts_with("22") || (code.starts_with("23") && (constraint.is_some() || is_ours))
@@ -204,7 +317,7 @@ impl DatabaseError {
 
     /// Classes and codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
     pub(super) fn remedy(&self) -> Remedy {
-        let code = match &self.0 {
+        let code = match &*self.0 {
             Cause::Sqlstate { code, .. } => code,
             Cause::Lost(_) => return Remedy::Reconnect,
             Cause::Tls(_) | Cause::Driver(_) => return Remedy::GiveUp,
@@ -233,10 +346,15 @@ impl DatabaseError {
     }
 }
 
+/// Whether a pooler's words for a protocol_violation are about them.
+fn is_about_credentials(message: &str) -> bool {
+    ["authentication failed", "no such user"].iter().any(|words| message.contains(words))
+}
+
 impl fmt::Display for DatabaseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Cause::Sqlstate { code, constraint, column, table, denied } => {
+        match &*self.0 {
+            Cause::Sqlstate { code, constraint, column, table, denied, place } => {
                 write!(f, "SQLSTATE {code}")?;
                 if let Some(constraint) = constraint {
                     write!(f, ", constraint {constraint:?}")?;
@@ -247,12 +365,14 @@ impl fmt::Display for DatabaseError {
                 if let Some(table) = table {
                     write!(f, ", table {table}")?;
                 }
+                if let Some(place) = place {
+                    write!(f, ", {place}")?;
+                }
                 f.write_str(match code.as_str() {
                     "42501" if *denied == Denied::Policy => ": a policy of row security forbids it",
                     "42804" => ": the types of the table's columns are not the mapping's; `etlctl doctor` names them",
                     "23502" => ": the column takes no null; give it a default, or have the mapping fill it",
                     "23514" if constraint.is_none() && table.is_some() => ": no partition takes the row; make one",
-                    code if code.starts_with("28") => ": check username and password in the database secret",
                     "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
                     "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or make the mapping's table (`etlctl mapping ddl`)",
                     "42501" if *denied == Denied::Right => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
@@ -260,6 +380,7 @@ impl fmt::Display for DatabaseError {
                     _ => "",
                 })
             }
+            Cause::Lost(kind) if kind == UNKNOWN_HOST => f.write_str(kind),
             Cause::Lost(kind) => write!(f, "the connection is lost: {kind}"),
             Cause::Tls(reason) => write!(f, "no TLS: {reason}"),
             Cause::Driver(reason) => f.write_str(reason),
@@ -280,12 +401,13 @@ mod tests {
             ("28P01 28000 3D000 3F000 53100 55P03 57014 58030 XX000", Remedy::GiveUp),
         ] {
             for code in codes.split(' ') {
-                let error = DatabaseError(Cause::Sqlstate {
+                let error = DatabaseError::of(Cause::Sqlstate {
                     code: code.to_owned(),
                     constraint: None,
                     column: None,
                     table: None,
                     denied: Denied::Otherwise,
+                    place: None,
                 });
                 assert_eq!(error.remedy(), remedy, "{code}");
                 let at_the_door = if remedy == Remedy::Reconnect { remedy } else { Remedy::GiveUp };

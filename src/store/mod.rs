@@ -9,10 +9,12 @@
 //! message had come before, which is faster; if the ledger refuses that, by an `INSERT` of what it does not have.
 
 mod batch;
+mod certificate;
 mod connection;
 mod error;
 mod isolation;
 mod ledger;
+mod roots;
 mod sql;
 mod trial;
 
@@ -27,6 +29,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use aws_config::SdkConfig;
 use tokio::{
     sync::Mutex,
     task::spawn_blocking,
@@ -45,13 +48,11 @@ pub use self::{
 use crate::{
     config::DatabaseConfig,
     mapping::{Mapping, Row},
-    secrets::{Credentials, Secrets},
+    secrets::Secrets,
+    sign_in::Signer,
 };
 
 const PRUNE: &str = include_str!("prune.sql");
-
-/// Waits before refused credentials are read again.
-const ROTATION_WAITS: [Duration; 3] = [Duration::ZERO, Duration::from_millis(500), Duration::from_secs(1)];
 
 /// Inserted rows after which expired keys are deleted: up to twice as many, so that a ledger that has grown shrinks.
 const PRUNE_EVERY: u64 = 10_000;
@@ -126,14 +127,19 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`], when either cannot be used. The operator's fault.
-    pub async fn new(config: DatabaseConfig, secrets: Secrets, mapping: &Mapping) -> Result<Self, StoreError> {
-        let secret_id = config.secret_id.clone();
+    pub async fn new(
+        config: DatabaseConfig,
+        secrets: Secrets,
+        sdk_config: SdkConfig,
+        mapping: &Mapping,
+    ) -> Result<Self, StoreError> {
+        let signer = Signer::new(config.sign_in.clone(), secrets, sdk_config);
         // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way.
         let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME")));
-        let (connector, credentials) = tokio::join!(connector, secrets.credentials(&secret_id));
+        let (connector, signer) = tokio::join!(connector, signer);
         let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
-        let credentials = credentials?;
-        connector.host(&credentials)?;
+        let signer = signer?;
+        connector.host(signer.known())?;
         let retention = connector.ledger_retention();
         // An environment that lives for few rows prunes, too.
         let unpruned = PRUNE_EVERY;
@@ -142,8 +148,7 @@ impl Store {
             keeps_statements: connector.prepared_statements(),
             connector,
             sql: Arc::new(Sql::new(mapping)),
-            secrets,
-            credentials,
+            signer,
             connection: None,
             unpruned,
             wrote_at: None,
@@ -183,11 +188,19 @@ impl Store {
     /// tried again, though some of it may be written already.
     pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
-        let result = session.insert(entries, deadline).await;
-        match &result {
+        let mut result = session.insert(entries, deadline).await;
+        match &mut result {
             Ok(stored) => session.prune(stored.inserted, self.horizon(), deadline).await,
-            // A statement may still be under way on it.
-            Err(_) => session.connection = None,
+            Err(error) => {
+                if let StoreError::Table(error) | StoreError::Insert(error) = error
+                    && error.is_missing_table()
+                    && let Ok(Some(place)) = timeout_at(deadline, session.place()).await
+                {
+                    error.set_place(place);
+                }
+                // A statement may still be under way on it.
+                session.connection = None;
+            }
         }
         result
     }
@@ -207,8 +220,7 @@ enum Way {
 struct Session {
     connector: Connector,
     sql: Arc<Sql>,
-    secrets: Secrets,
-    credentials: Credentials,
+    signer: Signer,
     connection: Option<Connection>,
     /// Cleared once a pooler in transaction mode is detected.
     keeps_statements: bool,
@@ -348,18 +360,31 @@ impl Session {
         self.connect().await
     }
 
-    /// Connects. Refused credentials are read again, because they may have been rotated; and again a little later, because
-    /// a rotation changes the database first and the secret after it.
+    /// Connects. Refused credentials are read again, because they may have been rotated, or signed anew.
     async fn connect(&mut self) -> Result<Connection, StoreError> {
-        for wait in ROTATION_WAITS {
-            match self.connector.connect(&self.credentials).await {
-                Err(StoreError::Connect(error)) if error.refuses_credentials() => sleep(wait).await,
+        for wait in self.signer.waits() {
+            match self.connect_once().await {
+                Err(StoreError::Refused { .. }) => sleep(*wait).await,
                 result => return result,
             }
             self.counts.credential_refreshes.fetch_add(1, Ordering::Relaxed);
-            self.credentials = self.secrets.credentials(self.connector.secret_id()).await?;
+            self.signer.renew().await?;
         }
-        self.connector.connect(&self.credentials).await
+        self.connect_once().await
+    }
+
+    /// Where the server looks for tables that are named without a schema.
+    async fn place(&mut self) -> Option<String> {
+        let client = &self.connection.as_ref()?.client;
+        let place = "select pg_catalog.format('database %I, user %I, search path %s', current_database(), current_user, \
+                     pg_catalog.current_setting('search_path'))";
+        client.query_typed(place, &[]).await.ok()?.first()?.try_get(0).ok()
+    }
+
+    async fn connect_once(&self) -> Result<Connection, StoreError> {
+        let known = self.signer.known();
+        let (host, port) = (self.connector.host(known)?, self.connector.port(known));
+        self.connector.connect(&self.signer.credentials(host, port).await?).await
     }
 }
 

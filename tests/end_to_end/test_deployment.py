@@ -152,8 +152,8 @@ def test_a_change_that_breaks_the_function_is_put_back_and_no_message_is_lost(se
     deployed = deploy()
     with Sender(deployed) as sender:
         until(lambda: sender.rows(servers))
-        deploy(deployed.name, DatabaseCaFile="/gone.pem")
-        until(lambda: "cannot use DATABASE_CA_FILE" in deployed.log_text())
+        deploy(deployed.name, DatabaseCa="/gone.pem")
+        until(lambda: "cannot use DATABASE_CA" in deployed.log_text())
         broken = len(sender.rows(servers))
         deploy(deployed.name)
         until(lambda: len(sender.rows(servers)) > broken)

@@ -6,10 +6,11 @@ import random
 
 import psycopg
 import pytest
+from runtime_api import environment, event
 from waiting import until
 from world import delivery, messages, pgbouncer
 from world.pgbouncer import PgBouncer
-from world.servers import DATABASE_SECRET
+from world.servers import DATABASE_SECRET, DATABASE_USER
 
 # `./local/test` says that it was left out.
 pytestmark = pytest.mark.skipif(pgbouncer.program() is None, reason=pgbouncer.MISSING)
@@ -54,3 +55,29 @@ def test_every_message_is_a_row_once(servers, stack, copy_threshold):
         finally:
             configure()
     assert stack.log_text().count(WARNING) > warnings
+
+
+def test_a_rotated_password_is_read_again_behind_the_pooler(servers, stack, tmp_path):
+    """PgBouncer refuses a wrong password with a code that is not PostgreSQL's."""
+    secrets, user, secret = stack.localstack.client("secretsmanager"), "rotated_behind_the_pooler", "test/rotated-behind-the-pooler"
+    program = pgbouncer.program()
+    with servers.postgres.connect(autocommit=True) as database:
+        database.execute(f"create role {user} login password 'before' in role {DATABASE_USER}")
+        secrets.create_secret(Name=secret, SecretString=json.dumps({"username": user, "password": "before"}))
+        try:
+            with PgBouncer(program, servers.postgres, user, "before", sessions=2) as pooler:
+                settings = servers.environment() | stack.environment() | {"DATABASE_SECRET_ID": secret, "DATABASE_PORT": str(pooler.port)}
+                with environment(settings, tmp_path / "log") as api:
+                    assert load(api) == ("response", {"batchItemFailures": []})
+                    pooler.__exit__()
+                    database.execute(f"alter role {user} password 'after'")
+                    secrets.put_secret_value(SecretId=secret, SecretString=json.dumps({"username": user, "password": "after"}))
+                    with PgBouncer(program, servers.postgres, user, "after", sessions=2, port=pooler.port):
+                        assert load(api) == ("response", {"batchItemFailures": []})
+        finally:
+            database.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [user])
+            database.execute(f"drop role {user}")
+
+
+def load(api):
+    return api.answer(api.invoke(event(random.Random(), 10), seconds=20))

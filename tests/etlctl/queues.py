@@ -40,7 +40,7 @@ class Queues:
 class Pipeline(World):
     """Besides, a queue of its own and behind it the stack's function, loading into that database and logging for itself."""
 
-    VARIABLES = ("DATABASE_HOST", "DATABASE_PORT", "DATABASE_NAME", "DATABASE_CA_FILE", "DATABASE_SECRET_ID", "MASKING_SECRET_ID", "OUTAGE_DELAY")
+    VARIABLES = ("DATABASE_HOST", "DATABASE_PORT", "DATABASE_NAME", "DATABASE_CA", "DATABASE_SECRET_ID", "MASKING_SECRET_ID", "OUTAGE_DELAY")
 
     def __init__(self, servers: Servers, stack: Stack):
         super().__init__(servers)

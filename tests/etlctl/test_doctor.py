@@ -12,6 +12,7 @@ from queues import Queues
 from world import messages
 from world.localstack import free_port
 from world.servers import DATABASE_SECRET, OPERATOR_SECRET
+from world.tokens import Tokens
 
 # None of these signed the server's certificate.
 OTHER_ROOTS = str(Path(botocore.__file__).parent / "cacert.pem")
@@ -140,9 +141,9 @@ def test_what_is_wrong_in_the_pipeline_is_found_alone_and_with_advice(pipeline, 
     "environment, area, state, found",
     [
         pytest.param({"DATABASE_TLS": "disable"}, DATABASE, "warning", "TLS is off", id="no TLS"),
-        pytest.param({"DATABASE_CA_FILE": OTHER_ROOTS}, DATABASE, "failed", "cannot be trusted", id="other roots"),
-        pytest.param({"DATABASE_HOST": "127.0.0.1"}, DATABASE, "failed", "cannot be trusted", id="a host that the certificate does not name"),
-        pytest.param({"DATABASE_PORT": str(free_port())}, DATABASE, "failed", "is not reached", id="nobody there"),
+        pytest.param({"DATABASE_CA": OTHER_ROOTS}, DATABASE, "failed", "leads to none of the roots that are trusted, which are those of", id="other roots"),
+        pytest.param({"DATABASE_HOST": "127.0.0.1"}, DATABASE, "failed", 'is not for "127.0.0.1", but for localhost', id="a host that the certificate does not name"),
+        pytest.param({"DATABASE_PORT": str(free_port())}, DATABASE, "failed", "the connection is lost: connection refused", id="nobody there"),
         pytest.param({"MASKING_SECRET_ID": "none-of-ours"}, "secrets", "failed", '"none-of-ours" (ResourceNotFoundException)', id="no keyring"),
         pytest.param({"FUNCTION_NAME": "none-of-ours"}, "function", "unknown", '"none-of-ours" (ResourceNotFoundException', id="no function"),
         pytest.param({"DLQ_URL": "{url}-other"}, "queue", "unknown", "NonExistentQueue", id="no such dead-letter queue"),
@@ -379,3 +380,38 @@ def test_people_get_a_list_by_area_with_advice_where_something_is_wrong(pipeline
         text = re.sub(volatile, shown, text)
     assert said.returncode == 1
     assert text == (Path(__file__).parent / "golden" / "doctor.txt").read_text()
+
+
+def test_the_way_to_sign_in_is_checked_against_the_users_role(pipeline, undo, servers):
+    """RDS lets members of rds_iam in by tokens, and by nothing else."""
+    tokens = undo.enter_context(Tokens(servers.postgres))
+    name = f"etlctl_{uuid.uuid4().hex[:12]}"
+    its = secret(pipeline, undo, username=name, password=name)
+    database = undo.enter_context(pipeline.connect())
+    database.execute(f"create role {name} login password '{name}' in role login_etl; alter role {name} set statement_timeout = '30s'")
+    undo.callback(database.execute, f"drop role {name}")
+    by_token = {"FUNCTION_DATABASE_AUTH": "iam", "FUNCTION_DATABASE_USER": name, "DATABASE_SECRET_ID": None}
+    assert "is not of rds_iam" in findings(pipeline, **by_token)[0]["found"]
+    tokens.admit(name)
+    assert findings(pipeline, **by_token) == []
+    assert [verdict.reason for verdict in tokens.verdicts] == [""]
+    assert "takes tokens of it, and no password" in findings(pipeline, DATABASE_SECRET_ID=its)[0]["found"]
+    # Who asks may have no right to sign in as the function, which says nothing of the function.
+    (finding,) = findings(pipeline, **by_token, AWS_SECRET_ACCESS_KEY="another")
+    assert finding["state"] == "unknown"
+    assert "rds-db:connect" in finding["found"]
+
+
+def test_an_operator_signs_in_with_a_token_of_their_own(world, servers):
+    user = world.user("login_etl_operator")["DATABASE_USER"]
+    with Tokens(servers.postgres) as tokens:
+        tokens.admit(user)
+        its = ("--database-auth", "iam", "--database-user", user)
+        assert world.run("migrate", "--check", *its).returncode == 0
+        assert [(verdict.user, verdict.reason) for verdict in tokens.verdicts] == [(user, "")]
+        tokens.admit(user, admitted=False)
+        refused = world.run("migrate", "--check", *its)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert f'grant rds_iam to "{user}"' in refused.stderr
+    assert world.run("migrate", "--check", "--database-auth", "token").returncode == 2
+    assert "--database-user" in world.run("migrate", "--check", "--database-auth", "iam").stderr

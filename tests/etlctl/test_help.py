@@ -127,7 +127,7 @@ def test_the_version_is_told(etlctl):
         ("migrate", {"DATABASE_USER": "alice", "DATABASE_PASSWORD": "hunter2"}, ["DATABASE_HOST", "--database-host"]),
         ("migrate", {"DATABASE_PORT": "five"}, ["DATABASE_PORT", "1 to 65535"]),
         ("migrate", {"DATABASE_TLS": "prefer"}, ["DATABASE_TLS", "verify-full or disable"]),
-        ("migrate", {"DATABASE_CA_FILE": "/none.pem"}, ["DATABASE_CA_FILE", "--database-ca-file", "/none.pem"]),
+        ("migrate", {"DATABASE_CA": "/none.pem"}, ["DATABASE_CA", "--database-ca", "/none.pem"]),
         ("mask --field ip x", {"AWS_REGION": None, "AWS_DEFAULT_REGION": None, "MASKING_SECRET_ID": "x"}, ["AWS_REGION", "AWS_PROFILE"]),
     ],
 )

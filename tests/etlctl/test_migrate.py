@@ -160,6 +160,51 @@ def test_who_lacks_the_rights_is_told_the_sqlstate_and_who_has_them(empty_world)
         assert relations(database) == set()
 
 
+def test_who_may_not_make_roles_is_told_who_may(empty_world):
+    with empty_world.connect() as database:
+        environment = empty_world.user()
+        database.execute(f"alter database {empty_world.name} owner to {environment['DATABASE_USER']}")
+        database.execute(f"alter schema public owner to {environment['DATABASE_USER']}")
+    result = empty_world.run("migrate", environment=environment)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "may not make the roles" in result.stderr and "createrole" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_of_another_encoding_is_migrated(empty_world, encoding):
+    with empty_world.servers.postgres.connect(autocommit=True) as server:
+        server.execute(f"drop database {empty_world.name}")
+        server.execute(f"create database {empty_world.name} encoding '{encoding}' locale 'C' template template0")
+    assert empty_world.json("migrate") == {"applied": NAMES}
+
+
+def test_tables_that_were_moved_to_another_schema_are_not_made_again(world):
+    with world.connect() as database:
+        database.execute("create schema moved")
+        for table in ("user_logins", "etl_ledger", "etl_audit", "login_etl_migrations"):
+            database.execute(f"alter table {table} set schema moved")
+        result = world.run("migrate")
+        assert (result.returncode, result.stdout) == (3, "")
+        assert "the tables are in the schema moved: name it with --database-schema" in result.stderr
+        assert relations(database) & {("user_logins", b"r"), ("etl_ledger", b"r")} == set()
+
+
+def test_login_etl_signs_in_by_tokens_once_it_is_said(world):
+    result = world.run("migrate", "--iam")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "there is no role rds_iam" in result.stderr
+    member = "select pg_has_role('login_etl', 'rds_iam', 'member')"
+    with world.connect() as database:
+        database.execute("create role rds_iam")
+        try:
+            assert world.run("migrate").returncode == 0
+            assert database.execute(member).fetchone() == (False,)
+            assert "DatabaseAuth=iam" in world.run("migrate", "--iam").stdout
+            assert database.execute(member).fetchone() == (True,)
+        finally:
+            database.execute("drop role rds_iam")
+
+
 def test_an_operator_may_check(world):
     assert world.run("migrate", "--check", environment=world.user("login_etl_operator")).returncode == 0
 

@@ -15,5 +15,6 @@ mod outages;
 mod proxy;
 mod redelivery;
 mod responses;
+mod sign_in;
 mod tls;
 mod world;

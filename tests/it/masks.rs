@@ -119,7 +119,7 @@ print('siv:' + b64encode(tag + text).decode())";
 }
 
 /// Runs a tool of `./local/test`'s environment on `input`.
-fn output(mut command: Command, input: &str) -> String {
+pub fn output(mut command: Command, input: &str) -> String {
     use std::{io::Write, process::Stdio};
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("openssl is on PATH");
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();

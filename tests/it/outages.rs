@@ -7,6 +7,7 @@ use std::{
 };
 
 use login_etl::handler::Handler;
+use serde_json::{Value, json};
 
 use crate::{
     proxy::{Mode, Proxy},
@@ -341,8 +342,10 @@ async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do()
     assert_eq!(error.error_type(), "Table");
     assert!(error.to_string().contains("SQLSTATE 42501: the user may not write"), "{error}");
     world.admin.batch_execute("drop table user_logins cascade").await.unwrap();
-    let error = invoke(&handler, &event).await.unwrap_err();
-    assert!(error.to_string().contains("run `etlctl migrate`"), "{error}");
+    let error = invoke(&handler, &event).await.unwrap_err().to_string();
+    assert!(error.contains("run `etlctl migrate`"), "{error}");
+    let place = format!("database {role}, user {role}, search path \"$user\", public");
+    assert!(error.contains(&place), "{error}");
 }
 
 #[tokio::test]
@@ -353,7 +356,17 @@ async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starti
     assert!(error.contains(r#"is not a JSON object with "username" and "password""#), "{error}");
     world.put_secret("database", r#"{"username": "canary", "password": "canary", "port": "canary"}"#).await;
     assert_eq!(world.try_handler().await.unwrap_err().error_type(), "Secret");
-    world.put_secret("database", r#"{"username": "canary", "password": "canary"}"#).await;
+    for host in ["postgres://canary:canary@db", "db:0", "a b"] {
+        world
+            .put_secret("database", &json!({"username": "canary", "password": "canary", "host": host}).to_string())
+            .await;
+        let error = world.try_handler().await.unwrap_err();
+        assert!(error.to_string().contains("is no host"), "{error}");
+        assert!(!format!("{error} {error:?}").contains("canary"));
+    }
+    world
+        .put_secret("database", r#"{"username": "canary", "password": "canary", "host": "", "port": "", "db": ""}"#)
+        .await;
     world.settings.remove("DATABASE_HOST");
     let error = world.try_handler().await.unwrap_err().to_string();
     assert!(error.starts_with("no database host: set DATABASE_HOST"), "{error}");
@@ -369,7 +382,11 @@ async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starti
 #[tokio::test]
 async fn a_session_that_the_server_ends_for_being_idle_is_replaced() {
     let world = World::new().await;
-    world.admin.batch_execute(&format!("alter database {} set idle_session_timeout = 50", world.database)).await.unwrap();
+    world
+        .admin
+        .batch_execute(&format!("alter database {} set idle_session_timeout = 50", world.database))
+        .await
+        .unwrap();
     let handler = world.handler().await;
     for number in 0..3 {
         assert!(failed(&invoke(&handler, &event(number, bodies(0..1))).await.unwrap()).is_empty());
@@ -401,9 +418,32 @@ async fn any_password_signs_in() {
         let world = World::new().await;
         let role = &world.database;
         let quoted = password.replace('\'', "''").replace('\\', "\\\\");
-        world.admin.batch_execute(&format!("create role {role} login password E'{quoted}' in role login_etl")).await.unwrap();
+        world
+            .admin
+            .batch_execute(&format!("create role {role} login password E'{quoted}' in role login_etl"))
+            .await
+            .unwrap();
         world.put_secret("database", &world.credentials(role, password)).await;
         assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_secret_may_say_the_host_with_its_port_and_the_database_by_another_name() {
+    for name in ["dbname", "database", "db"] {
+        let mut world = World::new().await;
+        let credentials: Value = serde_json::from_str(&world.credentials(&world.database, "p")).unwrap();
+        world
+            .admin
+            .batch_execute(&format!("create role {} login password 'p' in role login_etl", world.database))
+            .await
+            .unwrap();
+        let host = format!("localhost:{}", world.settings.remove("DATABASE_PORT").unwrap());
+        world.settings.remove("DATABASE_HOST");
+        let secret = json!({"username": credentials["username"], "password": "p", "host": host, "port": "", name: credentials["dbname"]});
+        world.put_secret("database", &secret.to_string()).await;
+        assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
+        assert_eq!(world.count("user_logins").await, 1);
     }
 }
 
@@ -413,7 +453,9 @@ async fn a_secret_that_rds_manages_signs_in() {
     let mut world = World::new().await;
     let name = world.database.clone();
     world.admin.batch_execute(&format!("create role {name} login password 'p' in role login_etl")).await.unwrap();
-    let id = world.create_secret_named(&format!("rds-db-{name}"), &format!(r#"{{"username":"{name}","password":"p"}}"#)).await;
+    let id = world
+        .create_secret_named(&format!("rds-db-{name}"), &format!(r#"{{"username":"{name}","password":"p"}}"#))
+        .await;
     world.settings.insert("DATABASE_SECRET_ID", id);
     world.settings.insert("DATABASE_NAME", name);
     assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
@@ -433,9 +475,10 @@ async fn short_deadlines_and_lost_sessions_lose_and_double_nothing() {
         let messages = window.iter().map(|&number| (number as u128, body(number)));
         if let Ok(response) = invoke_within(handler, &event_of(messages), time).await {
             let failed = failed(&response);
-            waiting.lock().unwrap().retain(|&number| {
-                !window.contains(&number) || failed.contains(&&*message_id(number as u128))
-            });
+            waiting
+                .lock()
+                .unwrap()
+                .retain(|&number| !window.contains(&number) || failed.contains(&&*message_id(number as u128)));
         }
     };
     let rounds = async |environment: usize| {

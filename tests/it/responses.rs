@@ -249,7 +249,8 @@ async fn of_ten_thousand_groups_each_is_held_back_by_its_own_failure_alone() {
 #[tokio::test]
 async fn bodies_of_a_megabyte_are_loaded() {
     let world = World::new().await;
-    let large = |number| body(number).replacen('{', &format!("{{\"other\": {:?}, ", "\\u00e9".repeat(1024 * 1024 / 6)), 1);
+    let large =
+        |number| body(number).replacen('{', &format!("{{\"other\": {:?}, ", "\\u00e9".repeat(1024 * 1024 / 6)), 1);
     assert!(failed(&invoke(&world.handler().await, &event(0, (0..5).map(large))).await.unwrap()).is_empty());
     assert_eq!(world.count("user_logins").await, 5);
 }

@@ -72,24 +72,51 @@ async fn a_certificate_for_another_host_name_is_refused() {
     world.settings.insert("DATABASE_HOST", "127.0.0.1".to_owned());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseTls");
-    assert!(error.to_string().contains("mismatch"), "{error}");
+    let says =
+        "no TLS: the database's certificate is not for \"127.0.0.1\", but for localhost: connect by a name that it has";
+    assert_eq!(error.to_string(), says);
     assert_eq!(world.count("user_logins").await, 0);
 }
 
 #[tokio::test]
 async fn a_certificate_of_an_unknown_authority_is_refused() {
     let mut world = World::new().await;
-    world.settings.remove("DATABASE_CA_FILE");
+    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/roots/amazon.pem");
+    for (roots, says) in [("aws", "the system's"), ("system", "the system's"), (other, "those of ")] {
+        world.settings.insert("DATABASE_CA", roots.to_owned());
+        let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+        assert_eq!(error.error_type(), "DatabaseTls");
+        let says = format!("leads to none of the roots that are trusted, which are {says}");
+        assert!(error.to_string().contains(&says), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn where_tls_is_off_a_server_that_may_demand_it_is_told_from_a_wrong_password() {
+    let mut world = World::new().await;
+    // As a server without an entry of pg_hba.conf for connections in clear.
+    let (port, _) = server_that_answers(b"E\0\0\0\x29SFATAL\0VFATAL\0C28000\0Mno entry here\0\0").await;
+    world.settings.insert("DATABASE_PORT", port.to_string());
+    world.settings.insert("DATABASE_TLS", "disable".to_owned());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
-    assert_eq!(error.error_type(), "DatabaseTls");
-    assert!(error.to_string().contains("certificate verify failed"), "{error}");
+    assert_eq!(error.error_type(), "DatabaseCredentials");
+    assert!(error.to_string().contains("does the server demand TLS?"), "{error}");
+}
+
+#[tokio::test]
+async fn a_host_that_nobody_knows_is_said_to_be_unknown() {
+    let mut world = World::new().await;
+    world.settings.insert("DATABASE_HOST", "nowhere.invalid".to_owned());
+    let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseUnavailable");
+    assert!(error.to_string().contains("its host's name is not known"), "{error}");
 }
 
 #[tokio::test]
 async fn a_file_without_certificates_keeps_the_environment_from_starting() {
     let mut world = World::new().await;
     for path in ["/nowhere.pem", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")] {
-        world.settings.insert("DATABASE_CA_FILE", path.to_owned());
+        world.settings.insert("DATABASE_CA", path.to_owned());
         let error = world.try_handler().await.unwrap_err();
         assert_eq!(error.error_type(), "Configuration");
         assert!(error.to_string().contains(path), "{error}");

@@ -86,7 +86,7 @@ impl World {
             ("DATABASE_SECRET_ID", format!("{database}/database")),
             ("DATABASE_HOST", "localhost".to_owned()),
             ("DATABASE_PORT", variable("DATABASE_PORT")),
-            ("DATABASE_CA_FILE", variable("DATABASE_CA_FILE")),
+            ("DATABASE_CA", variable("DATABASE_CA")),
         ]);
         let world = Self { secrets, superuser, admin, settings, database };
         world.apply_schema().await;
@@ -141,7 +141,7 @@ impl World {
         let mapping = Mapping::load(config.mapping_file).unwrap();
         let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);
         let keyring = FreshKeyring::read(secrets.clone(), id, ttl, mapping.masks()).await?;
-        let store = Store::new(config.database, secrets, &mapping).await?;
+        let store = Store::new(config.database, secrets, sdk_config.clone(), &mapping).await?;
         let redelivery = Redelivery::new(sdk_config, config.outage_delay);
         Ok(Handler::new(mapping, keyring, store, redelivery))
     }

@@ -240,6 +240,38 @@ def test_the_function_may_decrypt_with_the_keys_of_its_queue_and_secrets_and_no_
             assert statement.get("Condition") == {"StringEquals": {"kms:ViaService": "secretsmanager.us-east-1.amazonaws.com"}}
 
 
+def test_a_token_takes_the_place_of_the_database_s_secret():
+    database = {"DatabaseAuth": "iam", "DatabaseHost": "db.example", "DatabaseResourceId": "db-ABC", "DatabaseUser": "loader"}
+    by_token, by_password = variant_of(**database), variant_of()
+    assert of_action(by_token, "rds-db:connect") == [f"arn:aws:rds-db:us-east-1:{ACCOUNT}:dbuser:db-ABC/loader"]
+    assert of_action(by_password, "rds-db:connect") == []
+    assert len(of_action(by_token, "secretsmanager:GetSecretValue")) == 1
+    assert len(of_action(by_password, "secretsmanager:GetSecretValue")) == 2
+    variables = [variant.properties("LoginFunction")["Environment"]["Variables"] for variant in (by_token, by_password)]
+    assert [v["DATABASE_AUTH"] for v in variables] == ["iam", "password"]
+    assert [v.get("DATABASE_USER") for v in variables] == ["loader", None]
+    assert ["DATABASE_SECRET_ID" in v for v in variables] == [False, True]
+
+
+def of_action(variant, action):
+    """What the function's role may do so with."""
+    return [resource for statement in variant.allowed() if action in many(statement["Action"]) for resource in many(statement["Resource"])]
+
+
+@pytest.mark.parametrize(
+    ("given", "broken"),
+    [
+        ({}, []),
+        ({"DatabaseSecretArn": ""}, ["DatabaseAuth=password needs a DatabaseSecretArn."]),
+        ({"DatabaseAuth": "iam", "DatabaseHost": "h", "DatabaseResourceId": "db-A"}, []),
+        ({"DatabaseAuth": "iam"}, ["DatabaseAuth=iam needs a DatabaseHost.", "DatabaseAuth=iam needs a DatabaseResourceId."]),
+        ({"DatabaseAuth": "iam", "DatabaseHost": "h", "DatabaseResourceId": "db-A", "DatabaseTls": "disable"}, ["DatabaseAuth=iam needs TLS."]),
+    ],
+)
+def test_what_a_way_to_sign_in_needs_is_asked_for_before_anything_is_made(given, broken):
+    assert template.broken_rules(given) == broken
+
+
 def test_no_right_is_given_by_a_wildcard_but_for_x_ray_which_knows_no_other(variant):
     statements = variant.allowed()
     for statement in statements:
@@ -410,10 +442,19 @@ def test_the_console_asks_for_every_parameter_once():
     assert sorted(asked) == sorted(template.source()["Parameters"])
 
 
-def test_every_parameter_is_described_and_all_but_the_database_have_a_default():
+def test_every_parameter_is_described_and_has_a_default():
     parameters = template.source()["Parameters"]
     assert [name for name, parameter in parameters.items() if not parameter.get("Description")] == []
-    assert [name for name, parameter in parameters.items() if "Default" not in parameter] == ["DatabaseSecretArn"]
+    assert [name for name, parameter in parameters.items() if "Default" not in parameter] == []
+
+
+def test_every_setting_of_the_readme_has_a_parameter():
+    readme = (paths.ROOT / "README.md").read_text()
+    [table] = re.findall(r"### Settings\n.*?(\|.*?)\n\n", readme, re.DOTALL)
+    documented = set(re.findall(r"`([A-Z_]+)`", "".join(line.split("|")[1] for line in table.splitlines())))
+    by_password, by_token = variant_of(), variant_of(DatabaseAuth="iam", DatabaseHost="db", DatabaseResourceId="db-A")
+    given = {name for stack in (by_password, by_token) for name in stack.properties("LoginFunction")["Environment"]["Variables"]}
+    assert {name for name in documented if not name.startswith("AWS_LAMBDA_")} == given
 
 
 def test_every_output_is_there(variant):

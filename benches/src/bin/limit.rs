@@ -168,7 +168,7 @@ fn encrypted(mut socket: TcpStream, host: &str) -> Result<Box<dyn Stream>, Box<d
     socket.write_all(&request)?;
     let mut answer = [0];
     socket.read_exact(&mut answer)?;
-    let root = Certificate::from_pem(&std::fs::read(std::env::var("DATABASE_CA_FILE")?)?)?;
+    let root = Certificate::from_pem(&std::fs::read(std::env::var("DATABASE_CA")?)?)?;
     let connector = TlsConnector::builder().disable_built_in_roots(true).add_root_certificate(root).build()?;
     Ok(Box::new(connector.connect(host, socket)?))
 }

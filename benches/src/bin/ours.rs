@@ -43,7 +43,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let mapping = Mapping::load(config.mapping_file)?;
     let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);
     let keyring = FreshKeyring::read(secrets.clone(), id, ttl, mapping.masks()).await?;
-    let store = Store::new(config.database, secrets, &mapping).await?;
+    let store = Store::new(config.database, secrets, sdk_config.clone(), &mapping).await?;
     store.connect().await?;
     let redelivery = Redelivery::new(sdk_config, config.outage_delay);
     let handler = Handler::new(mapping, keyring, store, redelivery);

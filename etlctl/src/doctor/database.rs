@@ -3,16 +3,11 @@
 use std::time::{Duration, SystemTime};
 
 use login_etl::{
+    mapping::quoted,
     secrets::Credentials,
     store::{Connection, Connector, DatabaseError, LedgerKey, Trial},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
 use tokio_postgres::Client;
-use x509_cert::{Certificate, der::Decode};
 
 use super::{Checks, State, pipeline::Pipeline};
 use crate::{
@@ -41,7 +36,7 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
             "renew the server's certificate before it ends: no batch is loaded after",
         ),
         Err(failure) => {
-            checks.check(false, failure.why(), "check DATABASE_HOST, DATABASE_CA_FILE and the server's certificate");
+            checks.check(false, failure.why(), "check DATABASE_HOST, DATABASE_CA and the server's certificate");
             return;
         }
     }
@@ -56,12 +51,15 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     }
     checks.area = "function's database user";
     // What is wrong with the secret itself is said elsewhere.
-    let Some(id) = settings.get("DATABASE_SECRET_ID") else { return };
-    let Ok(function) = settings.secrets().credentials(&id).await else { return };
+    let Ok(function) = settings.function_credentials(&connector).await else { return };
     let rights = rights(settings, &function, client, checks).await;
     if checks.have(rights) == Some(true) {
         let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
-        match connect(&connector, &function).await {
+        let connected = connect(&connector, &function).await;
+        // Who asks may well have no right to sign in as the function.
+        let connected = if function.is_token() { checks.have(connected).map(Ok) } else { Some(connected) };
+        let Some(connected) = connected else { return };
+        match connected {
             Ok(connection) => {
                 checks.right(format!("{:?} can log in", function.username()));
                 // What is wrong already is why a row would be refused.
@@ -113,29 +111,10 @@ async fn try_row(settings: &Settings, connection: Connection, checks: &mut Check
 
 /// How long the server's certificate is good for, verified as the function verifies it; `None` without TLS.
 async fn certificate(connector: &Connector, credentials: &Credentials) -> Result<Option<Duration>, Failure> {
-    /// The protocol's request to go on in TLS: its length, and a number that is no version.
-    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
-    let Some(tls) = connector.tls() else { return Ok(None) };
     let (host, port) = (connector.host(credentials)?, connector.port(credentials));
-    let not_reached = |error: &dyn std::fmt::Display| failed(format!("{host}:{port} is not reached: {error}"));
-    let shaking = async {
-        let stream = match connector.hostaddr() {
-            Some(address) => TcpStream::connect((address, port)).await,
-            None => TcpStream::connect((host, port)).await,
-        };
-        let mut stream = stream.map_err(|error| not_reached(&error))?;
-        stream.write_all(&SSL_REQUEST).await.map_err(|error| not_reached(&error))?;
-        if stream.read_u8().await.map_err(|error| not_reached(&error))? != b'S' {
-            return Err(failed(format!("{host}:{port} does not offer TLS")));
-        }
-        let tls = tokio_native_tls::TlsConnector::from(tls.clone());
-        tls.connect(host, stream).await.map_err(|error| failed(format!("{host}:{port} cannot be trusted: {error}")))
-    };
-    let stream = timeout(Duration::from_secs(5), shaking).await.map_err(|_| not_reached(&"no answer in 5 s"))??;
-    let unreadable = || failed("the server's certificate cannot be read");
-    let certificate = stream.get_ref().peer_certificate().ok().flatten().ok_or_else(unreadable)?;
-    let der = certificate.to_der().map_err(|_| unreadable())?;
-    let certificate = Certificate::from_der(&der).map_err(|_| unreadable())?;
+    let shown = connector.certificate(credentials).await;
+    let shown = shown.map_err(|error| failed(format!("{host}:{port}: {}", Failure::from(error).why())))?;
+    let Some(certificate) = shown else { return Ok(None) };
     let ends = certificate.tbs_certificate().validity().not_after.to_unix_duration();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Ok(Some(ends.saturating_sub(now)))
@@ -304,6 +283,23 @@ async fn rights(
             format!("{unlogged} is emptied when the server crashes"),
             format!("alter table {unlogged} set logged"),
         );
+    }
+    let of_iam =
+        "select exists (select from pg_auth_members where roleid = to_regrole('rds_iam') and member = to_regrole($1))";
+    let of_iam: bool =
+        client.query_one(of_iam, &[&quoted(user)]).await.map_err(sql("look at its way to sign in"))?.get(0);
+    match (function.is_token(), of_iam) {
+        (true, false) => checks.add(
+            State::Wrong,
+            format!("{user:?} is not of rds_iam: the server takes a token of it for a password"),
+            "`etlctl migrate --iam`",
+        ),
+        (false, true) => checks.add(
+            State::Wrong,
+            format!("{user:?} is of rds_iam: the server takes tokens of it, and no password"),
+            format!("deploy with DatabaseAuth=iam, or revoke rds_iam from {user}"),
+        ),
+        _ => {}
     }
     let limited = role.get::<_, &str>(2).contains("statement_timeout");
     checks.consider(

@@ -93,6 +93,10 @@ class ProcessExecutor(RuntimeExecutor):
             **(function.environment or {}),
             "LAMBDA_TASK_ROOT": str(self._code),
         }
+        if identities := os.environ.get("LAMBDA_PROCESS_IDENTITIES"):
+            # LocalStack makes each up; who is to check what it signs needs the secret.
+            key, *secret = (self._environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
+            Path(identities, key).write_text(json.dumps(secret))
 
     def stop(self) -> None:
         self._stopped = True

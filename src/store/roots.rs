@@ -1,0 +1,126 @@
+//! The roots that a server's certificate is held against. Those of AWS are built in: RDS Proxy has a certificate that leads to one of
+//! Amazon's public roots, RDS and Aurora one of their region's own.
+
+use std::{fmt, fs, path::PathBuf};
+
+use native_tls::{Certificate, Protocol, TlsConnector};
+
+use super::StoreError;
+use crate::config::Roots;
+
+/// Amazon Trust Services' roots.
+const AMAZON: &str = include_str!("roots/amazon.pem");
+/// RDS's roots of all regions, each below a line with its name.
+const RDS: &str = include_str!("roots/rds.pem");
+
+/// The roots for one host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Trusted {
+    /// Amazon's, and those of RDS in this region, if the host names one.
+    Aws(Option<&'static str>),
+    System,
+    File(PathBuf),
+}
+
+impl Trusted {
+    pub(super) fn of(roots: &Roots, host: &str) -> Self {
+        let host = host.trim_end_matches('.').to_ascii_lowercase();
+        let is_aws = [".amazonaws.com", ".amazonaws.com.cn"].iter().any(|domain| host.ends_with(domain));
+        match roots {
+            Roots::Aws if is_aws => Self::Aws(regions().find(|region| host.split('.').any(|label| label == *region))),
+            Roots::Aws | Roots::System => Self::System,
+            Roots::File(path) => Self::File(path.clone()),
+        }
+    }
+
+    /// A connector that trusts these roots and no others.
+    ///
+    /// # Errors
+    /// [`StoreError`], when they cannot be used. The operator's fault.
+    pub(super) fn connector(&self) -> Result<TlsConnector, StoreError> {
+        let mut builder = TlsConnector::builder();
+        builder.min_protocol_version(Some(Protocol::Tlsv12));
+        let pem = match self {
+            Self::System => None,
+            Self::Aws(region) => Some(format!("{AMAZON}{}", region.map(of_region).unwrap_or_default()).into_bytes()),
+            Self::File(path) => Some(fs::read(path).map_err(|error| self.unusable(error.kind().to_string()))?),
+        };
+        if let Some(pem) = pem {
+            let roots = Certificate::stack_from_pem(&pem).map_err(|error| self.unusable(error.to_string()))?;
+            if roots.is_empty() {
+                return Err(self.unusable("no certificate in it".to_owned()));
+            }
+            builder.disable_built_in_roots(true);
+            for root in roots {
+                builder.add_root_certificate(root);
+            }
+        }
+        builder.build().map_err(|error| StoreError::Tls(error.to_string()))
+    }
+
+    fn unusable(&self, reason: String) -> StoreError {
+        match self {
+            Self::File(path) => StoreError::CaFile { path: path.clone(), reason },
+            _ => StoreError::Tls(reason),
+        }
+    }
+}
+
+impl fmt::Display for Trusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Aws(Some(region)) => write!(f, "Amazon's, and those of RDS in {region}"),
+            Self::Aws(None) => f.write_str("Amazon's"),
+            Self::System => f.write_str("the system's"),
+            Self::File(path) => write!(f, "those of {}", path.display()),
+        }
+    }
+}
+
+/// Region and text of each of RDS's roots.
+fn rds() -> impl Iterator<Item = (&'static str, &'static str)> {
+    RDS.split_inclusive("-----END CERTIFICATE-----\n").filter_map(|root| {
+        let name = root.strip_prefix("Amazon RDS ")?;
+        Some((name.split(' ').next()?, root))
+    })
+}
+
+fn regions() -> impl Iterator<Item = &'static str> {
+    rds().map(|(region, _)| region)
+}
+
+fn of_region(region: &str) -> String {
+    rds().filter(|(of, _)| *of == region).map(|(_, root)| root).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_says_whose_roots_are_trusted() {
+        let aws = |region| Trusted::Aws(region);
+        for (host, trusted) in [
+            ("db.abc.eu-west-1.rds.amazonaws.com", aws(Some("eu-west-1"))),
+            ("DB.cluster-abc.US-EAST-1.rds.amazonaws.com.", aws(Some("us-east-1"))),
+            ("p.proxy-abc.ap-southeast-2.rds.amazonaws.com", aws(Some("ap-southeast-2"))),
+            // RDS has roots there that are not built in.
+            ("db.abc.us-gov-west-1.rds.amazonaws.com", aws(None)),
+            ("db.abc.rds.cn-north-1.amazonaws.com.cn", aws(None)),
+            ("db.example.com", Trusted::System),
+            ("eu-west-1.rds.amazonaws.com.example.com", Trusted::System),
+            ("10.0.0.1", Trusted::System),
+        ] {
+            assert_eq!(Trusted::of(&Roots::Aws, host), trusted, "{host}");
+            assert_eq!(Trusted::of(&Roots::System, host), Trusted::System, "{host}");
+        }
+    }
+
+    #[test]
+    fn the_roots_that_are_built_in_can_be_used() {
+        for region in regions() {
+            assert_eq!(of_region(region).matches("BEGIN").count(), 3, "{region}");
+            Trusted::Aws(Some(region)).connector().unwrap();
+        }
+    }
+}

@@ -116,9 +116,8 @@ def at_least(least: int):
     return number
 
 
-def roots(parser: argparse.ArgumentParser) -> None:
+def roots(_: argparse.ArgumentParser) -> None:
     """Takes the roots of AWS that are built into the function from the npm package that keeps them, and writes docs/roots.md."""
-    parser.add_argument("--check", action="store_true", help="only say whether that package has a newer version; the exit status is 1 if it has")
 
 
 PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, bench, fuzz, incidents, roots, rotation, soak)}

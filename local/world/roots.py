@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 import re
 import sys
 import tarfile
@@ -25,11 +24,7 @@ REGIONAL = re.compile(r"Amazon RDS ([a-z]+(?:-[a-z]+)+-\d) Root CA \w+ G\d+")
 
 
 def main() -> int:
-    options = arguments.parse("roots")
-    if options.check:
-        newest = json.loads(fetch(REGISTRY))["dist-tags"]["latest"]
-        print(f"{PACKAGE} is at {newest}, and the roots that are built in are of {VERSION}")
-        return 0 if newest == VERSION else 1
+    arguments.parse("roots")
     amazon, rds = roots(fetch(f"{REGISTRY}/-/{PACKAGE}-{VERSION}.tgz"))
     (ROOTS / "amazon.pem").write_text(text(amazon))
     (ROOTS / "rds.pem").write_text(text(rds))
@@ -80,8 +75,8 @@ With `DATABASE_CA=aws`, the default, the certificate of a database at AWS is hel
 certificates lead, and those of RDS in the region that the host's name has. RDS has roots of its own in AWS GovCloud and in China, which are not
 here: there, set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
 
-`./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without those that have expired, and writes this page;
-`./local/roots --check` says whether that package has a newer version, which a workflow asks each week.
+`./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without those that have expired, and writes this page.
+A workflow asks each week whether that package has a newer version.
 
 | root | valid until | SHA-256 of the certificate |
 |---|---|---|

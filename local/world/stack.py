@@ -72,7 +72,8 @@ class Stack:
 
 def deploy(servers: Servers, name: str = NAME, build: Path | None = None, quiet: bool = False, **parameters: object) -> Stack:
     """Deploys what was built (as for production, if it is not said); `parameters` are the template's, beyond those that say where the servers are."""
-    parameters = parameters_for(servers) | parameters
+    # SAM CLI takes no empty value; those that can be are so by default.
+    parameters = {name: value for name, value in (parameters_for(servers) | parameters).items() if value != ""}
     # SAM CLI would make one by a stack of its own, which takes a quarter of a minute.
     servers.localstack.client("s3").create_bucket(Bucket=BUCKET)
     command.run(

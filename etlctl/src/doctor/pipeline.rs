@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use aws_sdk_lambda::types::{EventSourceMappingConfiguration, FunctionResponseType};
 use aws_sdk_sqs::types::QueueAttributeName;
-use login_etl::secrets::SecretError;
+use login_etl::{config::SignIn, secrets::SecretError};
 use serde_json::Value;
 
 use super::Checks;
@@ -101,7 +101,11 @@ async fn secrets(settings: &Settings, checks: &mut Checks) {
             }
         }
     }
-    if let Some(id) = checks.have(settings.require("DATABASE_SECRET_ID")) {
+    let function = settings.function();
+    // What is wrong with its settings is said of the database.
+    if let Ok(SignIn::Iam { user }) = function.map(|function| function.database.sign_in) {
+        checks.right(format!("the function needs no credentials: it signs in as {user:?} with tokens"));
+    } else if let Some(id) = checks.have(settings.require("DATABASE_SECRET_ID")) {
         match settings.secrets().credentials(&id).await {
             Ok(credentials) => {
                 checks.right(format!("the function's credentials parse: user {:?}", credentials.username()));

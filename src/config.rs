@@ -9,7 +9,7 @@ use std::{
 use aws_config::{SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_smithy_http_client::{
     Builder,
-    tls::{Provider, rustls_provider::CryptoMode},
+    tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
 
 /// All settings of the function.
@@ -239,9 +239,14 @@ impl Config {
 
 const SDK_TIMEOUT: Duration = Duration::from_secs(7);
 
-/// The AWS SDK's settings: region, credentials and endpoint of the environment, as every SDK reads them.
-pub async fn sdk_config() -> SdkConfig {
-    let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+/// The AWS SDK's settings: region, credentials and endpoint of the environment, as every SDK reads them; and the roots to trust.
+pub async fn sdk_config(trust: TrustStore) -> SdkConfig {
+    let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring));
+    let http_client = match TlsContext::builder().with_trust_store(trust).build() {
+        Ok(context) => http_client.tls_context(context).build_https(),
+        // A store of roots is taken as it is; what is wrong with one shows when it is used.
+        Err(_) => http_client.build_https(),
+    };
     // Lambda gives initialisation 10 s; within them the SDK tries again and again, and then says what is wrong.
     let timeouts = TimeoutConfig::builder().connect_timeout(Duration::from_secs(2)).operation_timeout(SDK_TIMEOUT);
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client);

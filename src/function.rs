@@ -22,6 +22,7 @@ use crate::{
     mapping::Mapping,
     metrics::Metrics,
     redelivery::Redelivery,
+    roots,
     runtime::Event,
     secrets::{FreshKeyring, Secrets},
     store::{Store, StoreError},
@@ -49,7 +50,7 @@ impl Function {
     /// Reads settings and secrets, and connects, as far as that can be done.
     pub async fn start() -> Self {
         let until = Instant::now() + INIT_TIME;
-        let sdk_config = config::sdk_config().await;
+        let sdk_config = config::sdk_config(roots::for_aws()).await;
         let handler = handler(&sdk_config, until).await;
         let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).map(Arc::new);
         let outage_delay = read_config().map_or(config::OUTAGE_DELAY, |config| config.outage_delay);

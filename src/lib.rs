@@ -39,6 +39,8 @@ pub mod metrics;
 #[cfg(feature = "lambda")]
 pub mod redelivery;
 #[cfg(feature = "lambda")]
+pub mod roots;
+#[cfg(feature = "lambda")]
 pub mod runtime;
 #[cfg(feature = "lambda")]
 pub mod secrets;

@@ -17,7 +17,9 @@ from measure.report import COLOURS, bars, spread, table
 from measure.runtime import Runtime
 from measure.secretsmanager import SecretsManager
 from world.localstack import free_port
+from world.roots import ROOTS
 from world.servers import DATABASE_USER
+from world.tokens import Tokens
 
 NAME = "cold"
 TITLE = "Cold start"
@@ -27,6 +29,7 @@ SCRAM_ROUNDS = 4096
 SHOWN = {
     "hello": "hello world, Rust",
     "login-etl": "login-etl",
+    "login-etl-iam": "login-etl, signing in by a token",
     "login-etl-localstack": "login-etl, secrets from LocalStack",
     "python-hello": "hello world, Python",
     "python": "Python with the same duties",
@@ -35,12 +38,22 @@ SHOWN = {
 # Each start does what the one before does, and one thing more.
 STEPS = {
     "hello": "the process, Lambda's runtime client, and its request for an event: the hello world",
-    "secrets": "the settings, the AWS SDK's client with the machine's roots, and two secrets, which are read at once and without TLS",
+    "secrets": "the settings, the AWS SDK's client, and two secrets, which are read at once and without TLS",
     "secrets-tls": "TLS to Secrets Manager",
     "plain": "a session with the database, without TLS",
     "login-etl": "TLS to the database",
 }
-FEWER_ROOTS = "login-etl-one-root"
+ALL_ROOTS = "login-etl-all-roots"
+
+
+TOKEN_USER = "bench_token"
+
+
+class AnyToken(Tokens):
+    """Takes every token: how long RDS looks at one is its own."""
+
+    def judge(self, user: str, token: str) -> bool:
+        return True
 
 
 def measure(bench: Bench) -> dict:
@@ -54,9 +67,16 @@ def measure(bench: Bench) -> dict:
     authority = bench.servers.postgres.ca_file
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(authority.with_name("server.pem"), authority.with_name("server.key"))
-    with SecretsManager(secrets, tls) as https, SecretsManager(secrets, None) as http:
+    with SecretsManager(secrets, tls) as https, SecretsManager(secrets, None) as http, AnyToken(bench.servers.postgres) as tokens:
+        with bench.servers.postgres.connect(autocommit=True) as admin:
+            admin.execute(f"drop role if exists {TOKEN_USER}")
+            admin.execute(f"create role {TOKEN_USER} login in role {DATABASE_USER}")
+        tokens.admit(TOKEN_USER)
         trusting = environment | trust(authority, bench.directory / "roots")
+        # As the template has it.
+        of_python, trusting = trusting, trusting | {"SSL_CERT_FILE": "/dev/null", "AWS_CA_BUNDLE": str(amazon_and(authority, bench.directory))}
         deployed = trusting | {"AWS_ENDPOINT_URL": https.endpoint}
+        by_token = {"DATABASE_AUTH": "iam", "DATABASE_USER": TOKEN_USER, "DATABASE_SECRET_ID": ""}
         refused = {"DATABASE_TLS": "disable", "DATABASE_PORT": str(free_port())}
         hello, function = [str(bench.binaries / "hello")], [str(bench.binaries / "login-etl")]
         python = [str(bench.peers_python), str(paths.ROOT / "benches" / "peers" / "cold.py")]
@@ -66,10 +86,11 @@ def measure(bench: Bench) -> dict:
             "secrets-tls": (function, deployed | refused),
             "plain": (function, deployed | {"DATABASE_TLS": "disable"}),
             "login-etl": (function, deployed),
-            FEWER_ROOTS: (function, deployed | {"SSL_CERT_FILE": str(authority)}),
+            ALL_ROOTS: (function, {name: value for name, value in deployed.items() if name != "SSL_CERT_FILE"}),
+            "login-etl-iam": (function, deployed | by_token),
             "login-etl-localstack": (function, environment),
             "python-hello": ([*python, "--hello"], environment),
-            "python": (python, deployed),
+            "python": (python, of_python | {"AWS_ENDPOINT_URL": https.endpoint}),
             "python-localstack": (python, environment),
         }
         rounds = QUICK_ROUNDS if bench.quick else ROUNDS
@@ -114,6 +135,13 @@ def trust(authority: Path, directory: Path) -> dict[str, str]:
     return {"SSL_CERT_DIR": str(directory), "AWS_CA_BUNDLE": str(bundle)}
 
 
+def amazon_and(authority: Path, directory: Path) -> Path:
+    """A file of the roots that are built in for AWS's endpoints, and our authority."""
+    file = directory / "amazon-and-ours.pem"
+    file.write_text((ROOTS / "amazon.pem").read_text() + authority.read_text())
+    return file
+
+
 def asked_for_password(port: int, database: str) -> int:
     """The ns from opening a connection to PostgreSQL's question for the password, which a new process of the server's asks."""
     parameters = f"user\0{DATABASE_USER}\0database\0{database}\0\0".encode()
@@ -138,6 +166,7 @@ def text(result: dict, all_results: dict) -> str:
     times = {name: {figure: [ns / 1e6 for ns in samples] for figure, samples in one.items()} for name, one in result["times"].items()}
     whole, hello, python = (times[name]["ns"] for name in ("login-etl", "hello", "python"))
     to_hello, to_python = ratios(whole, hello), ratios(whole, python)
+    by_token = ratios(times["login-etl-iam"]["ns"], hello)
     starts = [
         (SHOWN[name], spread(times[name]["ns"]), spread(ratios(times[name]["ns"], hello)), spread(times[name]["cpu_ns"])) for name in SHOWN
     ]
@@ -147,7 +176,7 @@ def text(result: dict, all_results: dict) -> str:
         gained = {figure: differences(times[name][figure], times[before][figure]) for figure in ("ns", "cpu_ns")}
         steps.append((STEPS[name], spread(gained["ns"], "{:.1f}"), spread(gained["cpu_ns"], "{:.1f}")))
     steps.append(("all of it, as measured", spread(whole), spread(times["login-etl"]["cpu_ns"])))
-    roots = {figure: differences(times["login-etl"][figure], times[FEWER_ROOTS][figure]) for figure in ("ns", "cpu_ns")}
+    roots = {figure: differences(times[ALL_ROOTS][figure], times["login-etl"][figure]) for figure in ("ns", "cpu_ns")}
     ms = {name: statistics.median(result[name]) / 1e6 for name in ("secret_ns", "session_ns", "scram_ns")}
     return f"""\
 What a new environment takes until it can handle its first event, as far as it is the function's own: from the process's start to its
@@ -159,6 +188,7 @@ cache. {result["rounds"]} rounds.
 
 {bars([
     ("cold start, × hello world in Rust", "≤ 8", spread(to_hello, "{:.1f}"), statistics.median(to_hello) <= 8),
+    ("cold start by a token, × hello world in Rust", "≤ 7", spread(by_token, "{:.1f}"), statistics.median(by_token) <= 7),
     ("cold start, of Python's with the same duties", "≤ 1/15", spread([1 / ratio for ratio in to_python], "1/{:.1f}"),
      statistics.median(to_python) <= 1 / 15),
 ])}
@@ -174,8 +204,8 @@ What each millisecond is for, by starts that each do one thing more than the one
 
 In the session with the database, the server starts a process of its own, which takes {ms["session_ns"]:.1f} ms until it asks for the
 password; salting that password in {SCRAM_ROUNDS:,} rounds, as SCRAM has the client do, takes {ms["scram_ns"]:.1f} ms in OpenSSL; then the
-server sets the session up. Reading the machine's roots is part of the SDK's client, and of TLS to the database if that reads them, too:
-with `SSL_CERT_FILE` naming a file of one root, the start is {spread(roots["ns"], "{:.1f}")} ms shorter,
+server sets the session up. The machine's roots are not read: the function has those of AWS built in, and the template keeps OpenSSL from reading
+all others (`SSL_CERT_FILE=/dev/null`). Where OpenSSL reads them, the start is {spread(roots["ns"], "{:.1f}")} ms longer,
 {spread(roots["cpu_ns"], "{:.1f}")} ms of them CPU."""
 
 

@@ -11,6 +11,7 @@ use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurat
 use login_etl::{
     config::{self, Config, SignIn},
     mapping::{Column, Field, Mapping, quoted},
+    roots,
     secrets::{Credentials, Secrets},
     sign_in,
     store::{Connection, Connector, Trial},
@@ -76,7 +77,7 @@ fn shown(file: Option<&Path>) -> String {
 impl Settings {
     /// Asks CloudFormation and Lambda, if a stack is named.
     pub async fn new(global: Global) -> Result<Self, Failure> {
-        let aws = config::sdk_config().await;
+        let aws = config::sdk_config(roots::of_system()).await;
         let declared = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
         let (mapping, schema) = (declared.clone(), String::new());
         let mut settings = Self { global, stack: HashMap::new(), aws, declared, mapping, schema };

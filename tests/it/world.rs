@@ -14,6 +14,7 @@ use login_etl::{
     keyring::Keyring,
     mapping::Mapping,
     redelivery::Redelivery,
+    roots,
     runtime::Event,
     secrets::{FreshKeyring, Secrets},
     store::{Store, StoreError},
@@ -136,7 +137,7 @@ impl World {
 
     pub async fn try_handler(&self) -> Result<Handler, StoreError> {
         let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
-        let sdk_config = config::sdk_config().await;
+        let sdk_config = config::sdk_config(roots::of_system()).await;
         let secrets = Secrets::new(&sdk_config);
         let mapping = Mapping::load(config.mapping_file).unwrap();
         let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);

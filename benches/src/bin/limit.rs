@@ -38,7 +38,7 @@ impl<T: Read + Write> Stream for T {}
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let secrets = aws_sdk_secretsmanager::Client::new(&config::sdk_config().await);
+    let secrets = aws_sdk_secretsmanager::Client::new(&config::sdk_config(login_etl::roots::for_aws()).await);
     let secret = async |id: &str| -> Result<String, Box<dyn Error>> {
         let secret = secrets.get_secret_value().secret_id(std::env::var(id)?).send().await?;
         Ok(secret.secret_string.unwrap_or_default())

@@ -18,6 +18,7 @@ use login_etl::{
     mapping::Mapping,
     metrics,
     redelivery::Redelivery,
+    roots,
     runtime::Event,
     secrets::{FreshKeyring, Secrets},
     store::Store,
@@ -38,7 +39,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         _ => None,
     };
     let config = Config::from_variables(|name| std::env::var(name).ok())?;
-    let sdk_config = config::sdk_config().await;
+    let sdk_config = config::sdk_config(roots::for_aws()).await;
     let secrets = Secrets::new(&sdk_config);
     let mapping = Mapping::load(config.mapping_file)?;
     let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);

@@ -119,17 +119,13 @@ def backlog(scene: Scene) -> None:
 
 
 def healthy(scene: Scene) -> None:
-    """An afternoon on which little happens: the password is rotated, and one message is not valid."""
+    """An afternoon on which little happens: the password is rotated."""
     for minute in range(26):
         scene.traffic.rate = RATE * (1.4 + math.sin(minute / 4))
         if minute == 8:
             scene.rotate_password()
-        if minute == 24:
-            scene.traffic.send([False])
         scene.play(0)
     scene.look()
-    scene.wait_for_dead()
-    scene.ask("dlq purge --yes")
     scene.recover()
 
 

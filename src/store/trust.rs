@@ -1,17 +1,11 @@
-//! The roots that a server's certificate is held against. Those of AWS are built in: RDS Proxy has a certificate that leads to one of
-//! Amazon's public roots, RDS and Aurora one of their region's own.
+//! The roots that a server's certificate is held against.
 
 use std::{fmt, fs, path::PathBuf};
 
 use native_tls::{Certificate, Protocol, TlsConnector};
 
 use super::StoreError;
-use crate::config::Roots;
-
-/// Amazon Trust Services' roots.
-const AMAZON: &str = include_str!("roots/amazon.pem");
-/// RDS's roots of all regions, each below a line with its name.
-const RDS: &str = include_str!("roots/rds.pem");
+use crate::{config::Roots, roots};
 
 /// The roots for one host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +21,9 @@ impl Trusted {
         let host = host.trim_end_matches('.').to_ascii_lowercase();
         let is_aws = [".amazonaws.com", ".amazonaws.com.cn"].iter().any(|domain| host.ends_with(domain));
         match roots {
-            Roots::Aws if is_aws => Self::Aws(regions().find(|region| host.split('.').any(|label| label == *region))),
+            Roots::Aws if is_aws => {
+                Self::Aws(roots::regions().find(|region| host.split('.').any(|label| label == *region)))
+            }
             Roots::Aws | Roots::System => Self::System,
             Roots::File(path) => Self::File(path.clone()),
         }
@@ -41,8 +37,10 @@ impl Trusted {
         let mut builder = TlsConnector::builder();
         builder.min_protocol_version(Some(Protocol::Tlsv12));
         let pem = match self {
-            Self::System => None,
-            Self::Aws(region) => Some(format!("{AMAZON}{}", region.map(of_region).unwrap_or_default()).into_bytes()),
+            Self::System => roots::hidden_system(),
+            Self::Aws(region) => {
+                Some(format!("{}{}", roots::AMAZON, region.map(roots::of_region).unwrap_or_default()).into_bytes())
+            }
             Self::File(path) => Some(fs::read(path).map_err(|error| self.unusable(error.kind().to_string()))?),
         };
         if let Some(pem) = pem {
@@ -77,22 +75,6 @@ impl fmt::Display for Trusted {
     }
 }
 
-/// Region and text of each of RDS's roots.
-fn rds() -> impl Iterator<Item = (&'static str, &'static str)> {
-    RDS.split_inclusive("-----END CERTIFICATE-----\n").filter_map(|root| {
-        let name = root.strip_prefix("Amazon RDS ")?;
-        Some((name.split(' ').next()?, root))
-    })
-}
-
-fn regions() -> impl Iterator<Item = &'static str> {
-    rds().map(|(region, _)| region)
-}
-
-fn of_region(region: &str) -> String {
-    rds().filter(|(of, _)| *of == region).map(|(_, root)| root).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,8 +100,7 @@ mod tests {
 
     #[test]
     fn the_roots_that_are_built_in_can_be_used() {
-        for region in regions() {
-            assert_eq!(of_region(region).matches("BEGIN").count(), 3, "{region}");
+        for region in roots::regions() {
             Trusted::Aws(Some(region)).connector().unwrap();
         }
     }

@@ -133,6 +133,7 @@ async fn handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, Stri
 
 async fn make_handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, Error> {
     let config = read_config()?;
+    roots::of_bundle()?;
     let mapping = Mapping::load(config.mapping_file)?;
     let secrets = Secrets::new(sdk_config);
     let connected_store = async {

@@ -1,9 +1,13 @@
 //! The roots of AWS, which are built in: reading all of a machine's takes longer than anything else in a cold start. AWS's endpoints and
 //! RDS Proxy have certificates that lead to Amazon's public roots, RDS and Aurora to their region's own.
 
-use std::{env, fs};
+use std::{env, fs, path::PathBuf};
 
 use aws_smithy_http_client::tls::TrustStore;
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject},
+};
 
 /// Amazon Trust Services' roots.
 pub(crate) const AMAZON: &str = include_str!("roots/amazon.pem");
@@ -38,15 +42,45 @@ pub(crate) fn hidden_system() -> Option<Vec<u8>> {
     OF_SYSTEM.iter().find_map(|file| fs::read(file).ok())
 }
 
-/// The roots for AWS's own endpoints: those of `AWS_CA_BUNDLE`, if that is set; else Amazon's, where AWS's usual regions use them; else the
-/// system's.
+/// `AWS_CA_BUNDLE` cannot be used. The operator's fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot use AWS_CA_BUNDLE {path:?}: {reason}")]
+pub struct BundleError {
+    path: PathBuf,
+    reason: String,
+}
+
+/// The roots of `AWS_CA_BUNDLE`, if that is set.
+///
+/// # Errors
+/// [`BundleError`], when there is none in it, or one that cannot be used.
+pub fn of_bundle() -> Result<Option<Vec<u8>>, BundleError> {
+    let Some(path) = env::var_os("AWS_CA_BUNDLE").filter(|file| !file.is_empty()).map(PathBuf::from) else {
+        return Ok(None);
+    };
+    let unusable = |reason: String| BundleError { path: path.clone(), reason };
+    let pem = fs::read(&path).map_err(|error| unusable(error.kind().to_string()))?;
+    // The SDK's client panics at one that it cannot use.
+    let mut roots = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(&pem) {
+        let added =
+            root.map_err(|error| error.to_string()).and_then(|root| roots.add(root).map_err(|error| error.to_string()));
+        added.map_err(unusable)?;
+    }
+    if roots.is_empty() { Err(unusable("no certificate in it".to_owned())) } else { Ok(Some(pem)) }
+}
+
+/// The roots for AWS's own endpoints: those of `AWS_CA_BUNDLE`, if that can be used; else Amazon's, where the endpoints are those of one of
+/// AWS's usual regions; else the system's.
 pub fn for_aws() -> TrustStore {
-    let of_file = env::var_os("AWS_CA_BUNDLE").filter(|file| !file.is_empty()).and_then(|file| fs::read(file).ok());
-    let usual = |region: String| !["cn-", "us-gov-", "us-iso", "eu-iso"].iter().any(|other| region.starts_with(other));
-    match (of_file, env::var("AWS_REGION").is_ok_and(usual), hidden_system()) {
-        (Some(roots), ..) | (None, false, Some(roots)) => TrustStore::empty().with_pem_certificate(roots),
-        (None, true, _) => TrustStore::empty().with_pem_certificate(AMAZON),
-        (None, false, None) => TrustStore::default(),
+    let is_other = |region: &str| ["cn-", "us-gov-", "us-iso", "eu-iso"].iter().any(|other| region.starts_with(other));
+    let is_usual = env::var("AWS_REGION").is_ok_and(|region| !is_other(&region))
+        && !env::vars_os().any(|(name, _)| name.to_string_lossy().starts_with("AWS_ENDPOINT_URL"));
+    match (of_bundle(), hidden_system()) {
+        (Ok(Some(roots)), _) => TrustStore::empty().with_pem_certificate(roots),
+        _ if is_usual => TrustStore::empty().with_pem_certificate(AMAZON),
+        (_, Some(roots)) => TrustStore::empty().with_pem_certificate(roots),
+        (_, None) => TrustStore::default(),
     }
 }
 

@@ -18,10 +18,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::{
-    config::host_and_port,
-    keyring::{Keyring, KeyringError, Mask},
-};
+use crate::keyring::{Keyring, KeyringError, Mask};
 
 /// Reads secrets, with the SDK's own retries.
 #[derive(Clone, Debug)]
@@ -62,14 +59,6 @@ pub enum SecretError {
         /// The name or ARN.
         id: String,
     },
-    /// Its host cannot be one.
-    #[error(
-        "the \"host\" of the secret {id:?} is no host: a name or an address, with nothing but a port behind it, and not another than \"port\" is"
-    )]
-    Host {
-        /// The name or ARN.
-        id: String,
-    },
 }
 
 fn hint(code: &str) -> &'static str {
@@ -80,7 +69,8 @@ fn hint(code: &str) -> &'static str {
         "ResourceNotFoundException" => ": no secret of that name in this account and region, or it has no value yet",
         "DecryptionFailure" => ": allow the function's role kms:Decrypt on the secret's key",
         "TimeoutError" | "DispatchFailure" => {
-            ": Secrets Manager was not reached; a function in a VPC needs a NAT gateway or a VPC endpoint for it"
+            ": Secrets Manager was not reached, or its certificate is not of a root that is trusted; a function in a VPC needs a NAT gateway or \
+             a VPC endpoint for it"
         }
         _ => "",
     }
@@ -128,21 +118,6 @@ impl Credentials {
         Self { password: token, is_token: true, ..Self::new(username, String::new()) }
     }
 
-    /// A host that says its port, too; `None` where it is no host, or `port` says another.
-    fn with_host_taken_apart(mut self) -> Option<Self> {
-        // Templates leave empty what they do not know.
-        if let Some(text) = self.host.take().filter(|host| !host.trim().is_empty()) {
-            let (host, port) = host_and_port(&text)?;
-            if port.is_some() && self.port.is_some() && port != self.port {
-                return None;
-            }
-            self.host = Some(host);
-            self.port = self.port.or(port);
-        }
-        self.dbname = self.dbname.filter(|name| !name.is_empty());
-        Some(self)
-    }
-
     /// The same user, where `other` says that the database is.
     pub fn at(self, other: &Self) -> Self {
         Self { host: other.host.clone(), port: other.port, dbname: other.dbname.clone(), ..self }
@@ -187,9 +162,7 @@ impl Secrets {
     /// [`SecretError`], when the secret cannot be read or holds no credentials.
     pub async fn credentials(&self, id: &str) -> Result<Credentials, SecretError> {
         let text = self.text(id).await?;
-        let credentials: Credentials =
-            serde_json::from_str(&text).map_err(|_| SecretError::Credentials { id: id.to_owned() })?;
-        credentials.with_host_taken_apart().ok_or_else(|| SecretError::Host { id: id.to_owned() })
+        serde_json::from_str(&text).map_err(|_| SecretError::Credentials { id: id.to_owned() })
     }
 
     async fn text(&self, id: &str) -> Result<Zeroizing<String>, SecretError> {

@@ -35,6 +35,9 @@ pub enum TokenError {
     /// There is no AWS identity to sign in with.
     #[error("no AWS credentials to sign in to the database with: {0}")]
     NoCredentials(String),
+    /// A token would go over the network in clear.
+    #[error("a token needs TLS: remove DATABASE_TLS=disable")]
+    InClear,
     /// The host or the user cannot stand in a token.
     #[error("cannot sign in to the database: {0}")]
     Unsigned(String),

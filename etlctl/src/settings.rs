@@ -214,10 +214,18 @@ impl Settings {
 
     /// A token for a user of the database, signed with the AWS identity of who asks.
     async fn token(&self, connector: &Connector, user: String) -> Result<Credentials, Failure> {
-        let user = Credentials::new(user, String::new());
+        let user = self.located(connector, Credentials::new(user, String::new())).await?;
         let (host, port) = (connector.host(&user)?, connector.port(&user));
-        let token = sign_in::token(&self.aws, host, port, user.username()).await;
-        token.map_err(|error| failed(error.to_string()))
+        let token = sign_in::token(&self.aws, &host, port, user.username()).await;
+        Ok(token.map_err(|error| failed(error.to_string()))?.at(&user))
+    }
+
+    /// A user, where the function's secret says that the database is, if nothing else does.
+    async fn located(&self, connector: &Connector, user: Credentials) -> Result<Credentials, Failure> {
+        match self.get("DATABASE_SECRET_ID") {
+            Some(id) if connector.host(&user).is_err() => Ok(user.at(&self.secrets().credentials(&id).await?)),
+            _ => Ok(user),
+        }
     }
 
     /// The function's credentials, or why they cannot be had.
@@ -230,21 +238,22 @@ impl Settings {
 
     /// Who uses this tool: a user of the database's of their own, and where that is.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
+        let by_flag = |variable| self.global.settings.contains_key(variable);
+        let by_secret = by_flag("ETLCTL_DATABASE_SECRET_ID");
         match self.get("DATABASE_AUTH").as_deref() {
-            Some("iam") => {
+            Some("iam") if !by_secret || by_flag("DATABASE_AUTH") => {
                 let user = self.get("DATABASE_USER");
                 let user =
                     user.ok_or_else(|| failed("set DATABASE_USER (--database-user), who has a token for a password"))?;
                 return self.token(connector, user).await;
             }
-            None | Some("password") => {}
+            None | Some("password" | "iam") => {}
             Some(_) => {
                 return Err(Failure::Usage("--database-auth is password or iam (for more, try --help)".to_owned()));
             }
         }
-        let by_flag = self.global.settings.contains_key("ETLCTL_DATABASE_SECRET_ID");
-        let user = self.get("DATABASE_USER").filter(|_| !by_flag);
-        let mut credentials = if let Some(user) = user {
+        let user = self.get("DATABASE_USER").filter(|_| !by_secret);
+        let credentials = if let Some(user) = user {
             let password = self.get(PASSWORD).ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
             Credentials::new(user, password)
         } else if let Some(id) = self.get("ETLCTL_DATABASE_SECRET_ID") {
@@ -256,12 +265,7 @@ impl Settings {
                  \"username\" and \"password\", or DATABASE_USER and DATABASE_PASSWORD. The function's user may only insert",
             ));
         };
-        if connector.host(&credentials).is_err()
-            && let Some(id) = self.get("DATABASE_SECRET_ID")
-        {
-            credentials = credentials.at(&self.secrets().credentials(&id).await?);
-        }
-        Ok(credentials)
+        self.located(connector, credentials).await
     }
 
     /// What tries rows as the function's user, by its own credentials.

@@ -72,8 +72,8 @@ def page(amazon: dict[str, x509.Certificate], rds: dict[str, x509.Certificate]) 
     return f"""# The roots of AWS that are built in
 
 With `DATABASE_CA=aws`, the default, the certificate of a database at AWS is held against these roots: Amazon's, to which RDS Proxy's
-certificates lead, and those of RDS in the region that the host's name has. RDS has roots of its own in AWS GovCloud and in China, which are not
-here: there, set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
+certificates lead, and those of RDS in the region that the host's name has. For a region that is not in the table, as those of AWS GovCloud and
+China, the system's roots are used; RDS has others there: set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
 
 `./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without those that have expired, and writes this page.
 A workflow asks each week whether that package has a newer version.

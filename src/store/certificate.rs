@@ -18,6 +18,9 @@ use super::error::DatabaseError;
 /// The protocol's request to go on in TLS: its length, and a number that is no version.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
+/// A certificate may have hundreds.
+const MOST_NAMES: usize = 10;
+
 /// Shakes hands with a server, and no more.
 pub(super) async fn shown(
     tls: TlsConnector,
@@ -53,7 +56,10 @@ pub(super) async fn names(host: &str, address: Option<IpAddr>, port: u16) -> Vec
     let Ok(tls) = builder.build() else { return Vec::new() };
     let Ok(certificate) = shown(tls, host, address, port).await else { return Vec::new() };
     let names = certificate.tbs_certificate().get_extension::<SubjectAltName>().ok().flatten();
-    names.map_or_else(Vec::new, |(_, names)| names.0.iter().filter_map(text).collect())
+    let names: Vec<_> = names.map_or_else(Vec::new, |(_, names)| names.0.iter().filter_map(text).collect());
+    let is_plain = |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"*_.:-".contains(&byte));
+    // Nobody vouches for them.
+    names.into_iter().filter(is_plain).take(MOST_NAMES).collect()
 }
 
 fn text(name: &GeneralName) -> Option<String> {

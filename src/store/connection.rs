@@ -19,8 +19,9 @@ use x509_cert::Certificate;
 
 use super::{DatabaseError, StoreError, batch::Statements, certificate, sql::Sql, trust::Trusted};
 use crate::{
-    config::{DatabaseConfig, Roots, Tls},
+    config::{DatabaseConfig, Roots, Tls, host_and_port},
     secrets::Credentials,
+    sign_in::TokenError,
 };
 
 /// After a pause this long, the environment may have been frozen and the connection be gone without a word.
@@ -170,19 +171,33 @@ impl Connector {
     /// The host to connect to, of the settings or else of the secret.
     ///
     /// # Errors
-    /// [`StoreError::NoHost`]. The operator's fault.
-    pub fn host<'a>(&'a self, credentials: &'a Credentials) -> Result<&'a str, StoreError> {
-        self.config.host.as_deref().or(credentials.host.as_deref()).ok_or(StoreError::NoHost)
+    /// [`StoreError::NoHost`] and [`StoreError::SecretHost`]. The operator's fault.
+    pub fn host(&self, credentials: &Credentials) -> Result<String, StoreError> {
+        let of_secret = self.of_secret(credentials)?.map(|(host, _)| host);
+        self.config.host.clone().or(of_secret).ok_or(StoreError::NoHost)
+    }
+
+    /// Host and port of the secret, where its host is the one that is used.
+    fn of_secret(&self, credentials: &Credentials) -> Result<Option<(String, Option<u16>)>, StoreError> {
+        let text = credentials.host.as_deref().filter(|host| self.config.host.is_none() && !host.trim().is_empty());
+        let Some(text) = text else { return Ok(None) };
+        match host_and_port(text) {
+            Some((_, Some(port))) if credentials.port.is_some_and(|other| other != port) => Err(StoreError::SecretHost),
+            Some(place) => Ok(Some(place)),
+            None => Err(StoreError::SecretHost),
+        }
     }
 
     /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
     pub fn port(&self, credentials: &Credentials) -> u16 {
-        self.config.port.or(credentials.port).unwrap_or(5432)
+        let of_host = || self.of_secret(credentials).ok().flatten().and_then(|(_, port)| port);
+        self.config.port.or(credentials.port).or_else(of_host).unwrap_or(5432)
     }
 
     /// The database to connect to, of the settings, or of the secret, or `postgres`.
     pub fn name<'a>(&'a self, credentials: &'a Credentials) -> &'a str {
-        self.config.name.as_deref().or(credentials.dbname.as_deref()).unwrap_or("postgres")
+        let of_secret = credentials.dbname.as_deref().filter(|name| !name.is_empty());
+        self.config.name.as_deref().or(of_secret).unwrap_or("postgres")
     }
 
     /// Opens a connection.
@@ -190,10 +205,13 @@ impl Connector {
     /// # Errors
     /// [`StoreError`], when the server is not reached, or lets nobody in.
     pub async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
+        if credentials.is_token() && self.config.tls == Tls::Disable {
+            return Err(TokenError::InClear.into());
+        }
         let host = self.host(credentials)?;
         let mut config = Config::new();
         config
-            .host(host)
+            .host(&host)
             .port(self.port(credentials))
             .dbname(self.name(credentials))
             .user(&credentials.username)
@@ -203,7 +221,7 @@ impl Connector {
         if let Some(address) = self.config.hostaddr {
             config.hostaddr(address);
         }
-        let tls = self.tls(host)?;
+        let tls = self.tls(&host)?;
         let opening = async {
             match tls {
                 Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls)).await,
@@ -224,8 +242,8 @@ impl Connector {
     /// As [`connect`](Self::connect).
     pub async fn certificate(&self, credentials: &Credentials) -> Result<Option<Certificate>, StoreError> {
         let host = self.host(credentials)?;
-        let Some(tls) = self.tls(host)? else { return Ok(None) };
-        let asking = certificate::shown(tls, host, self.config.hostaddr, self.port(credentials));
+        let Some(tls) = self.tls(&host)? else { return Ok(None) };
+        let asking = certificate::shown(tls, &host, self.config.hostaddr, self.port(credentials));
         match timeout(self.config.connect_timeout, asking).await {
             Ok(Ok(certificate)) => Ok(Some(certificate)),
             Ok(Err(error)) => Err(self.explain(error, credentials).await),
@@ -239,12 +257,12 @@ impl Connector {
         if error.refuses_credentials() {
             return StoreError::refused(error, credentials, self.config.tls == Tls::Disable);
         }
-        match self.trusted(host) {
+        match self.trusted(&host) {
             Some(trusted) if error.is_about_the_root() => StoreError::Untrusted { roots: trusted.to_string() },
             Some(_) if error.is_about_the_name() => {
-                let asking = certificate::names(host, self.config.hostaddr, self.port(credentials));
+                let asking = certificate::names(&host, self.config.hostaddr, self.port(credentials));
                 let names = timeout(self.config.connect_timeout, asking).await.unwrap_or_default();
-                StoreError::OtherName { host: host.to_owned(), names }
+                StoreError::OtherName { host: host.clone(), names }
             }
             _ => StoreError::Connect(error),
         }

@@ -19,6 +19,11 @@ pub enum StoreError {
     /// Nobody says where the database is.
     #[error("no database host: set DATABASE_HOST, or put \"host\" into the database secret")]
     NoHost,
+    /// The secret's host cannot be one.
+    #[error(
+        "the \"host\" of the database secret is no host: a name or an address, with nothing but a port behind it, and not another than \"port\" is"
+    )]
+    SecretHost,
     /// The file of trusted roots cannot be used.
     #[error("cannot use DATABASE_CA {path:?}: {reason}")]
     CaFile {
@@ -81,7 +86,7 @@ impl StoreError {
     pub fn error_type(&self) -> &'static str {
         match self {
             Self::Secret(_) => "Secret",
-            Self::NoHost | Self::CaFile { .. } | Self::Tls(_) => "Configuration",
+            Self::NoHost | Self::SecretHost | Self::CaFile { .. } | Self::Tls(_) => "Configuration",
             Self::ConnectTimeout => "DatabaseUnavailable",
             Self::Deadline => "Deadline",
             Self::Refused { .. } | Self::Token(_) => "DatabaseCredentials",
@@ -101,12 +106,17 @@ impl StoreError {
                 "does the server demand TLS? Remove DATABASE_TLS=disable; or check the user in the database secret"
                     .to_owned()
             }
+            (false, "28000") => {
+                "check username and password in the database secret; of a user who is of rds_iam, it takes tokens alone (DATABASE_AUTH=iam)".to_owned()
+            }
             (false, _) => "check username and password in the database secret".to_owned(),
             // A user who is not of rds_iam is asked for a password: https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.DBAccounts.html
-            (true, "28P01") => format!("it takes the token for a password: grant rds_iam to {user:?}"),
+            (true, "28P01") => {
+                format!("it takes the token for a password: grant rds_iam to {user:?}, or have the proxy ask for tokens (IAMAuth=REQUIRED)")
+            }
             (true, _) => format!(
                 "it refuses the token: allow the AWS identity rds-db:connect as {user:?} on this database, name the database \
-                 by its own endpoint, and see that this machine's clock is right"
+                 by its own endpoint and port, and see that this machine's clock is right"
             ),
         };
         Self::Refused { error, advice }
@@ -212,8 +222,14 @@ impl DatabaseError {
 
     pub(super) fn of_io(error: &io::Error) -> Self {
         // The standard library has no kind for it.
-        let is_unknown_host = error.to_string().starts_with("failed to lookup address");
-        Self::of(Cause::Lost(if is_unknown_host { UNKNOWN_HOST.to_owned() } else { error.kind().to_string() }))
+        let text = error.to_string();
+        let unknown = ["Name or service not known", "No address associated", "nodename nor servname"];
+        let kind = match text.starts_with("failed to lookup address") {
+            true if unknown.iter().any(|words| text.contains(words)) => UNKNOWN_HOST.to_owned(),
+            true => "its host's name cannot be looked up at the moment".to_owned(),
+            false => error.kind().to_string(),
+        };
+        Self::of(Cause::Lost(kind))
     }
 
     pub(super) fn of_tls(error: &dyn fmt::Display) -> Self {

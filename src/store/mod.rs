@@ -384,7 +384,7 @@ impl Session {
     async fn connect_once(&self) -> Result<Connection, StoreError> {
         let known = self.signer.known();
         let (host, port) = (self.connector.host(known)?, self.connector.port(known));
-        self.connector.connect(&self.signer.credentials(host, port).await?).await
+        self.connector.connect(&self.signer.credentials(&host, port).await?).await
     }
 }
 

@@ -10,8 +10,8 @@ use crate::{config::Roots, roots};
 /// The roots for one host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trusted {
-    /// Amazon's, and those of RDS in this region, if the host names one.
-    Aws(Option<&'static str>),
+    /// Amazon's, and those of RDS in this region.
+    Aws(&'static str),
     System,
     File(PathBuf),
 }
@@ -20,10 +20,10 @@ impl Trusted {
     pub(super) fn of(roots: &Roots, host: &str) -> Self {
         let host = host.trim_end_matches('.').to_ascii_lowercase();
         let is_aws = [".amazonaws.com", ".amazonaws.com.cn"].iter().any(|domain| host.ends_with(domain));
+        let of_region = || roots::regions().find(|region| host.split('.').any(|label| label == *region));
         match roots {
-            Roots::Aws if is_aws => {
-                Self::Aws(roots::regions().find(|region| host.split('.').any(|label| label == *region)))
-            }
+            // RDS has regions whose roots are not built in.
+            Roots::Aws if is_aws => of_region().map_or(Self::System, Self::Aws),
             Roots::Aws | Roots::System => Self::System,
             Roots::File(path) => Self::File(path.clone()),
         }
@@ -38,9 +38,7 @@ impl Trusted {
         builder.min_protocol_version(Some(Protocol::Tlsv12));
         let pem = match self {
             Self::System => roots::hidden_system(),
-            Self::Aws(region) => {
-                Some(format!("{}{}", roots::AMAZON, region.map(roots::of_region).unwrap_or_default()).into_bytes())
-            }
+            Self::Aws(region) => Some(format!("{}{}", roots::AMAZON, roots::of_region(region)).into_bytes()),
             Self::File(path) => Some(fs::read(path).map_err(|error| self.unusable(error.kind().to_string()))?),
         };
         if let Some(pem) = pem {
@@ -67,8 +65,7 @@ impl Trusted {
 impl fmt::Display for Trusted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Aws(Some(region)) => write!(f, "Amazon's, and those of RDS in {region}"),
-            Self::Aws(None) => f.write_str("Amazon's"),
+            Self::Aws(region) => write!(f, "Amazon's, and those of RDS in {region}"),
             Self::System => f.write_str("the system's"),
             Self::File(path) => write!(f, "those of {}", path.display()),
         }
@@ -81,14 +78,13 @@ mod tests {
 
     #[test]
     fn a_host_says_whose_roots_are_trusted() {
-        let aws = |region| Trusted::Aws(region);
+        let aws = Trusted::Aws;
         for (host, trusted) in [
-            ("db.abc.eu-west-1.rds.amazonaws.com", aws(Some("eu-west-1"))),
-            ("DB.cluster-abc.US-EAST-1.rds.amazonaws.com.", aws(Some("us-east-1"))),
-            ("p.proxy-abc.ap-southeast-2.rds.amazonaws.com", aws(Some("ap-southeast-2"))),
-            // RDS has roots there that are not built in.
-            ("db.abc.us-gov-west-1.rds.amazonaws.com", aws(None)),
-            ("db.abc.rds.cn-north-1.amazonaws.com.cn", aws(None)),
+            ("db.abc.eu-west-1.rds.amazonaws.com", aws("eu-west-1")),
+            ("DB.cluster-abc.US-EAST-1.rds.amazonaws.com.", aws("us-east-1")),
+            ("p.proxy-abc.ap-southeast-2.rds.amazonaws.com", aws("ap-southeast-2")),
+            ("db.abc.us-gov-west-1.rds.amazonaws.com", Trusted::System),
+            ("db.abc.rds.cn-north-1.amazonaws.com.cn", Trusted::System),
             ("db.example.com", Trusted::System),
             ("eu-west-1.rds.amazonaws.com.example.com", Trusted::System),
             ("10.0.0.1", Trusted::System),
@@ -101,7 +97,7 @@ mod tests {
     #[test]
     fn the_roots_that_are_built_in_can_be_used() {
         for region in roots::regions() {
-            Trusted::Aws(Some(region)).connector().unwrap();
+            Trusted::Aws(region).connector().unwrap();
         }
     }
 }

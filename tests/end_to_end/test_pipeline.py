@@ -174,6 +174,7 @@ def test_an_environment_with_a_wrong_setting_says_why(stack):
             ({"DATABASE_TLS": "prefer"}, "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
             ({"MASKING_SECRET_ID": "gone"}, 'cannot read the secret "gone" (ResourceNotFoundException)'),
             ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}, f'cannot read the secret "{right["MASKING_SECRET_ID"]}" (TimeoutError)'),
+            ({"AWS_CA_BUNDLE": "/gone.pem"}, 'cannot use AWS_CA_BUNDLE "/gone.pem": entity not found'),
             ({"DATABASE_CA": "/gone.pem"}, 'cannot use DATABASE_CA "/gone.pem": entity not found'),
         ]:
             configure(right | wrong)

@@ -413,5 +413,9 @@ def test_an_operator_signs_in_with_a_token_of_their_own(world, servers):
         refused = world.run("migrate", "--check", *its)
         assert (refused.returncode, refused.stdout) == (3, "")
         assert f'grant rds_iam to "{user}"' in refused.stderr
+        in_clear = world.run("migrate", "--check", *its, "--database-tls", "disable")
+        assert (in_clear.returncode, in_clear.stdout) == (3, "")
+        assert "a token needs TLS" in in_clear.stderr
+        assert len(tokens.verdicts) == 1
     assert world.run("migrate", "--check", "--database-auth", "token").returncode == 2
     assert "--database-user" in world.run("migrate", "--check", "--database-auth", "iam").stderr

@@ -52,7 +52,8 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     checks.area = "function's database user";
     // What is wrong with the secret itself is said elsewhere.
     let Ok(function) = settings.function_credentials(&connector).await else { return };
-    let rights = rights(settings, &function, client, checks).await;
+    let host = connector.host(&function).unwrap_or_default();
+    let rights = rights(settings, &host, &function, client, checks).await;
     if checks.have(rights) == Some(true) {
         let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
         let connected = connect(&connector, &function).await;
@@ -210,6 +211,7 @@ async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pip
 /// Returns whether it may log in at all.
 async fn rights(
     settings: &Settings,
+    host: &str,
     function: &Credentials,
     client: &Client,
     checks: &mut Checks,
@@ -288,11 +290,13 @@ async fn rights(
         "select exists (select from pg_auth_members where roleid = to_regrole('rds_iam') and member = to_regrole($1))";
     let of_iam: bool =
         client.query_one(of_iam, &[&quoted(user)]).await.map_err(sql("look at its way to sign in"))?.get(0);
-    match (function.is_token(), of_iam) {
+    // A proxy signs in to the database with a secret, whatever it asks of its own clients.
+    let is_behind_proxy = host.split('.').any(|label| label.starts_with("proxy-"));
+    match (function.is_token() && !is_behind_proxy, of_iam) {
         (true, false) => checks.add(
             State::Wrong,
             format!("{user:?} is not of rds_iam: the server takes a token of it for a password"),
-            "`etlctl migrate --iam`",
+            format!("grant rds_iam to {user}"),
         ),
         (false, true) => checks.add(
             State::Wrong,

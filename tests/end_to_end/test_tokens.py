@@ -74,7 +74,8 @@ def test_after_twenty_minutes_a_new_connection_has_a_new_token(settings, servers
     clock = tmp_path / "clock"
     clock.write_text("-1200")
     tokens.clock = lambda: time.time() + int(clock.read_text())
-    settings |= {"LD_PRELOAD": str(tmp_path / "clock.so"), "CLOCK_FILE": str(clock)}
+    # A path in LD_PRELOAD would end at a space.
+    settings |= {"LD_PRELOAD": "clock.so", "LD_LIBRARY_PATH": str(tmp_path), "CLOCK_FILE": str(clock)}
     with environment(settings, tmp_path / "log") as api:
         assert load(api) == ("response", {"batchItemFailures": []})
         clock.write_text("0")

@@ -45,8 +45,9 @@ def hidden() -> list[Path]:
     # Some containers run under a number that has no name, nor a home.
     with contextlib.suppress(KeyError):
         home = Path(pwd.getpwuid(os.getuid()).pw_dir)
-    home = home.resolve()
-    return [path for path in (home, Path("/tmp"), Path("/var/tmp"), Path("/var/lib")) if path != Path("/") and path.is_dir()]
+    places = [path for path in (home.resolve(), Path("/tmp"), Path("/var/tmp"), Path("/var/lib")) if path != Path("/") and path.is_dir()]
+    # What is in another one is hidden with it.
+    return [place for place in places if not any(place != other and place.is_relative_to(other) for other in places)]
 
 
 def kept() -> list[Path]:

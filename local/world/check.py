@@ -31,12 +31,13 @@ ROWS = (
     ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
     ("workflows", "template", "executor", "fresh"),
     ("deployed", "soak"),
+    ("deployments",),
     ("function",),
     ("etlctl",),
     ("incidents",),
 )
 NEEDS = {
-    "build function": {"fresh", "deployed", "etlctl", "soak", "incidents"},
+    "build function": {"fresh", "deployed", "deployments", "etlctl", "soak", "incidents"},
     "build programs": {"function", "deployed", "etlctl", "incidents"},
 }
 BUILDS = {"build function": partial(build.function, quiet=True), "build programs": partial(build.programs, quiet=True, nice=NICE_PROGRAMS)}
@@ -243,9 +244,15 @@ def check_function() -> None:
 
 
 def check_deployed() -> str | None:
-    """The deployed stack: messages through it, changes to it, what it logs and measures."""
-    on_stack("deployed", WORLD, "tests/end_to_end", "tests/packaging")
+    """The deployed stack: messages through it, what it logs and measures."""
+    on_stack("deployed", WORLD, "tests/end_to_end", "tests/packaging", "--ignore", "tests/end_to_end/test_deployment.py")
     return None if pgbouncer.program() else f"the function behind a pooler: {pgbouncer.MISSING}"
+
+
+def check_deployments() -> None:
+    """Stacks of every kind, and changes to them, on servers of their own: they wait for CloudFormation most of the time."""
+    with Servers(paths.DEPLOYMENTS_WORLD):
+        pytest("deployments", "tests/end_to_end/test_deployment.py", LOGIN_ETL_WORLD=str(paths.DEPLOYMENTS_WORLD))
 
 
 def check_etlctl() -> None:

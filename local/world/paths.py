@@ -17,9 +17,10 @@ INCIDENTS_WORLD = LOCAL / "incidents"
 BENCH_WORLD = LOCAL / "bench"
 # Of the checks that have servers of their own, as they run beside others.
 FUNCTION_WORLD = LOCAL / "test-function"
+DEPLOYMENTS_WORLD = LOCAL / "test-deployments"
 ETLCTL_WORLD = LOCAL / "test-etlctl"
 FRESH_WORLD = LOCAL / "test-fresh"
-WORLDS = (WORLD, TEST_WORLD, SOAK_WORLD, ROTATION_WORLD, INCIDENTS_WORLD, BENCH_WORLD, FUNCTION_WORLD, ETLCTL_WORLD, FRESH_WORLD)
+WORLDS = (WORLD, TEST_WORLD, SOAK_WORLD, ROTATION_WORLD, INCIDENTS_WORLD, BENCH_WORLD, FUNCTION_WORLD, DEPLOYMENTS_WORLD, ETLCTL_WORLD, FRESH_WORLD)
 # What the other contenders and the plots need.
 BENCH_VENV = LOCAL / "bench-venv"
 # The function as it is deployed, and as the demo has it.

@@ -27,27 +27,6 @@ pub struct Config {
     pub mapping_file: Option<PathBuf>,
 }
 
-/// The host, and the port if there is one, of a text such as `db`, `db:5433`, `10.0.0.1` or `[::1]:5433`. `None` where it is something else,
-/// such as a URL or a list.
-pub(crate) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
-    let text = text.trim();
-    if text.parse::<IpAddr>().is_ok() {
-        return Some((text.to_owned(), None));
-    }
-    if let Ok(address) = text.parse::<SocketAddr>() {
-        return Some((address.ip().to_string(), Some(address.port())));
-    }
-    let (host, port) = match text.split_once(':') {
-        None => (text, None),
-        Some((host, port)) => (host, Some(port.parse().ok().filter(|port| *port > 0)?)),
-    };
-    let is_name = |host: &str| {
-        host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-            && !host.trim_matches('.').is_empty()
-    };
-    is_name(host).then(|| (host.to_owned(), port))
-}
-
 /// Where the database is, and who signs in; what is `None` here comes from the credentials' secret.
 #[derive(Clone, Debug)]
 pub struct DatabaseConfig {
@@ -235,6 +214,27 @@ impl Config {
             mapping_file: optional("MAPPING_FILE").map(PathBuf::from),
         })
     }
+}
+
+/// The host, and the port if there is one, of a text such as `db`, `db:5433`, `10.0.0.1` or `[::1]:5433`. `None` where it is something else,
+/// such as a URL or a list.
+pub(crate) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
+    let text = text.trim();
+    if text.parse::<IpAddr>().is_ok() {
+        return Some((text.to_owned(), None));
+    }
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Some((address.ip().to_string(), Some(address.port())));
+    }
+    let (host, port) = match text.split_once(':') {
+        None => (text, None),
+        Some((host, port)) => (host, Some(port.parse().ok().filter(|port| *port > 0)?)),
+    };
+    let is_name = |host: &str| {
+        host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && !host.trim_matches('.').is_empty()
+    };
+    is_name(host).then(|| (host.to_owned(), port))
 }
 
 const SDK_TIMEOUT: Duration = Duration::from_secs(7);

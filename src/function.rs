@@ -51,7 +51,7 @@ impl Function {
     pub async fn start() -> Self {
         let until = Instant::now() + INIT_TIME;
         let sdk_config = config::sdk_config(roots::for_aws()).await;
-        let handler = handler(&sdk_config, until).await;
+        let handler = make_handler_until(&sdk_config, until).await;
         let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).map(Arc::new);
         let outage_delay = read_config().map_or(config::OUTAGE_DELAY, |config| config.outage_delay);
         let redelivery = Redelivery::new(sdk_config.clone(), outage_delay);
@@ -124,7 +124,7 @@ fn read_config() -> Result<Config, config::ConfigError> {
 }
 
 /// All that a handler needs, or what is wrong with it.
-async fn handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, String> {
+async fn make_handler_until(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, String> {
     match timeout_at(until, make_handler(sdk_config, until)).await {
         Ok(made) => made.map_err(|error| error.to_string()),
         Err(_) => Err("no answer in time: are Secrets Manager and the database in reach?".to_owned()),

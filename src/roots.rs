@@ -35,8 +35,8 @@ pub(crate) fn of_region(region: &str) -> String {
     rds().filter(|(of, _)| *of == region).map(|(_, root)| root).collect()
 }
 
-/// The system's roots where they are hidden from OpenSSL: with `SSL_CERT_FILE=/dev/null`, which the template sets, it does not read
-/// what is not asked for.
+/// The system's roots, where OpenSSL itself does not see them: the template sets `SSL_CERT_FILE=/dev/null`, so that it does not read all
+/// of them at every start.
 pub(crate) fn hidden_system() -> Option<Vec<u8>> {
     env::var_os("SSL_CERT_FILE").filter(|file| file == "/dev/null")?;
     OF_SYSTEM.iter().find_map(|file| fs::read(file).ok())
@@ -53,14 +53,14 @@ pub struct BundleError {
 /// The roots of `AWS_CA_BUNDLE`, if that is set.
 ///
 /// # Errors
-/// [`BundleError`], when there is none in it, or one that cannot be used.
+/// [`BundleError`], when the file cannot be read, has no certificate, or has one that cannot be used.
 pub fn of_bundle() -> Result<Option<Vec<u8>>, BundleError> {
     let Some(path) = env::var_os("AWS_CA_BUNDLE").filter(|file| !file.is_empty()).map(PathBuf::from) else {
         return Ok(None);
     };
     let unusable = |reason: String| BundleError { path: path.clone(), reason };
     let pem = fs::read(&path).map_err(|error| unusable(error.kind().to_string()))?;
-    // The SDK's client panics at one that it cannot use.
+    // The SDK's client panics at a certificate that it cannot use.
     let mut roots = RootCertStore::empty();
     for root in CertificateDer::pem_slice_iter(&pem) {
         let added =

@@ -44,8 +44,6 @@ STEPS = {
     "login-etl": "TLS to the database",
 }
 ALL_ROOTS = "login-etl-all-roots"
-
-
 TOKEN_USER = "bench_token"
 
 

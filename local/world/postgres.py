@@ -193,7 +193,7 @@ class Postgres:
             (self.directory / file).unlink(missing_ok=True)
 
     def ask_first(self, rule: str | None) -> None:
-        """Puts a line before those of the data's pg_hba.conf, in the place of one that was put there before."""
+        """Makes `rule` the first line of pg_hba.conf; the next call replaces it, and None removes it."""
         mark = "# put first"
         file = self._data / "pg_hba.conf"
         lines = [line for line in file.read_text().splitlines() if mark not in line]

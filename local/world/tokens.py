@@ -30,6 +30,8 @@ LIFE_SECONDS = 900
 PARAMETERS = {"DatabaseAuth": "iam", "DatabaseResourceId": "db-LOCAL", "DatabaseSecretArn": ""}
 # https://www.rfc-editor.org/rfc/rfc4511: resultCode
 SUCCESS, INVALID_CREDENTIALS = 0, 49
+# botocore's clock, which is the whole process's, is set by one thread at a time.
+CLOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,6 @@ class Tokens:
 
 def parameters(token: str) -> dict[str, str]:
     return {name: value for name, [value] in parse_qs(urlsplit(f"https://{token}").query).items()}
-
-
-CLOCK = threading.Lock()
 
 
 def made(identity: Identity, host: str, port: int, user: str, signed: datetime.datetime) -> str:

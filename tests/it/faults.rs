@@ -123,16 +123,27 @@ async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_g
     let handler = world.handler().await;
     let all: Value = serde_json::from_str(&event(0, bodies(0..400))).unwrap();
     let mut messages = all["Records"].as_array().unwrap().clone();
-    for _ in 0..3 {
+    let mut progress = 0;
+    // A busy machine can let a delivery's time pass before its first statement. Such a batch fails, and comes back.
+    for _ in 0..10 {
         let before = messages.len();
         let event = json!({"Records": messages}).to_string();
-        let answer = invoke_within(&handler, &event, Duration::from_secs(2)).await.unwrap();
-        let failed = failed(&answer);
-        messages.retain(|message| failed.contains(&message["messageId"].as_str().unwrap()));
-        assert!(messages.len() < before, "{before} messages, and none is written");
+        match invoke_within(&handler, &event, Duration::from_secs(2)).await {
+            Ok(answer) => {
+                let failed = failed(&answer);
+                messages.retain(|message| failed.contains(&message["messageId"].as_str().unwrap()));
+                assert!(messages.len() < before, "{before} messages, and none is written");
+                progress += 1;
+            }
+            Err(error) => assert_eq!(error.error_type(), "Deadline", "{error}"),
+        }
         // What was under way at the end may have been written, too.
         assert!(world.count("user_logins").await >= 400 - messages.len() as i64);
+        if progress == 3 {
+            return;
+        }
     }
+    panic!("only {progress} of ten deliveries got further");
 }
 
 #[tokio::test]

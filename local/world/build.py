@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from world import command, paths
 
-# Tests wait for servers more than they compute, and some would fail for want of time: what compiles gives way to them.
-NICE_PROGRAMS = 5
 # The development profile without debug information and symbols, built by this machine's compiler: ready in a third of the time.
 QUICK = {
     "SAM_BUILD_MODE": "debug",
@@ -71,36 +69,21 @@ class TestProgram(NamedTuple):
 
 
 @cache
-def messages() -> list[dict]:
-    """Builds all programs, tests and benchmarks of the workspace, checks them with clippy and rustdoc, and gives what cargo says of it.
-
-    It is all one build with one set of features, as another set would compile the AWS SDK again.
-    """
-    words = ("cargo", "build", "--workspace", "--bins", "--tests", "--benches", "--locked")
-    settings = environment() | {"RUSTC_WORKSPACE_WRAPPER": str(Path(__file__).with_name("rustc"))}
+def programs(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
+    """Builds etlctl and all tests of the product with one set of features, as another one would compile the AWS SDK again; gives the tests."""
+    words = ("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--tests", "--locked")
     # A build from nothing is sooner done without what makes the next one quicker; on a fresh machine of CI there is no next one.
-    settings |= {"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {}
-    command.run(*words, what="Building programs and tests", log=paths.LOGS / "build-programs.log", environment=settings, quiet=True, nice=NICE_PROGRAMS)
-    # Asked again, with nothing left to build, cargo repeats its warnings, and says where the programs are.
+    settings = environment() | ({"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {})
+    command.run(*words, what="Building etlctl and the tests", log=paths.LOGS / "build-programs.log", environment=settings, quiet=quiet, nice=nice)
+    # Asked again, with nothing left to build, cargo says where the programs are.
     words += ("--message-format", "json")
     output = command.run(*words, what="Finding the tests", log=paths.LOGS / "built-programs.log", environment=settings, quiet=True)
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-
-
-def tests() -> list[TestProgram]:
-    """The tests of the product."""
+    messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return [
         TestProgram(f"{message['target']['name']}-{message['target']['kind'][0]}", Path(message["executable"]), Path(message["manifest_path"]).parent)
-        for message in messages()
-        if message.get("executable") and message["profile"]["test"] and message["target"]["kind"] != ["bench"]
+        for message in messages
+        if message.get("executable") and message["profile"]["test"]
     ]
-
-
-def warnings() -> list[str]:
-    """What rustc, clippy and rustdoc have against the sources."""
-    found = [message["message"] for message in messages() if message["reason"] == "compiler-message"]
-    # The last of a crate counts those before it.
-    return list(dict.fromkeys(message["rendered"] for message in found if message["spans"]))
 
 
 def crates() -> int:

@@ -21,10 +21,14 @@ from world.servers import Servers, alone
 
 WORLD = paths.TEST_WORLD
 TICK_SECONDS = 60
+# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them. Most tests wait
+# for the function, and then for the programs; nothing waits for the rest.
+NICE = 15
+NICE_PROGRAMS = 5
 # Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
 ROWS = (
     ("build function",),
-    ("build programs", "format", "lints", "instructions", "fuzz", "dependencies"),
+    ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
     ("workflows", "template", "executor", "fresh"),
     ("deployed", "soak"),
     ("deployments",),
@@ -34,9 +38,9 @@ ROWS = (
 )
 NEEDS = {
     "build function": {"fresh", "deployed", "deployments", "etlctl", "soak", "incidents"},
-    "build programs": {"lints", "function", "deployed", "etlctl", "incidents"},
+    "build programs": {"function", "deployed", "etlctl", "incidents"},
 }
-BUILDS = {"build function": partial(build.function, quiet=True), "build programs": build.messages}
+BUILDS = {"build function": partial(build.function, quiet=True), "build programs": partial(build.programs, quiet=True, nice=NICE_PROGRAMS)}
 
 
 class Run:
@@ -167,15 +171,13 @@ def check_format() -> None:
     quietly("format", "cargo", "fmt", "--all", "--check")
 
 
-def check_lints() -> str | None:
-    """What the compiler, clippy and rustdoc warn of."""
-    if warnings := build.warnings():
-        raise CommandFailed("\n".join(warnings))
-    try:
-        quietly("lints", "cargo", "clippy", "--version")
-    except CommandFailed:
-        return "clippy is not here (rustup component add clippy)"
-    return None
+def check_clippy() -> None:
+    quietly("clippy", "cargo", "clippy", "--workspace", "--all-targets", "--locked", "--", "--deny", "warnings", nice=NICE)
+
+
+def check_docs() -> None:
+    words = ("cargo", "doc", "--workspace", "--no-deps", "--document-private-items", "--locked")
+    quietly("docs", *words, nice=NICE, RUSTDOCFLAGS="--deny warnings")
 
 
 def check_dependencies() -> str | None:
@@ -232,7 +234,8 @@ def check_function() -> None:
     """The library's tests on a PostgreSQL and a LocalStack of their own: as usual, and by `COPY` as behind a pooler."""
     with Servers(paths.FUNCTION_WORLD) as servers:
         environment = {"PYTHON": sys.executable, **servers.environment()}
-        tests = build.tests()
+        # The answer of the build that was waited for. Cargo itself would wait for what it builds for another check.
+        tests = BUILDS["build programs"]()
         for test in tests:
             quietly(f"function-{test.name}", test.program, directory=test.directory, **environment)
         [it] = [test for test in tests if test.name == "it-test"]

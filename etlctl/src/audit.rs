@@ -16,7 +16,7 @@ const MASKS_MAX: usize = 1000;
 /// What is recorded of a recovery.
 #[derive(Debug)]
 pub struct Record<'a> {
-    /// `recover` or `reveal`.
+    /// `recover`, `reveal` or `export`.
     pub action: &'static str,
     /// Why, as the person says.
     pub reason: &'a str,
@@ -70,7 +70,7 @@ pub async fn write(client: &mut Client, settings: &Settings, record: &Record<'_>
 }
 
 /// Who runs this: the AWS identity, which AWS vouches for, and the user and host, which nobody does.
-async fn operator(aws: &SdkConfig) -> String {
+pub async fn operator(aws: &SdkConfig) -> String {
     let identity = aws_sdk_sts::Client::new(aws).get_caller_identity().send().await;
     let arn = identity.ok().and_then(|identity| identity.arn).unwrap_or_else(|| "unknown to AWS".to_owned());
     let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());

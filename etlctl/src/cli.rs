@@ -181,6 +181,19 @@ Examples:
   etlctl recover --reason '…' --csv logins.csv --output recovered.csv
   etlctl recover --reason '…' --query 'select * from user_logins limit 9'")]
     Recover(Recover),
+    /// A person's data: find it, export it, erase it
+    ///
+    /// The person is a value of the mapping's subject, or of any masked field: it is masked under every key of the ring. Read
+    /// from standard input, a value stays out of the shell's history and the list of processes.
+    #[command(after_help = "\
+Examples:
+  etlctl subject find alice --stack login-etl
+  etlctl subject export - --reason 'Request 7' --output alice.jsonl < user.txt
+  etlctl subject erase 199.172.111.135 --field ip --reason 'Request 7'")]
+    Subject {
+        #[command(subcommand)]
+        command: Subject,
+    },
     /// The keyring: its keys, and rows from one key to the next
     ///
     /// A rotation, while messages flow: `add` makes a key, `activate` has new rows masked under it, `remask` brings the
@@ -314,6 +327,61 @@ pub struct Recover {
     /// Do not ask, however many values it is
     #[arg(long)]
     pub yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Who {
+    /// The value that the person is known by, or `-` to read it from standard input
+    pub value: String,
+    /// The field that the value is of: the subject, if not given, or a masked field
+    #[arg(long, value_name = "NAME")]
+    pub field: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Subject {
+    /// Find the person's rows
+    ///
+    /// Nothing is decrypted. Needs the role login_etl_operator.
+    Find {
+        #[command(flatten)]
+        who: Who,
+        /// Most rows to show, the latest first
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+        limit: u32,
+    },
+    /// Write all rows of the person to a new file, as JSON Lines
+    ///
+    /// With --reason, masked fields are recovered, which is recorded in etl_audit before the file has anything in it. Only you
+    /// can read the file. Needs the role login_etl_operator.
+    Export {
+        #[command(flatten)]
+        who: Who,
+        /// The file, which must not be there yet
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// Recover masked fields, for this reason: a ticket, a request
+        #[arg(long)]
+        reason: Option<String>,
+    },
+    /// Erase the person's rows and dead messages, on record
+    ///
+    /// Without --yes, it counts and changes nothing. Rows go in batches, each in one transaction with its record in etl_audit:
+    /// who, when, why and how many, never the value. It can be killed at any point and run again. The ledger keeps its keys, so
+    /// no redelivery brings a row back. Needs the role login_etl_privacy.
+    Erase {
+        #[command(flatten)]
+        who: Who,
+        /// Why: a ticket, a request. It is recorded, so do not name the person
+        #[arg(long)]
+        reason: String,
+        /// Erase, instead of counting
+        #[arg(long)]
+        yes: bool,
+        /// Most rows a transaction
+        #[arg(long, value_name = "N", default_value = "5000")]
+        batch: NonZeroU32,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,10 +1,11 @@
 //! From a value to its masks, and to the rows that have one of them.
 
-use std::{collections::BTreeSet, io};
+use std::{borrow::Cow, collections::BTreeSet, io};
 
+use jiff::civil::Date;
 use login_etl::{
     keyring::{Keyring, Mask},
-    mapping::{Field, quoted},
+    mapping::{Column, Field, quoted},
 };
 use serde_json::{Value, json};
 use tokio_postgres::types::{ToSql, Type};
@@ -38,35 +39,61 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
     Ok(Reply::new(text, json.collect()))
 }
 
+/// A person, or whoever shares a value: the rows that have one of `values` in a column.
+pub struct Person<'a> {
+    pub column: &'a Column,
+    pub field: &'a Field,
+    /// As it was given, and in the field's one spelling.
+    pub spellings: Vec<Zeroizing<String>>,
+    /// What the column has: masks, or the spellings.
+    pub values: Vec<String>,
+}
+
+impl<'a> Person<'a> {
+    /// The person with a value in a field: the mapping's subject, if none is named, or a masked one. `given` may be `-`.
+    pub async fn new(settings: &'a Settings, field: Option<&str>, given: &str) -> Result<Self, Failure> {
+        let (column, field) = settings.person_field(field)?;
+        let given = value(given)?;
+        let values = if field.masked.is_some() {
+            let keyring = settings.keyring().await?;
+            let masks = masks(&keyring, field, &given)?;
+            // Rows from before values were normalized have the mask of the spelling that was sent.
+            let as_given = keyring.mask_under_all(field.masked.unwrap_or(Mask::Recoverable), &field.path, &given);
+            let as_given = as_given.iter().map(|(_, masked)| masked.as_str().to_owned());
+            masks.into_iter().map(|(_, masked)| masked).chain(as_given).collect()
+        } else {
+            BTreeSet::from([given.to_string(), normalized(field, &given)?.into_owned()])
+        };
+        let spelling = Zeroizing::new(normalized(field, &given)?.into_owned());
+        Ok(Self { column, field, spellings: vec![given, spelling], values: values.into_iter().collect() })
+    }
+
+    /// The condition that a row is theirs, of the column's type; `$1` is [`values`](Self::values).
+    pub fn condition(&self) -> String {
+        format!("{} = any ($1::text[]::{}[])", quoted(&self.column.name), self.column.column_type.name())
+    }
+}
+
 pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Failure> {
     let (name, given) = match (&options.short, &options.field, &options.value) {
         (Some((field, value)), ..) | (None, Some(field), Some(value)) => (field, value),
         _ => return Err(Failure::Usage("give --field and --value".to_owned())),
     };
+    settings.masked_field(name)?;
+    rows(settings, &Person::new(settings, Some(name), given).await?, options.since, options.limit).await
+}
+
+/// The latest rows of a person, and how many there are.
+pub async fn rows(settings: &Settings, person: &Person<'_>, since: Option<Date>, limit: u32) -> Result<Reply, Failure> {
     let mapping = &settings.mapping;
-    let (column, field) = settings.masked_field(name)?;
-    let value = value(given)?;
-    let keyring = settings.keyring().await?;
-    let masks = masks(&keyring, field, &value)?;
-    // Rows from before values were normalized have the mask of the spelling that was sent.
-    let as_given = keyring.mask_under_all(field.masked.unwrap_or(Mask::Recoverable), &field.path, &value);
-    let masks: BTreeSet<&str> = masks
-        .iter()
-        .map(|(_, masked)| masked.as_str())
-        .chain(as_given.iter().map(|(_, masked)| masked.as_str()))
-        .collect();
-    let masks: Vec<&str> = masks.into_iter().collect();
-    let since = options.since.map(|day| day.to_string());
+    let since = since.map(|day| day.to_string());
     let day = mapping.day().map(|day| quoted(&day.name));
     if day.is_none() && since.is_some() {
         return Err(Failure::Usage("no column of the mapping has a row's day, which --since asks for".to_owned()));
     }
     let since_day = day.as_ref().map_or("true".to_owned(), |day| format!("{day} >= $2::text::date"));
-    let matching = format!(
-        "from {} where {} = any($1) and ($2::text is null or {since_day})",
-        mapping.table(),
-        quoted(&column.name)
-    );
+    let matching =
+        format!("from {} where {} and ($2::text is null or {since_day})", mapping.table(), person.condition());
     // Without such a column, nothing is counted or sorted by it.
     let day = day.unwrap_or("null::date".to_owned());
     let subject = mapping.subject().map_or("null".to_owned(), |subject| quoted(&subject.name));
@@ -75,9 +102,9 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     let _spinner = spinner("Looking for rows");
     let query =
         format!("select row_to_json(row)::text from (select * {matching} order by {day} desc nulls last limit $3) row");
-    let limit = i64::from(options.limit);
+    let limit = i64::from(limit);
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
-        [(&masks, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
+        [(&person.values, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
     let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
     let rows: Vec<Value> = rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
     let counted = format!("select count(*), count(distinct {subject}), min({day})::text, max({day})::text {matching}");
@@ -99,7 +126,10 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     if row_count > limit {
         text += &format!("{FAINT}The latest {limit} are shown; --limit shows more.{FAINT:#}\n");
     }
-    let json = json!({"row_count": row_count, "subject_count": subject_count, "first_day": days.0, "last_day": days.1, "masks": masks, "rows": rows});
+    let mut json = json!({"row_count": row_count, "subject_count": subject_count, "first_day": days.0, "last_day": days.1, "rows": rows});
+    if person.field.masked.is_some() {
+        json["masks"] = json!(person.values);
+    }
     Ok(Reply::new(text, json))
 }
 
@@ -120,7 +150,7 @@ fn cell(value: &Value) -> String {
 
 /// The masks of a value, each under a key of the ring.
 fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, String)>, Failure> {
-    let value = field.normalized(given).map_err(|fault| failed(format!("the value {fault}, so no row has it")))?;
+    let value = normalized(field, given)?;
     let way = field.masked.unwrap_or(Mask::Recoverable);
     let masks = keyring.mask_under_all(way, &field.path, &value);
     if masks.is_empty() && way == Mask::OneWay {
@@ -130,6 +160,10 @@ fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, S
         return Err(failed("the value is too long to be masked, so no row has it"));
     }
     Ok(masks.into_iter().map(|(id, masked)| (id.to_owned(), masked.as_str().to_owned())).collect())
+}
+
+fn normalized<'v>(field: &Field, given: &'v str) -> Result<Cow<'v, str>, Failure> {
+    field.normalized(given).map_err(|fault| failed(format!("the value {fault}, so no row has it")))
 }
 
 /// The value given, or the first line of standard input.

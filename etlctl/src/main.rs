@@ -9,6 +9,7 @@
 //! doctor    is all of it set up right?         recover  masks to values, behind the audit
 //! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
 //! mapping   which fields become which columns  dlq      the dead letters
+//! subject   a person's rows: found, exported, erased
 //! ```
 //!
 //! A command returns its [`Reply`] and prints nothing itself, so whatever it has to write down first,
@@ -27,6 +28,7 @@ mod output;
 mod recover;
 mod settings;
 mod status;
+mod subject;
 
 use std::{io::Write, process::ExitCode};
 
@@ -67,6 +69,7 @@ async fn run(cli: Cli) -> Result<Reply, Failure> {
         Command::Mask(options) => find::mask(&settings, &options).await,
         Command::Find(options) => find::find(&settings, &options).await,
         Command::Recover(options) => recover::run(&settings, &options, json).await,
+        Command::Subject { command } => subject::run(&settings, &command).await,
         Command::Keys { command } => keys::run(&settings, &command).await,
         Command::Dlq { command } => dlq::run(&settings, &command).await,
         Command::Status(options) => status::run(&settings, &options, json).await,

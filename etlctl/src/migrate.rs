@@ -14,10 +14,11 @@ use crate::{
 };
 
 /// What every mapping needs of `schema/`, in order. The mapping's table comes after.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 4] = [
     ("001_ledger", include_str!("../../schema/001_ledger.sql")),
     ("002_roles", include_str!("../../schema/002_roles.sql")),
     ("003_audit", include_str!("../../schema/003_audit.sql")),
+    ("004_privacy", include_str!("../../schema/004_privacy.sql")),
 ];
 /// What may be recorded besides: by versions from before there were mappings. The files above begin with what those left.
 const BEFORE_THE_MAPPING: [&str; 6] =
@@ -142,10 +143,11 @@ async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure
     let what = || format!("apply {}", migration.name);
     let transaction = client.transaction().await.map_err(sql(what()))?;
     if let Err(error) = transaction.batch_execute(&migration.text).await {
-        let may_not = error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) && migration.name == FILES[1].0;
+        let makes_roles = [FILES[1].0, FILES[3].0].contains(&&*migration.name);
+        let may_not = error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) && makes_roles;
         return Err(match may_not {
             true => failed(
-                "your database user may not make the roles login_etl and login_etl_operator (SQLSTATE 42501): run `etlctl migrate` as the \
+                "your database user may not make the roles login_etl, login_etl_operator and login_etl_privacy (SQLSTATE 42501): run `etlctl migrate` as the \
                  tables' owner with the right to make roles (`alter role NAME createrole`), or as a superuser; on RDS, as the master user",
             ),
             false => sql(what())(error),

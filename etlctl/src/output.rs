@@ -186,6 +186,7 @@ pub fn sql_reason(error: &tokio_postgres::Error) -> String {
     let hint = match code {
         "42P01" => "; is the schema applied? `etlctl migrate` does it",
         "42501" => "; your database user needs the role login_etl_operator, and `etlctl migrate` the tables' owner",
+        "42883" => "; is the schema up to date? `etlctl migrate` brings it there",
         _ => "",
     };
     format!("{} (SQLSTATE {}){hint}", answer.message(), code)

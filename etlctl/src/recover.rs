@@ -264,7 +264,7 @@ fn one_line(value: &str) -> String {
 }
 
 /// A file that was not there, for its owner alone.
-fn create(path: &Path) -> Result<File, Failure> {
+pub fn create(path: &Path) -> Result<File, Failure> {
     let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     created.map_err(|error| failed(format!("cannot create {}: {error}", path.display())))
 }

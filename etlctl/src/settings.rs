@@ -10,7 +10,7 @@ use aws_config::SdkConfig;
 use aws_sdk_lambda::operation::get_function_configuration::GetFunctionConfigurationOutput;
 use login_etl::{
     config::{self, Config, SignIn},
-    mapping::{Column, Field, Mapping, quoted},
+    mapping::{Column, Field, Mapping, Source, quoted},
     roots,
     secrets::{Credentials, Secrets},
     sign_in,
@@ -182,6 +182,24 @@ impl Settings {
                 names.join(", ")
             ))
         })
+    }
+
+    /// The column by which a person is found: the subject's, if no field is named, or a masked field's.
+    pub fn person_field(&self, name: Option<&str>) -> Result<(&Column, &Field), Failure> {
+        let subject = self.mapping.subject().and_then(|column| match &column.source {
+            Source::Field(field) => Some((column, field)),
+            Source::Envelope(_) => None,
+        });
+        match (name, subject) {
+            (None, Some(subject)) => Ok(subject),
+            (None, None) => Err(Failure::Usage(
+                "no column of the mapping says `subject = true`: name a masked field with --field".to_owned(),
+            )),
+            (Some(name), Some((column, field))) if *field.path == *name || *field.path == name.replace('-', "_") => {
+                Ok((column, field))
+            }
+            (Some(name), _) => self.masked_field(name),
+        }
     }
 
     /// Reads secrets.

@@ -19,6 +19,8 @@ const NAME_MAX: usize = 63;
 const SYSTEM_COLUMNS: [&str; 6] = ["tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"];
 /// PostgreSQL's limit on a `varchar`.
 const LENGTH_MAX: usize = 10_485_760;
+/// A hundred years.
+const RETENTION_DAYS_MAX: u32 = 36_500;
 /// PostgreSQL's limit on a table's columns.
 const COLUMNS_MAX: usize = 1_600;
 
@@ -45,6 +47,7 @@ impl MappingError {
 struct File {
     table: Spanned<String>,
     unwrap: Option<Unwrap>,
+    retention_days: Option<Spanned<u32>>,
     #[serde(default)]
     column: Vec<ColumnText>,
 }
@@ -102,8 +105,9 @@ impl Mapping {
                         "each column begins with [[column]], in double brackets".to_owned()
                     }
                     message
-                        if message.starts_with("unknown field `unwrap`")
-                            || message.starts_with("unknown field `table`") =>
+                        if ["unwrap", "table", "retention_days"]
+                            .iter()
+                            .any(|key| message.starts_with(&format!("unknown field `{key}`"))) =>
                     {
                         "this goes to the top, before the first [[column]]".to_owned()
                     }
@@ -148,14 +152,23 @@ fn validated(file: File) -> Result<Mapping, Broken> {
         }
         columns.push(column);
     }
-    let mapping = Mapping { table, unwrap: file.unwrap, columns, fields };
+    let retention_days = file.retention_days.as_ref().map(|days| *days.get_ref());
+    let mapping = Mapping { table, unwrap: file.unwrap, retention_days, columns, fields };
+    if let Some(days) = &file.retention_days {
+        if !(1..=RETENTION_DAYS_MAX).contains(days.get_ref()) {
+            return broken(days.span(), format!("`retention_days` is from 1 to {RETENTION_DAYS_MAX}"));
+        }
+        if mapping.day().is_none() {
+            return broken(days.span(), "`retention_days` goes by a row's day: there is no column of type \"date\"");
+        }
+    }
     keeps_masked_fields_masked(&mapping, &file.column)?;
     masks_a_field_in_one_way(&mapping, &file.column)?;
     Ok(mapping)
 }
 
 /// Tables that every mapping shares.
-const RESERVED: [&str; 3] = ["etl_ledger", "etl_audit", "login_etl_migrations"];
+const RESERVED: [&str; 4] = ["etl_ledger", "etl_audit", "etl_maintenance", "login_etl_migrations"];
 
 fn table(text: &Spanned<String>) -> Result<Table, Broken> {
     let parts: Vec<_> = text.get_ref().split('.').collect();

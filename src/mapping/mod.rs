@@ -14,6 +14,7 @@ use std::{borrow::Cow, fmt, path::PathBuf, sync::Arc, time::SystemTime};
 
 use bytes::BytesMut;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use self::body::{Fields, Value};
 pub use self::{
@@ -33,6 +34,7 @@ const BUILT_IN: &str = include_str!("../../mapping.toml");
 pub struct Mapping {
     table: Table,
     unwrap: Option<Unwrap>,
+    retention_days: Option<u32>,
     columns: Vec<Column>,
     fields: Fields,
 }
@@ -237,6 +239,11 @@ impl Mapping {
         self.unwrap
     }
 
+    /// After how many days rows are deleted, by their [`day`](Self::day). `None` keeps them.
+    pub fn retention_days(&self) -> Option<u32> {
+        self.retention_days
+    }
+
     /// The columns that are masked, each with the field whose mask it has.
     pub fn masked(&self) -> impl Iterator<Item = (&Column, &Field)> {
         self.columns.iter().filter_map(|column| match &column.source {
@@ -370,6 +377,21 @@ impl Table {
     /// Its name as the mapping has it.
     pub fn plain(&self) -> String {
         self.schema.iter().chain([&self.name]).map(String::as_str).collect::<Vec<_>>().join(".")
+    }
+}
+
+impl Table {
+    /// The name of what belongs to the table, such as an index, in the table's schema. PostgreSQL would cut a long name; a digest
+    /// of it takes the place of its end.
+    pub fn beside(&self, suffix: &str) -> Self {
+        const MAX: usize = 63;
+        let mut name = format!("{}_{suffix}", self.name);
+        if name.len() > MAX {
+            let digest = hex::encode(&Sha256::digest(&name)[..4]);
+            let end = (0..=MAX - 9).rev().find(|end| name.is_char_boundary(*end)).unwrap_or_default();
+            name = format!("{}_{digest}", &name[..end]);
+        }
+        Self { schema: self.schema.clone(), name }
     }
 }
 

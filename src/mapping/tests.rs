@@ -334,6 +334,8 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
         (plain("").replace("[[column]]", "[column]"), (2, 1), "in double brackets"),
         (plain("unwrap = \"sns\""), (7, 1), "before the first [[column]]"),
         (plain("").replace("\"t\"", "\"etl_ledger\""), (1, 9), "of the pipeline's own"),
+        (plain("").replace("\n[[", "\nretention_days = 0\n[["), (2, 18), "from 1 to 36500"),
+        (plain("").replace("\n[[", "\nretention_days = 30\n[["), (2, 18), "no column of type \"date\""),
         ("table = \"a.b.c\"\n[[column]]\nname = \"c\"".to_owned(), (1, 9), "a table is its name"),
         (plain("oops = 1"), (7, 1), "unknown field `oops`"),
         (plain("").replace("keep = \"plain\"\n", ""), (3, 8), "does not say `keep"),

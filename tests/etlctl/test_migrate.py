@@ -267,7 +267,7 @@ def test_the_table_of_another_mapping_is_made_and_follows_its_changes(empty_worl
     assert empty_world.json("migrate", "--mapping", mapping) == {"applied": names}
     with empty_world.connect() as database:
         tables = "select oid::regclass::text from pg_class where relkind = 'r' and relnamespace in ('public'::regnamespace, 'app'::regnamespace)"
-        assert {name for (name,) in database.execute(tables)} == {"app.visits", "etl_ledger", "etl_audit", "login_etl_migrations"}
+        assert {name for (name,) in database.execute(tables)} == {"app.visits", "etl_ledger", "etl_audit", "etl_maintenance", "login_etl_migrations"}
     mapping.write_text(mapping.read_text().replace("max_length = 32\n", "max_length = 64\n", 1))
     refused = empty_world.run("migrate", "--mapping", mapping)
     assert (refused.returncode, "the table app.visits does not fit: its column device_type" in refused.stderr) == (3, True)

@@ -1,5 +1,6 @@
 //! The dead-letter queue: what died, why, and back again.
 
+mod person;
 mod redrive;
 
 use std::{
@@ -22,6 +23,7 @@ use login_etl::{
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+pub use self::person::Theirs;
 use crate::{
     audit,
     cli::Dlq,
@@ -88,7 +90,8 @@ impl Dead {
     }
 }
 
-struct Queue<'a> {
+/// The dead-letter queue.
+pub struct Queue<'a> {
     settings: &'a Settings,
     client: Client,
     url: String,
@@ -99,7 +102,7 @@ struct Queue<'a> {
 }
 
 impl<'a> Queue<'a> {
-    async fn new(settings: &'a Settings) -> Result<Self, Failure> {
+    pub async fn new(settings: &'a Settings) -> Result<Self, Failure> {
         let client = Client::new(&settings.aws);
         let url = settings.require("DLQ_URL")?;
         let names = [
@@ -117,11 +120,21 @@ impl<'a> Queue<'a> {
         Ok(Self { settings, url, depth, hidden, arn: attribute(QueueAttributeName::QueueArn), client })
     }
 
-    /// Reads messages, up to `limit` of them, and hides them for so many seconds. What it had read is there also if it fails or
-    /// is cut off.
-    async fn read(&self, dead: &mut Vec<Dead>, limit: usize, hidden: i32) -> Result<(), Failure> {
+    /// How many messages were hidden when this began.
+    pub fn hidden(&self) -> u64 {
+        self.hidden
+    }
+
+    /// Reads messages, up to `limit` of them, and hides them for so many seconds; with a reason, if they are to be validated. What
+    /// it had read is there also if it fails or is cut off.
+    async fn read(
+        &self,
+        dead: &mut Vec<Dead>,
+        limit: usize,
+        hidden: i32,
+        validation: Option<&Validation<'_>>,
+    ) -> Result<(), Failure> {
         let bar = progress(self.depth.min(limit as u64), "Reading dead messages {bar:30} {pos} of about {len}");
-        let validation = Validation::new(self.settings).await?;
         let asked = Instant::now();
         let mut known: HashSet<_> = dead.iter().map(|dead| dead.id().to_owned()).collect();
         let first = dead.len();
@@ -139,7 +152,8 @@ impl<'a> Queue<'a> {
             for message in messages {
                 let id = message.message_id().unwrap_or_default();
                 if known.insert(id.to_owned()) {
-                    let reason = validation.reason(message.body().unwrap_or_default());
+                    let body = message.body().unwrap_or_default();
+                    let reason = validation.and_then(|validation| validation.reason(body));
                     dead.push(Dead { message, reason, refused: false });
                 } else if let Some(known) = dead.iter_mut().find(|dead| dead.id() == id) {
                     // It had come back into sight. What it can be let go with is new.
@@ -170,7 +184,8 @@ impl<'a> Queue<'a> {
     /// Reads messages, and tries those that are valid against the database. Returns, besides, why that could not be done.
     async fn look(&self, limit: usize) -> Result<(Vec<Dead>, Option<Failure>), Failure> {
         let mut dead = Vec::new();
-        let read = self.read(&mut dead, limit, LOOK).await;
+        let validation = Validation::new(self.settings).await?;
+        let read = self.read(&mut dead, limit, LOOK, Some(&validation)).await;
         self.release(&dead).await;
         read?;
         let untried = self.try_all(&mut dead).await.err();

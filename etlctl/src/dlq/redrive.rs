@@ -13,7 +13,7 @@ use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, ListMessageMoveTasksRes
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::{Dead, ENTRIES, Queue, ROUND, visibility};
+use super::{Dead, ENTRIES, Queue, ROUND, Validation, visibility};
 use crate::output::{BAD, FAINT, Failure, GOOD, Reply, aws, confirm, count, failed, progress, spinner};
 
 /// Seconds that a message is hidden while it is redriven.
@@ -131,9 +131,10 @@ impl Queue<'_> {
             .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(5)).build())
             .retry_config(RetryConfig::disabled());
         let client = aws_sdk_lambda::Client::from_conf(config.build());
+        let validation = Validation::new(self.settings).await?;
         loop {
             let first = taken.dead.len();
-            self.read(&mut taken.dead, ROUND, REDRIVE).await?;
+            self.read(&mut taken.dead, ROUND, REDRIVE, Some(&validation)).await?;
             // Where that cannot be asked, the function finds out.
             drop(self.try_all(&mut taken.dead[first..]).await);
             let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();

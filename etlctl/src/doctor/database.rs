@@ -18,6 +18,8 @@ use crate::{
 
 /// A certificate that ends within this is worth a word.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
+/// The schedule comes every quarter of an hour; after a day without it, batches prune the ledger themselves.
+const MAINTENANCE_OVERDUE: Duration = Duration::from_secs(86_400);
 /// Clocks further apart than this write wrong days around midnight, and AWS refuses signatures at five minutes.
 const CLOCKS: f64 = 5.0;
 
@@ -46,6 +48,7 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
         clock(client, checks).await,
         schema(settings, client, checks).await,
         connections(client, checks, pipeline).await,
+        maintenance(settings, client, checks).await,
     ] {
         checks.have(part);
     }
@@ -187,6 +190,40 @@ async fn schema(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
         _ => format!("not recorded as applied: {}", outstanding.join(", ")),
     };
     checks.consider(outstanding.is_empty(), found, "run `etlctl migrate`");
+    Ok(())
+}
+
+/// Whether the schedule has been at work.
+async fn maintenance(settings: &Settings, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
+    let retention = settings.mapping.retention_days();
+    if settings.get("MAINTENANCE_SCHEDULE").is_none() {
+        if let Some(days) = retention {
+            checks.consider(
+                false,
+                format!("rows are to go after {days} days, and no schedule deletes them"),
+                "deploy the template's schedule, or send the function its event: docs/forget-a-person.md",
+            );
+        }
+        return Ok(());
+    }
+    let table = format!("{}.etl_maintenance", settings.schema);
+    let there = client.query_one("select to_regclass($1) is not null", &[&table]).await;
+    if !there.map_err(sql("look for the schedule's record"))?.get::<_, bool>(0) {
+        checks.consider(false, "there is no table etl_maintenance", "run `etlctl migrate`");
+        return Ok(());
+    }
+    let query = format!("select extract(epoch from now() - max(done_at))::float8 from {table}");
+    let ago: Option<f64> = client.query_one(&query, &[]).await.map_err(sql("read the schedule's record"))?.get(0);
+    let ago = ago.map(|ago| Duration::from_secs_f64(ago.max(0.0)));
+    let found = match ago {
+        None => "expired keys and rows have never been deleted by the schedule".to_owned(),
+        Some(ago) => format!("expired keys and rows were last deleted {} ago", duration(ago)),
+    };
+    checks.consider(
+        ago.is_some_and(|ago| ago < MAINTENANCE_OVERDUE),
+        found,
+        "see the schedule STACK-maintenance, and the function's log for `maintenance failed`; batches prune the ledger meanwhile",
+    );
     Ok(())
 }
 

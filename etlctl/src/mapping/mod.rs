@@ -1,5 +1,7 @@
 //! The mapping: shown, checked, as SQL, and tried on messages. None of it needs a database or a queue.
 
+mod privacy;
+
 use std::{fs, io::Read, path::Path, time::SystemTime};
 
 use bytes::BytesMut;
@@ -13,7 +15,6 @@ use login_etl::{
 };
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tokio_postgres::types::{FromSql, Type};
 
 use crate::{
@@ -127,7 +128,6 @@ fn check(file: Option<&Path>) -> Reply {
 /// The table, an index and a view of duplicates for each masked column, and the grants. Can be run again at will.
 pub fn ddl(mapping: &Mapping) -> String {
     let table = mapping.table();
-    let schema = table.schema.as_ref().map(|schema| format!("{}.", quoted(schema))).unwrap_or_default();
     let width = mapping.columns().iter().map(|column| quoted(&column.name).len()).max().unwrap_or_default();
     let columns: Vec<_> = mapping
         .columns()
@@ -144,7 +144,7 @@ pub fn ddl(mapping: &Mapping) -> String {
     if let Some(schema) = &table.schema {
         let schema = quoted(schema);
         text += &format!(
-            "create schema if not exists {schema};\ngrant usage on schema {schema} to login_etl, login_etl_operator;\n"
+            "create schema if not exists {schema};\ngrant usage on schema {schema} to login_etl, login_etl_operator, login_etl_privacy;\n"
         );
     }
     text += &format!("create table if not exists {table} (\n{}\n);\n", columns.join(",\n"));
@@ -156,8 +156,8 @@ pub fn ddl(mapping: &Mapping) -> String {
     let day = mapping.day().map(|column| quoted(&column.name));
     for column in masked {
         let masked = quoted(&column.name);
-        let index = quoted(&short(format!("{}_{}_idx", table.name, column.name)));
-        let view = format!("{schema}{}", quoted(&short(format!("{}_{}_duplicates", table.name, column.name))));
+        let index = quoted(&table.beside(&format!("{}_idx", column.name)).name);
+        let view = table.beside(&format!("{}_duplicates", column.name));
         let mut facts = vec![masked.clone(), "pg_catalog.count(*) as row_count".to_owned()];
         facts.extend(subject.iter().map(|subject| format!("pg_catalog.count(distinct {subject}) as subject_count")));
         facts.extend(day.iter().flat_map(|day| {
@@ -171,6 +171,7 @@ pub fn ddl(mapping: &Mapping) -> String {
             facts.join(", ")
         );
     }
+    text += &privacy::ddl(mapping);
     text
 }
 
@@ -207,17 +208,6 @@ $grants$;
 /// A string as SQL has it.
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
-}
-
-/// A name that PostgreSQL does not cut: a long one ends with a digest of it.
-fn short(name: String) -> String {
-    const MAX: usize = 63;
-    if name.len() <= MAX {
-        return name;
-    }
-    let digest = hex::encode(&Sha256::digest(&name)[..4]);
-    let end = (0..=MAX - 9).rev().find(|end| name.is_char_boundary(*end)).unwrap_or_default();
-    format!("{}_{digest}", &name[..end])
 }
 
 fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Result<Reply, Failure> {

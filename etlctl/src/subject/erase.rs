@@ -1,0 +1,217 @@
+//! A person's rows and dead messages, erased on record.
+
+use std::{num::NonZeroU32, time::Duration};
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use jiff::{SignedDuration, Timestamp};
+use serde_json::json;
+use tokio_postgres::{
+    Client,
+    error::SqlState,
+    types::{ToSql, Type},
+};
+
+use crate::{
+    audit,
+    dlq::{Queue, Theirs},
+    find::Person,
+    output::{BOLD, Failure, GOOD, Reply, WARNING, aws, count, duration, failed, progress, sql, table},
+    settings::Settings,
+};
+
+/// What is to be erased, and why.
+pub struct Erasure<'a> {
+    pub settings: &'a Settings,
+    pub person: &'a Person<'a>,
+    pub reason: &'a str,
+    /// Most rows of a transaction.
+    pub batch: NonZeroU32,
+}
+
+impl Erasure<'_> {
+    /// Counts what there is, and changes nothing.
+    pub async fn count(&self) -> Result<Reply, Failure> {
+        audit::check_reason(self.reason)?;
+        let connection = self.settings.database().await?;
+        let rows = self.rows(&connection.client).await?;
+        let queue = self.queue().await?;
+        let messages = match &queue {
+            None => None,
+            Some(queue) => {
+                let theirs = queue.theirs(self.person).await?;
+                let messages = theirs.messages();
+                queue.let_go(theirs).await;
+                Some(messages)
+            }
+        };
+        let dead =
+            messages.map_or(String::new(), |messages| format!(" and {}", count(messages as i128, "dead message")));
+        let mut text = format!("{BOLD}{}{dead} would be erased.{BOLD:#} --yes erases them.\n", count(rows, "row"));
+        text += &no_queue(messages.is_none());
+        let found = rows > 0 || messages.is_some_and(|messages| messages > 0);
+        Ok(Reply { no: found, ..Reply::new(text, json!({"rows": rows, "messages": messages})) })
+    }
+
+    /// Erases it all, batch by batch.
+    pub async fn erase(&self) -> Result<Reply, Failure> {
+        audit::check_reason(self.reason)?;
+        let connection = self.settings.database().await?;
+        let client = &connection.client;
+        // The server may be set to answer before it has written.
+        client.batch_execute("set synchronous_commit = on").await.map_err(sql("prepare the erasure"))?;
+        let operator = audit::operator(&self.settings.aws).await;
+        let rows = self.erase_rows(client, &operator).await?;
+
+        let queue = self.queue().await?;
+        let theirs = match &queue {
+            Some(queue) => Some(queue.theirs(self.person).await?),
+            None => None,
+        };
+        // On record before they go. With none, it is on record that there was nothing left.
+        let messages = theirs.as_ref().map_or(0, Theirs::messages);
+        let recorded = self.erase_batch(client, &operator, i32::try_from(messages).ok()).await;
+        let hidden = queue.as_ref().map_or(0, Queue::hidden);
+        if let (Some(queue), Some(theirs)) = (queue, theirs) {
+            match recorded {
+                Ok(_) => queue.delete(theirs).await?,
+                Err(_) => queue.let_go(theirs).await,
+            }
+        }
+        let rows = rows + recorded?;
+
+        let dead = format!("{} deleted", count(messages as i128, "dead message"));
+        let mut text = format!("{GOOD}{} erased, {dead};{GOOD:#} recorded in etl_audit.\n", count(rows, "row"));
+        text += &no_queue(self.settings.get("DLQ_URL").is_none());
+        if hidden > 0 {
+            text += &format!(
+                "{WARNING}{} hidden, as somebody reads them, or did and was cut off: run this again in some minutes.{WARNING:#}\n",
+                count(hidden, "dead message")
+            );
+        }
+        let (remains, mut json) = self.what_remains().await?;
+        text += &remains;
+        json["rows"] = json!(rows);
+        json["messages"] = json!(messages);
+        json["hidden_messages"] = json!(hidden);
+        Ok(Reply { no: hidden > 0, ..Reply::new(text, json) })
+    }
+
+    async fn queue(&self) -> Result<Option<Queue<'_>>, Failure> {
+        match self.settings.get("DLQ_URL") {
+            Some(_) => Queue::new(self.settings).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// How many rows the person has.
+    async fn rows(&self, client: &Client) -> Result<i64, Failure> {
+        let counted = format!("select {}($1, $2)", self.settings.mapping.table().beside("rows_of"));
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] =
+            [(&self.person.column.name, Type::TEXT), (&self.person.values, Type::TEXT_ARRAY)];
+        let counted = client.query_typed(&counted, &parameters).await.map_err(no_right("count the person's rows"))?;
+        counted.first().map(|row| row.get(0)).ok_or_else(|| failed("cannot count the person's rows: no answer"))
+    }
+
+    /// Erases rows until none is left. Returns how many there were.
+    async fn erase_rows(&self, client: &Client, operator: &str) -> Result<i64, Failure> {
+        let all = self.rows(client).await?;
+        let bar = progress(all.unsigned_abs(), "Erasing {bar:30} {pos} of {len} rows  {eta} to go");
+        let mut erased = 0;
+        loop {
+            let batch = self.erase_batch(client, operator, None).await?;
+            erased += batch;
+            bar.inc(batch.unsigned_abs());
+            // A batch erases nothing if somebody changes its rows meanwhile.
+            if batch == 0 && self.rows(client).await? == 0 {
+                bar.finish_and_clear();
+                return Ok(erased);
+            }
+        }
+    }
+
+    /// Erases some rows in one transaction with its record. `messages` are recorded, too, even if there is no row. Returns the
+    /// number of rows.
+    async fn erase_batch(&self, client: &Client, operator: &str, messages: Option<i32>) -> Result<i64, Failure> {
+        let erase = format!("select {}($1, $2, $3, $4, $5, $6)", self.settings.mapping.table().beside("erase"));
+        let parameters: [(&(dyn ToSql + Sync), Type); 6] = [
+            (&self.person.column.name, Type::TEXT),
+            (&self.person.values, Type::TEXT_ARRAY),
+            (&i64::from(self.batch.get()), Type::INT8),
+            (&operator, Type::TEXT),
+            (&self.reason, Type::TEXT),
+            (&messages, Type::INT4),
+        ];
+        let erased = client.query_typed(&erase, &parameters).await.map_err(no_right("erase the person's rows"))?;
+        erased.first().map(|row| row.get(0)).ok_or_else(|| failed("cannot erase the person's rows: no answer"))
+    }
+
+    /// What may still come, and what is out of reach, and for how long.
+    async fn what_remains(&self) -> Result<(String, serde_json::Value), Failure> {
+        let (waiting, retention) = self.waiting().await?;
+        let again = retention.and_then(|retention| {
+            let retention = SignedDuration::try_from(retention).ok()?;
+            Timestamp::now().checked_add(retention).ok().map(|at| at.strftime("%Y-%m-%d %H:%M").to_string())
+        });
+        let in_queue = match (waiting, retention) {
+            (Some(waiting), Some(retention)) => format!(
+                "{} now, of anybody; each is kept for {} at most",
+                count(waiting as i128, "message"),
+                duration(retention)
+            ),
+            _ => "not known, as QUEUE_URL is not".to_owned(),
+        };
+        let name = self.settings.mapping.table().name.clone();
+        let rows = [
+            ["messages in the queue", &in_queue],
+            ["erased rows on disk", &format!("until vacuum has run: autovacuum, or `vacuum {name}` now")],
+            ["replicas", "until they have caught up"],
+            ["backups, snapshots, archived WAL", "as long as you keep them"],
+            ["PostgreSQL's log", "as long as you keep it, if it logs statements with their parameters"],
+            ["etl_audit", "for ever: masks that were recovered, and reasons and queries as they were typed"],
+        ];
+        let mut text = format!("\n{BOLD}What may still come, or is out of reach:{BOLD:#}\n");
+        text += &table(&["", ""], rows.map(|row| row.map(str::to_owned).to_vec()));
+        if let Some(again) = &again {
+            let field = &self.person.field.path;
+            text += &format!(
+                "\nAfter {again} (UTC) run it again, for what the queue had:\n  etlctl subject erase - --field {field} --reason '…' --yes\n"
+            );
+        }
+        Ok((text, json!({"waiting_messages": waiting, "again_after": again})))
+    }
+
+    /// About how many messages the queue has, and for how long it keeps one.
+    async fn waiting(&self) -> Result<(Option<u64>, Option<Duration>), Failure> {
+        let Some(url) = self.settings.get("QUEUE_URL") else { return Ok((None, None)) };
+        let counts = [
+            QueueAttributeName::ApproximateNumberOfMessages,
+            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+            QueueAttributeName::ApproximateNumberOfMessagesDelayed,
+        ];
+        let retention = QueueAttributeName::MessageRetentionPeriod;
+        let names = counts.iter().chain([&retention]).cloned().collect();
+        let client = aws_sdk_sqs::Client::new(&self.settings.aws);
+        let attributes = client.get_queue_attributes().queue_url(url).set_attribute_names(Some(names)).send().await;
+        let attributes = attributes.map_err(aws("look at the queue; all else is done"))?.attributes.unwrap_or_default();
+        let number = |name: &QueueAttributeName| attributes.get(name)?.parse::<u64>().ok();
+        Ok((counts.iter().map(number).sum(), number(&retention).map(Duration::from_secs)))
+    }
+}
+
+fn no_queue(is_unknown: bool) -> String {
+    match is_unknown {
+        true => format!(
+            "{WARNING}Dead messages were not looked at: DLQ_URL is not known (--stack, --dlq-url).{WARNING:#}\n"
+        ),
+        false => String::new(),
+    }
+}
+
+fn no_right(what: &str) -> impl FnOnce(tokio_postgres::Error) -> Failure {
+    move |error| match error.code() {
+        Some(&SqlState::INSUFFICIENT_PRIVILEGE) => failed(format!(
+            "cannot {what} (SQLSTATE 42501): your database user needs the role login_etl_privacy (`grant login_etl_privacy to NAME`)"
+        )),
+        _ => sql(what)(error),
+    }
+}

@@ -25,6 +25,8 @@ pub struct Config {
     pub outage_delay: Duration,
     /// `MAPPING_FILE`: the mapping to use in place of the one beside the program, or built in.
     pub mapping_file: Option<PathBuf>,
+    /// `MAINTENANCE_SCHEDULE`: the ARN of the schedule whose events have expired keys and rows deleted.
+    pub maintenance_schedule: Option<String>,
 }
 
 /// Where the database is, and who signs in; what is `None` here comes from the credentials' secret.
@@ -212,6 +214,7 @@ impl Config {
                 Some(_) => return Err(invalid("OUTAGE_DELAY", "a number of seconds from 0 to 240")),
             },
             mapping_file: optional("MAPPING_FILE").map(PathBuf::from),
+            maintenance_schedule: optional("MAINTENANCE_SCHEDULE"),
         })
     }
 }

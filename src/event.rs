@@ -26,6 +26,20 @@ pub struct NotAnSqsEvent {
     pub column: usize,
 }
 
+/// The schedule that an event is of, if it is a maintenance event: `{"maintenance": "the schedule's ARN"}`, and nothing else.
+pub fn maintenance(event: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Maintenance {
+        maintenance: String,
+    }
+
+    // Longer than any ARN, and shorter than a batch.
+    const LONGEST: usize = 2048;
+    let event = Some(event).filter(|event| event.len() <= LONGEST)?;
+    serde_json::from_slice::<Maintenance>(event).ok().map(|event| event.maintenance)
+}
+
 /// A message, as it stands in the event. `Debug` shows nothing of it.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -239,6 +253,21 @@ mod tests {
         ] {
             let scanned = scanned_messages(event).expect("an event of the usual shape");
             assert_eq!(content(&scanned), content(&parsed_messages(event.as_bytes()).unwrap()));
+        }
+    }
+
+    #[test]
+    fn only_a_schedule_s_arn_alone_is_a_maintenance_event() {
+        assert_eq!(maintenance(br#"{"maintenance": "arn"}"#).as_deref(), Some("arn"));
+        for other in [
+            r#"{"Records": []}"#,
+            r#"{"maintenance": true}"#,
+            r#"{"maintenance": "arn", "Records": []}"#,
+            r#"["maintenance"]"#,
+            "",
+            &format!(r#"{{"maintenance": "{}"}}"#, "a".repeat(3000)),
+        ] {
+            assert_eq!(maintenance(other.as_bytes()), None, "{other}");
         }
     }
 

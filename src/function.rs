@@ -69,9 +69,21 @@ impl Function {
 
     async fn try_to_invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
         let times = Times::of(&event.context);
-        match self.handler(times.deadline).await {
-            Ok(handler) => handler.invoke(event).await,
-            Err(error) => Err(self.give_back(&event, &times, error).await),
+        let schedule = event.payload.of(&event.context.request_id).and_then(event::maintenance);
+        match (self.handler(times.deadline).await, schedule) {
+            (Ok(handler), None) => handler.invoke(event).await,
+            (Ok(handler), Some(schedule)) => {
+                // Read anew, as it comes seldom.
+                let expected = read_config().ok().and_then(|config| config.maintenance_schedule);
+                if expected != Some(schedule) {
+                    let error = BatchError::NotTheSchedule;
+                    tracing::error!(error_type = error.error_type(), %error, "maintenance refused");
+                    return Err(error);
+                }
+                handler.maintain(&times, &event.context).await;
+                Ok(SqsBatchResponse::default())
+            }
+            (Err(error), _) => Err(self.give_back(&event, &times, error).await),
         }
     }
 

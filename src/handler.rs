@@ -22,7 +22,7 @@ use crate::{
     redelivery::Redelivery,
     runtime::Event,
     secrets::FreshKeyring,
-    store::{self, DatabaseError, Entry, LedgerKey, Store, StoreError},
+    store::{self, DatabaseError, Entry, LedgerKey, Maintained, Store, StoreError},
 };
 
 /// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
@@ -99,6 +99,9 @@ pub enum BatchError {
     /// The event is not one from SQS.
     #[error(transparent)]
     NotAnSqsEvent(#[from] NotAnSqsEvent),
+    /// A maintenance event that names another schedule than the function's.
+    #[error("a maintenance event of another schedule than MAINTENANCE_SCHEDULE: nothing was done")]
+    NotTheSchedule,
     /// The runtime gave one invocation the event of another.
     #[error("the runtime mixed up two invocations")]
     MixedUp,
@@ -118,7 +121,7 @@ impl BatchError {
     pub fn error_type(&self) -> &'static str {
         match self {
             Self::Init(_) => "Init",
-            Self::NotAnSqsEvent(_) => "InvalidEvent",
+            Self::NotAnSqsEvent(_) | Self::NotTheSchedule => "InvalidEvent",
             Self::MixedUp => "MixedUp",
             Self::NoMessageId => "NoMessageId",
             Self::Store(error) => error.error_type(),
@@ -175,6 +178,29 @@ impl Handler {
     /// A handler with its mapping, its keyring, its database and what delays redeliveries.
     pub fn new(mapping: Mapping, keyring: FreshKeyring, store: Store, redelivery: Redelivery) -> Self {
         Self { mapping, keyring, store, redelivery, health: Mutex::default() }
+    }
+
+    /// Deletes what has expired, as the schedule asks for; emits a metric, and logs one line. A failure fails nothing: the schedule
+    /// comes again.
+    pub async fn maintain(&self, times: &Times, context: &Context) {
+        let maintained = self.store.maintain(times.deadline).await;
+        let done = metrics::Maintenance {
+            timestamp: times.timestamp,
+            function_name: context.env_config.function_name.clone(),
+            request_id: context.request_id.clone(),
+            outcome: maintained.as_ref().err().map_or("Ok", StoreError::error_type),
+            maintained: maintained.is_ok().into(),
+        };
+        done.emit();
+        let duration_ms = times.started.elapsed().as_millis() as u64;
+        match maintained {
+            Ok(Maintained { keys, rows, partitions, more }) => {
+                tracing::info!(keys, rows, partitions, more, duration_ms, "maintenance done");
+            }
+            Err(error) => {
+                tracing::warn!(error_type = error.error_type(), %error, "maintenance failed: the schedule tries again");
+            }
+        }
     }
 
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.

@@ -1,4 +1,4 @@
-//! One wide event a batch, in CloudWatch's embedded metric format: a line of JSON on standard output, of which
+//! One wide event a batch, and one a run of the schedule, in CloudWatch's embedded metric format: a line of JSON on standard output, of which
 //! CloudWatch makes the metrics.
 
 use std::{
@@ -11,7 +11,7 @@ use metrique::{
     emf::Emf,
     unit::{Count, Millisecond, Second},
     unit_of_work::metrics,
-    writer::format::Format,
+    writer::{Entry, format::Format},
 };
 
 /// The namespace of the metrics.
@@ -65,18 +65,48 @@ pub struct Metrics {
     pub prune_failures: u64,
 }
 
-impl Metrics {
-    /// Writes the event to standard output, at once: what waits in a buffer may be frozen with the environment.
-    #[expect(clippy::print_stdout, reason = "where Lambda takes metrics from; `print!` because tests can capture it")]
-    pub fn emit(self) {
-        static EMF: Mutex<Option<Emf>> = Mutex::new(None);
+/// A run of the schedule, in the same namespace.
+#[metrics(rename_all = "PascalCase", emf::dimension_sets = [["FunctionName"]])]
+#[derive(Debug)]
+pub struct Maintenance {
+    /// When the schedule came.
+    #[metrics(timestamp)]
+    pub timestamp: SystemTime,
+    /// Dimension.
+    pub function_name: String,
+    /// Property: Lambda's id of the invocation.
+    pub request_id: String,
+    /// Property: `Ok`, or the error's type.
+    pub outcome: &'static str,
+    /// 1 if all that had expired was deleted, or as much as there was time for; 0 if something failed.
+    #[metrics(unit = Count)]
+    pub maintained: u64,
+}
 
-        let mut line = Vec::new();
-        let mut emf = EMF.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let emf = emf.get_or_insert_with(|| Emf::builder(NAMESPACE.to_owned(), vec![vec![]]).build());
-        match emf.format(&RootEntry::new(self.close()), &mut line) {
-            Ok(()) => print!("{}", String::from_utf8_lossy(&line)),
-            Err(error) => tracing::warn!(%error, "metrics not written"),
-        }
+impl Metrics {
+    /// Writes the event to standard output.
+    pub fn emit(self) {
+        emit(&RootEntry::new(self.close()));
+    }
+}
+
+impl Maintenance {
+    /// Writes the event to standard output.
+    pub fn emit(self) {
+        emit(&RootEntry::new(self.close()));
+    }
+}
+
+/// Writes an event at once: what waits in a buffer may be frozen with the environment.
+#[expect(clippy::print_stdout, reason = "where Lambda takes metrics from; `print!` because tests can capture it")]
+fn emit(entry: &impl Entry) {
+    static EMF: Mutex<Option<Emf>> = Mutex::new(None);
+
+    let mut line = Vec::new();
+    let mut emf = EMF.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let emf = emf.get_or_insert_with(|| Emf::builder(NAMESPACE.to_owned(), vec![vec![]]).build());
+    match emf.format(entry, &mut line) {
+        Ok(()) => print!("{}", String::from_utf8_lossy(&line)),
+        Err(error) => tracing::warn!(%error, "metrics not written"),
     }
 }

@@ -18,7 +18,7 @@ from world.servers import DATABASE_SECRET, Servers
 # AES-256 in CBC mode with a fixed IV, which is the original's masking, and the only one that all contenders have.
 KEYRING_SECRET = "login-etl/bench"
 KEYRING = {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4", "iv": "000102030405060708090a0b0c0d0e0f"}
-SCHEMA = ("001_ledger.sql", "002_roles.sql", "user_logins.sql")
+SCHEMA = ("001_ledger.sql", "002_roles.sql", "003_audit.sql", "004_privacy.sql", "user_logins.sql")
 INDEXES = ("user_logins_masked_ip_idx", "user_logins_masked_device_id_idx")
 LEDGER_DATABASE = "bench_ledger"
 # Less than the ledger's retention: none of its keys is pruned.

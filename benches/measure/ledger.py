@@ -1,11 +1,12 @@
-"""What the ledger costs the function when it is long, and when it prunes itself."""
+"""What the ledger costs the function when it is long, and while the schedule prunes it."""
 
+import json
 import random
 import statistics
 from contextlib import ExitStack
 
 from measure.batches import BATCHES, Runner, Wrong, ratios, take_turns, thousands
-from measure.bench import LEDGER_DAYS, Bench
+from measure.bench import LEDGER_DAYS, Bench, Contender
 from measure.report import bars, spread, table
 
 NAME = "ledger"
@@ -19,12 +20,11 @@ ROUNDS, QUICK_ROUNDS = 17, 2
 # Bytes of WAL a message, by batch; a batch of 7,400 goes by COPY.
 WAL = {100: 400, 1000: 400, 7400: 260}
 
-# Of the pruning: events of a turn that count, by batch. Every 10,000 rows, at most twice as many expired keys go.
-PRUNING_EVENTS = {100: 400, 1000: 40}
-PRUNED_AT_MOST = 2
-# How many keys expire for each row that is inserted.
+# Of the pruning: events of a turn that count, by batch.
+PRUNING_EVENTS = {100: 1000, 1000: 100}
+# How many keys the schedule deletes for each row that is inserted.
 EXPIRED = {"nothing": 0, "steadily": 1, "catching up": 2}
-RETENTION_DAYS, EXPIRED_DAYS, KEPT_DAYS = 35, 60, 20
+EXPIRED_DAYS = 60
 OF_UNPRUNED = 0.95
 
 
@@ -47,54 +47,59 @@ def measure(bench: Bench) -> dict:
 
 
 def prune(bench: Bench) -> dict[str, dict[str, list[dict]]]:
-    """By batch, the turns with as many expired keys as `EXPIRED` says, in ledgers of one length."""
+    """By batch, the turns with as many expired keys as `EXPIRED` says, in a long ledger. Another environment handles the schedule's event."""
     with ExitStack() as cleanup:
-        database = bench.database("bench_pruning")
+        database = bench.database("bench_pruning", ledger=True)
         cleanup.callback(bench.drop, database)
         connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
-        runner = Runner("ours", cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))), connection)
+        # As if the schedule had just been there, so that batches leave pruning to it.
+        connection.execute("insert into etl_maintenance (done_at) values (now())")
+        loader, pruner = (cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))) for _ in range(2))
+        runner = Runner("ours", loader, connection, keeps_ledger=True)
         chance = random.Random(bench.seed)
         turns: dict[str, dict[str, list[dict]]] = {}
         for batch, events in PRUNING_EVENTS.items():
             turns[str(batch)] = {label: [] for label in EXPIRED}
             for _ in range(1 if bench.quick else 9):
                 for label in chance.sample(list(EXPIRED), len(EXPIRED)):
-                    turns[str(batch)][label].append(pruning_turn(bench, runner, batch, events, EXPIRED[label]))
+                    turns[str(batch)][label].append(pruning_turn(bench, runner, pruner, batch, events, EXPIRED[label]))
     return turns
 
 
-def pruning_turn(bench: Bench, runner: Runner, batch: int, events: int, expired_a_row: int) -> dict:
-    """Has the function handle events while keys expire; returns `ns` of each event, and the number of keys that went."""
+def pruning_turn(bench: Bench, runner: Runner, pruner: Contender, batch: int, events: int, expired_a_row: int) -> dict:
+    """Has the function handle events while another environment prunes; returns `ns` of each event, and of the pruning."""
     rows = (1 + events) * batch
-    file = bench.directory / "events"
-    bench.events.write(file, batch, 1 + events)
-    runner.empty()
-    keys = PRUNED_AT_MOST * rows
     expired = expired_a_row * rows
+    file, schedule = bench.directory / "events", bench.directory / "schedule"
+    bench.events.write(file, batch, 1 + events)
+    event = json.dumps({"maintenance": "schedule"}).encode()
+    schedule.write_bytes(len(event).to_bytes(8, "little") + event)
+    runner.empty()
     runner.database.execute(
         """insert into etl_ledger
-           select now() - case when number <= %s then %s else %s end * interval '1 day' + number * interval '1 millisecond',
-                  md5(random()::text || number)::uuid
+           select now() - %s * interval '1 day' + number * interval '1 millisecond', md5(random()::text || number)::uuid
            from generate_series(1, %s) as number""",
-        [expired, EXPIRED_DAYS, KEPT_DAYS, keys],
+        [EXPIRED_DAYS, expired],
     )
-    runner.database.execute("vacuum analyze etl_ledger")
+    runner.database.execute("vacuum etl_ledger")
     bench.checkpoint()
-    answer = runner.contender.run(file)
+    pruner.start(schedule)
+    loaded = runner.contender.run(file)
+    pruned = pruner.result()
     file.unlink()
-    pruned = keys + rows - runner.count("etl_ledger")
-    # After the last pruning there may be rows that prune nothing yet; before the first, rows of an earlier turn.
-    least = max(0, expired - PRUNED_AT_MOST * 10_000)
-    if runner.count("user_logins") != rows or not least <= pruned <= expired:
-        raise Wrong(f"{runner.count('user_logins')} rows of {rows} messages; {pruned} keys pruned instead of {least} to {expired}")
-    return {"ns": answer["ns"][1:], "pruned": pruned}
+    left = runner.count(f"etl_ledger where sent_at < now() - interval '{EXPIRED_DAYS - 1} days'")
+    if runner.count("user_logins") != rows or left:
+        raise Wrong(f"{runner.count('user_logins')} rows of {rows} messages; {left} of {expired} keys not pruned")
+    if sum(pruned["ns"]) > sum(loaded["ns"]):
+        raise Wrong("pruning took longer than loading, so that not all of it was beside it")
+    return {"ns": loaded["ns"][1:], "pruning_ns": pruned["ns"]}
 
 
 # The figures.
 
 
 def mean_rate(turn: dict, batch: int) -> float:
-    """Messages a second over all events of a turn, as few of them prune."""
+    """Messages a second over all events of a turn."""
     return batch * len(turn["ns"]) * 1e9 / sum(turn["ns"])
 
 
@@ -129,7 +134,7 @@ def text(result: dict, all_results: dict) -> str:
     ]
     return f"""## {TITLE}
 
-The ledger has a key for each message of the last {RETENTION_DAYS} days, in an index, and inserts could touch pages all over it. Its keys
+The ledger has a key for each message of the last 35 days, in an index, and inserts could touch pages all over it. Its keys
 begin with the time of sending, so that new ones go to its end.
 
 ### A long ledger
@@ -150,10 +155,10 @@ Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pag
 
 ### Pruning
 
-Every 10,000 rows or so, the batch that is under way deletes expired keys before it answers, up to twice as many as rows were inserted.
-Below, no keys are expired; or as many as rows are inserted, which is so while traffic is steady; or twice as many, as when there are some
-to catch up with. The ledger is as long each time. Thousand messages a second over all batches, those that pruned and those that did not;
-the share of what it is with nothing expired; and the milliseconds of the slowest batch.
+The schedule's event has expired keys deleted, 10,000 a statement, by whichever environment it comes to. Below, another environment does that
+while one loads batches, in a ledger of {keys} keys: of no keys; of as many as rows are inserted meanwhile, which is so while traffic is steady;
+or of twice as many, as when there are some to catch up with. Thousand messages a second; the share of what it is with nothing expired; and the
+milliseconds of the slowest batch.
 
 {table(("batch, pruning", "throughput", "share", "slowest"), pruning)}
 

@@ -55,9 +55,10 @@ $$;
 
 -- Makes the partitions that will be needed, and drops those of the ledger whose messages are all past remembering. Returns
 -- what it did. To be run every hour or so; a lock that it does not get soon is tried for again then, and nothing is refused
--- meanwhile: rows without a partition go to the default one, and are taken out of it as soon as they have one.
+-- meanwhile: rows without a partition go to the default one, and are taken out of it as soon as they have one. The function's
+-- schedule runs it, with the rights of its owner, and so finds tables only where they are now.
 create or replace function login_etl_tend_partitions(remember interval default '28 days') returns setof text
-    language plpgsql set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
+    language plpgsql security definer set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
 declare
     scheme record;
     part text;
@@ -109,5 +110,16 @@ begin
             return next pg_catalog.format('dropped %s', part);
         end loop;
     end loop;
+end
+$$;
+do $$
+begin
+    execute pg_catalog.format('alter function login_etl_tend_partitions(interval) set search_path = %s, pg_temp', (
+        select relnamespace::regnamespace from pg_class where oid = 'login_etl_partitioning'::regclass
+    ));
+    revoke all on function login_etl_tend_partitions(interval) from public;
+    if exists (select from pg_roles where rolname = 'login_etl') then
+        grant execute on function login_etl_tend_partitions(interval) to login_etl;
+    end if;
 end
 $$;

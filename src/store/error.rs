@@ -72,6 +72,9 @@ pub enum StoreError {
     /// The database refused the statement, or stopped answering.
     #[error("cannot insert: {0}")]
     Insert(DatabaseError),
+    /// What the schedule asks for failed.
+    #[error("cannot delete what has expired: {0}")]
+    Maintenance(DatabaseError),
     /// The table takes no row.
     #[error("the table refuses every row: {0}")]
     Table(DatabaseError),
@@ -93,7 +96,7 @@ impl StoreError {
             Self::Connect(error) if error.is_about_tls() => "DatabaseTls",
             Self::Untrusted { .. } | Self::OtherName { .. } => "DatabaseTls",
             Self::Connect(_) | Self::Insert(_) if self.remedy() == Remedy::Reconnect => "DatabaseUnavailable",
-            Self::Connect(_) | Self::Insert(_) => "Database",
+            Self::Connect(_) | Self::Insert(_) | Self::Maintenance(_) => "Database",
             Self::Table(_) => "Table",
         }
     }

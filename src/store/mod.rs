@@ -14,6 +14,7 @@ mod connection;
 mod error;
 mod isolation;
 mod ledger;
+mod maintenance;
 mod sql;
 mod trial;
 mod trust;
@@ -42,6 +43,7 @@ pub use self::{
     connection::{Connection, Connector},
     error::{DatabaseError, StoreError},
     ledger::LedgerKey,
+    maintenance::Maintained,
     sql::Sql,
     trial::Trial,
 };
@@ -151,6 +153,7 @@ impl Store {
             signer,
             connection: None,
             unpruned,
+            maintained_until: None,
             wrote_at: None,
             refused: HashSet::new(),
             counts: Arc::clone(&counts),
@@ -226,6 +229,8 @@ struct Session {
     keeps_statements: bool,
     /// Rows inserted since the ledger was pruned.
     unpruned: u64,
+    /// Until then the schedule is trusted to prune the ledger.
+    maintained_until: Option<SystemTime>,
     /// When rows were last inserted.
     wrote_at: Option<SystemTime>,
     /// Messages whose rows were refused while others were inserted.
@@ -325,14 +330,23 @@ impl Session {
         written
     }
 
-    /// Now and then deletes expired keys. A failure is no batch's matter: it is logged, and tried again in time.
+    /// Now and then deletes expired keys, where the schedule does not. A failure never fails the batch: it is logged, and tried
+    /// again in time.
     async fn prune(&mut self, inserted: u64, horizon: SystemTime, deadline: Instant) {
         self.unpruned += inserted;
-        let Some(connection) = self.connection.as_ref().filter(|_| self.unpruned >= PRUNE_EVERY) else { return };
+        if self.unpruned < PRUNE_EVERY {
+            return;
+        }
+        let deadline = deadline.min(Instant::now() + PRUNE_TIMEOUT);
+        if self.is_maintained(deadline).await {
+            self.unpruned = 0;
+            return;
+        }
+        let Some(connection) = &self.connection else { return };
         let limit = (2 * self.unpruned) as i64;
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&limit, Type::INT8)];
         let pruning = connection.client.execute_typed(PRUNE, &parameters);
-        let error = match timeout_at(deadline.min(Instant::now() + PRUNE_TIMEOUT), pruning).await {
+        let error = match timeout_at(deadline, pruning).await {
             Ok(result) => result.err().map(|error| DatabaseError::new(&error).to_string()),
             Err(_) => {
                 self.connection = None;

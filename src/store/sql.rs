@@ -20,6 +20,8 @@ pub struct Sql {
     /// Whether `COPY` would write what the statements write: it asks for no conversion where a column's type is another one, and
     /// passes by rules. Takes the table, the columns' names and their types.
     pub copy_fits: &'static str,
+    /// Deletes rows that the mapping does not keep any longer. Takes the most; returns how many rows and how many partitions went.
+    pub expire: Option<String>,
     /// The table, as SQL has it.
     pub table: String,
     /// The types of the columns.
@@ -71,6 +73,9 @@ impl Sql {
             copy_rows: format!("copy {table} ({names}) from stdin (format binary)"),
             copy_ledger: "copy etl_ledger (sent_at, message_id) from stdin (format binary)",
             copy_fits: COPY_FITS,
+            expire: mapping
+                .retention_days()
+                .map(|_| format!("select deleted, partitions from {}($1)", table.beside("expire"))),
             table: table.to_string(),
             types: mapping.columns().iter().map(|column| element_type(column.column_type).oid()).collect(),
             arrays: mapping.columns().iter().map(|column| array_type(column.column_type)).collect(),

@@ -54,6 +54,10 @@ def queue_arn(deployed):
     return attributes["Attributes"]["QueueArn"]
 
 
+def schedule_event(deployed):
+    return deployed.localstack.client("scheduler").get_schedule(Name=f"{deployed.name}-maintenance")["Target"]["Input"]
+
+
 def test_orders_come_through_sns(servers):
     first, second, third = tried("orders")
     assert first["row"]["currency"] == "CHF" and first["row"]["gift"] == "true" and second["row"]["masked_phone"] is None
@@ -88,3 +92,9 @@ def test_clicks_come_through_eventbridge(servers):
     assert rows[0]["context"] == {"page": "/", "tags": ["a", "b"]} and rows[1]["context"] is None
     assert {row["queue"] for row in rows} == {deployed.queue_url.rsplit("/", 1)[1]}
     until(lambda: "detail.client.ip is not an IP address" in refusals(deployed))
+    # Past 90 days, rows go with the schedule's next event.
+    with servers.postgres.connect(autocommit=True) as database:
+        database.execute("insert into web.clicks (day) select current_date - n from generate_series(88, 93) n")
+        deployed.localstack.client("lambda").invoke(FunctionName=deployed.function_name, Payload=schedule_event(deployed))
+        kept = database.execute("select (now() at time zone 'UTC')::date - day from web.clicks order by 1 desc limit 1").fetchone()
+    assert kept == (90,)

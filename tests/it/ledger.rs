@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
-use crate::world::{World, bodies, body, event, failed, invoke};
+use crate::world::{World, bodies, body, event, failed, invoke, maintain};
 
 const DAY: u64 = 86_400;
 
@@ -82,4 +82,42 @@ async fn a_ledger_that_cannot_be_pruned_stops_nothing() {
         assert!(failed(&invoke(&handler, &event(batch, [body(1)])).await.unwrap()).is_empty());
     }
     assert_eq!(world.count("user_logins").await, 2);
+}
+
+#[tokio::test]
+async fn the_schedule_deletes_all_that_has_expired_and_batches_leave_that_to_it() {
+    let world = World::new().await;
+    let expired = "etl_ledger where sent_at < now() - interval '35 days'";
+    remember_expired(&world, 25_000).await;
+    maintain(&world.handler().await).await;
+    assert_eq!(world.count(expired).await, 0);
+
+    remember_expired(&world, 10).await;
+    let handler = world.handler().await;
+    for batch in 0..2 {
+        invoke(&handler, &sent_days_ago(1, &event(batch * 10_000, bodies(0..10_000)))).await.unwrap();
+    }
+    assert_eq!(world.count(expired).await, 10);
+
+    world.admin.batch_execute("update etl_maintenance set done_at = now() - interval '25 hours'").await.unwrap();
+    invoke(&world.handler().await, &sent_days_ago(1, &event(30_000, bodies(0..1)))).await.unwrap();
+    assert_eq!(world.count(expired).await, 0);
+}
+
+#[tokio::test]
+async fn what_the_schedule_could_not_do_is_not_recorded_as_done() {
+    let world = World::new().await;
+    remember_expired(&world, 10).await;
+    world.admin.batch_execute("revoke delete on etl_ledger from login_etl").await.unwrap();
+    maintain(&world.handler().await).await;
+    assert_eq!(world.count("etl_maintenance").await, 0);
+}
+
+#[tokio::test]
+async fn a_database_without_the_schedule_s_record_is_pruned_by_batches() {
+    let world = World::new().await;
+    world.admin.batch_execute("drop table etl_maintenance").await.unwrap();
+    remember_expired(&world, 10).await;
+    invoke(&world.handler().await, &sent_days_ago(1, &event(0, bodies(0..1)))).await.unwrap();
+    assert_eq!(world.count("etl_ledger").await, 1);
 }

@@ -10,7 +10,7 @@ use aws_lambda_events::sqs::{SqsBatchResponse, SqsEvent};
 use lambda_runtime::{Context, LambdaEvent};
 use login_etl::{
     config::{self, Config},
-    handler::{BatchError, Handler},
+    handler::{BatchError, Handler, Times},
     keyring::Keyring,
     mapping::Mapping,
     redelivery::Redelivery,
@@ -26,10 +26,11 @@ use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
                               "iv": "000102030405060708090a0b0c0d0e0f"}"#;
 
-const SCHEMA: [&str; 4] = [
+const SCHEMA: [&str; 5] = [
     include_str!("../../schema/001_ledger.sql"),
     include_str!("../../schema/002_roles.sql"),
     include_str!("../../schema/003_audit.sql"),
+    include_str!("../../schema/004_privacy.sql"),
     include_str!("../../schema/user_logins.sql"),
 ];
 
@@ -235,6 +236,14 @@ pub async fn invoke_within(handler: &Handler, event: &str, time: Duration) -> Re
     let event = LambdaEvent::new(Event::new(event.to_owned().into(), context.request_id.clone()), context);
     let answer = tokio::time::timeout(time + Duration::from_secs(10), handler.invoke(event)).await;
     answer.expect("no answer long after the deadline")
+}
+
+/// Handles an event of the schedule's.
+pub async fn maintain(handler: &Handler) {
+    let mut context = Context::default();
+    let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() + Duration::from_secs(20);
+    context.deadline = deadline.as_millis() as u64;
+    handler.maintain(&Times::of(&context), &context).await;
 }
 
 pub fn failed(response: &SqsBatchResponse) -> Vec<&str> {

@@ -230,8 +230,8 @@ def test_everything_that_holds_messages_or_keys_is_encrypted_with_the_key_that_i
 
 @pytest.mark.parametrize("given", [names for count in range(4) for names in itertools.combinations(KEYS, count)], ids="+".join)
 def test_the_function_may_decrypt_with_the_keys_of_its_queue_and_secrets_and_no_other(given):
-    allowed = variant_of(**{name: KEYS[name] for name in given}).allowed()
-    statements = [statement for statement in allowed if "kms" in str(statement["Action"])]
+    [policy] = variant_of(**{name: KEYS[name] for name in given}).properties("Role")["Policies"]
+    statements = [statement for statement in policy["PolicyDocument"]["Statement"] if "kms" in str(statement["Action"])]
     assert [statement["Action"] for statement in statements] == ["kms:Decrypt"] * len(statements)
     resources = {"KmsKeyArn": KEYS["KmsKeyArn"], "SecretsKmsKeyArn": KEYS["SecretsKmsKeyArn"].split(",")}
     assert [statement["Resource"] for statement in statements] == [resources[name] for name in given if name in resources]
@@ -251,6 +251,17 @@ def test_a_token_takes_the_place_of_the_database_s_secret():
     assert [v["DATABASE_AUTH"] for v in variables] == ["iam", "password"]
     assert [v.get("DATABASE_USER") for v in variables] == ["loader", None]
     assert ["DATABASE_SECRET_ID" in v for v in variables] == [False, True]
+
+
+def test_the_schedule_invokes_the_function_with_its_own_event_and_may_do_nothing_else(variant):
+    schedule, role = variant.properties("Maintenance"), variant.properties("MaintenanceRole")
+    [policy] = role["Policies"]
+    invoke, *others = policy["PolicyDocument"]["Statement"]
+    assert (invoke["Action"], invoke["Resource"]) == ("lambda:InvokeFunction", schedule["Target"]["Arn"])
+    assert [statement["Action"] for statement in others] in ([], ["kms:Decrypt"])
+    arn = f"arn:aws:scheduler:us-east-1:{ACCOUNT}:schedule/default/{schedule['Name']}"
+    assert json.loads(schedule["Target"]["Input"]) == {"maintenance": arn}
+    assert variant.properties("LoginFunction")["Environment"]["Variables"]["MAINTENANCE_SCHEDULE"] == arn
 
 
 def of_action(variant, action):
@@ -289,14 +300,14 @@ def test_the_roles_have_no_rights_but_these(variant):
     assert managed == expected
     assert not variant.of_type("AWS::IAM::Policy", "AWS::IAM::ManagedPolicy", "AWS::IAM::RolePolicy")
     trusted = [role["AssumeRolePolicyDocument"]["Statement"] for role in variant.of_type("AWS::IAM::Role").values()]
-    services = ["lambda.amazonaws.com"] + ["codedeploy.amazonaws.com"] * ("gradual" in variant.options)
+    services = ["lambda.amazonaws.com", "scheduler.amazonaws.com"] + ["codedeploy.amazonaws.com"] * ("gradual" in variant.options)
     assert [statement["Principal"] for [statement] in trusted] == [{"Service": service} for service in services]
 
 
 def test_a_permissions_boundary_bounds_every_role(variant):
     roles = variant.of_type("AWS::IAM::Role")
     boundary = variant.parameters.get("PermissionsBoundaryArn")
-    assert len(roles) == 1 + ("gradual" in variant.options)
+    assert len(roles) == 2 + ("gradual" in variant.options)
     assert [role.get("PermissionsBoundary") for role in roles.values()] == [boundary] * len(roles)
 
 
@@ -332,7 +343,7 @@ def test_alarms_go_to_the_topics_that_are_given_and_the_page_to_its_own(variant)
 
 def test_an_alarm_says_what_missing_data_means(variant):
     for name, alarm in variant.of_type("AWS::CloudWatch::Alarm").items():
-        assert alarm.get("TreatMissingData") == ("breaching" if name == "Silence" else "notBreaching"), name
+        assert alarm.get("TreatMissingData") == ("breaching" if name in ("Silence", "MaintenanceStopped") else "notBreaching"), name
 
 
 @pytest.mark.parametrize("silence_hours", range(25))

@@ -1,4 +1,4 @@
-//! The function without its runtime: from an event's bytes to the response's.
+//! The function without its runtime: from an event's bytes to the response's; or from the schedule's event to the end of its work.
 //!
 //! With `--observe` it does nothing for an event but what it tells of one: the metrics and the log's line. With
 //! `--profile FILE` it writes there what stacks it was found in, and how often.
@@ -13,7 +13,8 @@ use std::{
 use lambda_runtime::{Context, LambdaEvent};
 use login_etl::{
     config::{self, Config},
-    handler::Handler,
+    event,
+    handler::{Handler, Times},
     logging,
     mapping::Mapping,
     metrics,
@@ -61,6 +62,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
             }
             let started = Instant::now();
             let context = context()?;
+            if event::maintenance(&event).is_some() {
+                handler.maintain(&Times::of(&context), &context).await;
+                answer.times.push(started.elapsed());
+                continue;
+            }
             let event = LambdaEvent::new(Event::new(event, context.request_id.clone()), context);
             let response = handler.invoke(event).await?;
             serde_json::to_vec(&response)?;

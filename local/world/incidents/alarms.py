@@ -50,6 +50,9 @@ class Alarms:
 
     def _is_breached(self, alarm: dict, minute: int) -> bool:
         periods, period = int(alarm["EvaluationPeriods"]), period_of(alarm)
+        if TREATMENTS[alarm["TreatMissingData"]] and minute < periods * period:
+            # What was before the samples begin is not missing.
+            return False
         seen = [self._datapoint(alarm, minute - place * period, period) for place in range(periods + FURTHER_BACK)]
         compare, threshold = COMPARISONS[alarm["ComparisonOperator"]], float(alarm["Threshold"])
         breaching = [compare(value, threshold) for value in seen if value is not None][:periods]

@@ -16,7 +16,7 @@ use x509_cert::{
 use super::error::DatabaseError;
 
 /// The protocol's request to go on in TLS: its length, and a number that is no version.
-const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+pub(super) const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
 /// A certificate may have hundreds.
 const MOST_NAMES: usize = 10;

@@ -8,16 +8,27 @@ use std::{
 
 use native_tls::TlsConnector;
 use postgres_native_tls::MakeTlsConnector;
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    task::JoinHandle,
+    time::{Instant, timeout, timeout_at},
+};
 use tokio_postgres::{
     Client, Config, NoTls, Socket,
-    config::SslMode,
+    config::{SslMode, SslNegotiation},
     tls::MakeTlsConnect,
     types::{ToSql, Type},
 };
 use x509_cert::Certificate;
 
-use super::{DatabaseError, StoreError, batch::Statements, certificate, sql::Sql, trust::Trusted};
+use super::{
+    DatabaseError, StoreError,
+    batch::Statements,
+    certificate,
+    early::{Early, Encrypted, Limits},
+    sql::Sql,
+    trust::Trusted,
+};
 use crate::{
     config::{DatabaseConfig, Roots, Tls, host_and_port},
     secrets::Credentials,
@@ -29,6 +40,8 @@ use crate::{
 const CHECK_AFTER: Duration = Duration::from_secs(5);
 /// Longest wait for a live server's answer to that check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// PostgreSQL's own.
+const DEFAULT_PORT: u16 = 5432;
 /// Longest time that sent bytes may go unacknowledged.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
 
@@ -69,6 +82,16 @@ impl Drop for Connection {
 }
 
 impl Connection {
+    fn over<S, T>((client, connection): (Client, tokio_postgres::Connection<S, T>)) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        // What ends the connection shows in the statement that it fails.
+        let driver = tokio::spawn(async { drop(connection.await) });
+        Self { client, driver, used: SystemTime::now(), statements: None, copy_fits: None }
+    }
+
     /// Whether the server still answers; asked only after a pause.
     pub(super) async fn is_alive(&mut self) -> bool {
         // A clock that was set back says nothing.
@@ -191,7 +214,7 @@ impl Connector {
     /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
     pub fn port(&self, credentials: &Credentials) -> u16 {
         let of_host = || self.of_secret(credentials).ok().flatten().and_then(|(_, port)| port);
-        self.config.port.or(credentials.port).or_else(of_host).unwrap_or(5432)
+        self.config.port.or(credentials.port).or_else(of_host).unwrap_or(DEFAULT_PORT)
     }
 
     /// The database to connect to, of the settings, or of the secret, or `postgres`.
@@ -200,18 +223,73 @@ impl Connector {
         self.config.name.as_deref().or(of_secret).unwrap_or("postgres")
     }
 
+    /// Begins to connect while the credentials are on their way, if the settings say where to, and TLS is on.
+    pub(super) fn begin(&self) -> Option<Early> {
+        let host = self.config.host.clone()?;
+        let tls = self.tls(&host).ok().flatten()?;
+        // If the secret says another port, that connection is not used.
+        let port = self.config.port.unwrap_or(DEFAULT_PORT);
+        let limits = Limits { connecting: self.config.connect_timeout, unacknowledged: UNACKNOWLEDGED };
+        Some(Early::begin(tls, host, self.config.hostaddr, port, limits))
+    }
+
+    /// Signs in over a connection that was begun before; opens another one if that leads elsewhere or has failed.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub(super) async fn sign_in(&self, early: Early, credentials: &Credentials) -> Result<Connection, StoreError> {
+        let (host, port) = (self.host(credentials)?, self.port(credentials));
+        let mut config = self.driver_config(&host, credentials);
+        config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+        let signing_in = async {
+            let stream = early.stream(&host, port).await?;
+            Some(config.connect_raw(tokio::io::empty(), Encrypted(stream)).await.map(Connection::over))
+        };
+        let until = Instant::now() + self.config.connect_timeout;
+        match timeout_at(until, signing_in).await {
+            Ok(Some(Ok(connection))) => Ok(connection),
+            // The server's own answer will not be another one.
+            Ok(Some(Err(error))) if error.as_db_error().is_some() => {
+                Err(self.explain(DatabaseError::new(&error), credentials).await)
+            }
+            Ok(_) => self.connect_until(credentials, until).await,
+            Err(_) => Err(StoreError::ConnectTimeout),
+        }
+    }
+
     /// Opens a connection.
     ///
     /// # Errors
     /// [`StoreError`], when the server is not reached, or lets nobody in.
     pub async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
+        self.connect_until(credentials, Instant::now() + self.config.connect_timeout).await
+    }
+
+    async fn connect_until(&self, credentials: &Credentials, until: Instant) -> Result<Connection, StoreError> {
         if credentials.is_token() && self.config.tls == Tls::Disable {
             return Err(TokenError::InClear.into());
         }
         let host = self.host(credentials)?;
+        let mut config = self.driver_config(&host, credentials);
+        let tls = self.tls(&host)?;
+        let opening = async {
+            match tls {
+                Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls)).await,
+                None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
+            }
+        };
+        // The driver's own limit covers the TCP handshake only.
+        match timeout_at(until, opening).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(self.explain(DatabaseError::new(&error), credentials).await),
+            Err(_) => Err(StoreError::ConnectTimeout),
+        }
+    }
+
+    fn driver_config(&self, host: &str, credentials: &Credentials) -> Config {
         let mut config = Config::new();
         config
-            .host(&host)
+            .host(host)
             .port(self.port(credentials))
             .dbname(self.name(credentials))
             .user(&credentials.username)
@@ -221,19 +299,7 @@ impl Connector {
         if let Some(address) = self.config.hostaddr {
             config.hostaddr(address);
         }
-        let tls = self.tls(&host)?;
-        let opening = async {
-            match tls {
-                Some(tls) => open(config.ssl_mode(SslMode::Require), MakeTlsConnector::new(tls)).await,
-                None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
-            }
-        };
-        // The driver's own limit covers the TCP handshake only.
-        match timeout(self.config.connect_timeout, opening).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(error)) => Err(self.explain(DatabaseError::new(&error), credentials).await),
-            Err(_) => Err(StoreError::ConnectTimeout),
-        }
+        config
     }
 
     /// The certificate that the server shows, verified as for a connection; `None` where `DATABASE_TLS` is `disable`.
@@ -274,8 +340,5 @@ where
     T: MakeTlsConnect<Socket>,
     T::Stream: Send + 'static,
 {
-    let (client, connection) = config.connect(tls).await?;
-    // What ends the connection shows in the statement that it fails.
-    let driver = tokio::spawn(async { drop(connection.await) });
-    Ok(Connection { client, driver, used: SystemTime::now(), statements: None, copy_fits: None })
+    config.connect(tls).await.map(Connection::over)
 }

@@ -11,6 +11,7 @@
 mod batch;
 mod certificate;
 mod connection;
+mod early;
 mod error;
 mod isolation;
 mod ledger;
@@ -38,7 +39,7 @@ use tokio::{
 };
 use tokio_postgres::types::{ToSql, Type};
 
-use self::{batch::Batch, error::Remedy};
+use self::{batch::Batch, early::Early, error::Remedy};
 pub use self::{
     connection::{Connection, Connector},
     error::{DatabaseError, StoreError},
@@ -136,11 +137,16 @@ impl Store {
         mapping: &Mapping,
     ) -> Result<Self, StoreError> {
         let signer = Signer::new(config.sign_in.clone(), secrets, sdk_config);
-        // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way.
-        let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME")));
+        // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way. So can
+        // the server's new process, and the handshake.
+        let connector = async {
+            let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME"))).await;
+            let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
+            let early = connector.begin();
+            Ok::<_, StoreError>((connector, early))
+        };
         let (connector, signer) = tokio::join!(connector, signer);
-        let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
-        let signer = signer?;
+        let ((connector, early), signer) = (connector?, signer?);
         connector.host(signer.known())?;
         let retention = connector.ledger_retention();
         // An environment that lives for few rows prunes, too.
@@ -151,6 +157,7 @@ impl Store {
             connector,
             sql: Arc::new(Sql::new(mapping)),
             signer,
+            early,
             connection: None,
             unpruned,
             maintained_until: None,
@@ -224,6 +231,8 @@ struct Session {
     connector: Connector,
     sql: Arc<Sql>,
     signer: Signer,
+    /// Begun at the start, for the first one.
+    early: Option<Early>,
     connection: Option<Connection>,
     /// Cleared once a pooler in transaction mode is detected.
     keeps_statements: bool,
@@ -395,10 +404,14 @@ impl Session {
         client.query_typed(place, &[]).await.ok()?.first()?.try_get(0).ok()
     }
 
-    async fn connect_once(&self) -> Result<Connection, StoreError> {
+    async fn connect_once(&mut self) -> Result<Connection, StoreError> {
         let known = self.signer.known();
         let (host, port) = (self.connector.host(known)?, self.connector.port(known));
-        self.connector.connect(&self.signer.credentials(&host, port).await?).await
+        let credentials = self.signer.credentials(&host, port).await?;
+        match self.early.take() {
+            Some(early) => self.connector.sign_in(early, &credentials).await,
+            None => self.connector.connect(&credentials).await,
+        }
     }
 }
 

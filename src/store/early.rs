@@ -1,0 +1,97 @@
+//! A connection's first steps, TCP and TLS, while the credentials are still on their way. Signing in takes it from there.
+//!
+//! Whatever goes wrong here is not told: the usual way of connecting comes next, and says it.
+
+use std::{convert::Infallible, future, net::IpAddr, time::Duration};
+
+use native_tls::TlsConnector;
+use postgres_native_tls::TlsStream;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_postgres::tls::TlsConnect;
+
+use super::certificate::SSL_REQUEST;
+
+/// As the driver sets it.
+const KEEPALIVE: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// A connection that may be encrypted soon, and where it leads.
+pub(super) struct Early {
+    host: String,
+    port: u16,
+    opening: JoinHandle<Option<TlsStream<TcpStream>>>,
+}
+
+/// For how long it may try, and for how long sent bytes may go unacknowledged.
+pub(super) struct Limits {
+    pub(super) connecting: Duration,
+    pub(super) unacknowledged: Duration,
+}
+
+impl Early {
+    /// Begins to connect to a host, or rather to its `address`, if that is known.
+    pub(super) fn begin(tls: TlsConnector, host: String, address: Option<IpAddr>, port: u16, limits: Limits) -> Self {
+        let opening = tokio::spawn({
+            let host = host.clone();
+            let opening = async move {
+                let stream = match address {
+                    Some(address) => TcpStream::connect((address, port)).await.ok()?,
+                    None => TcpStream::connect((&*host, port)).await.ok()?,
+                };
+                encrypted(tls, stream, &host, limits.unacknowledged).await
+            };
+            async move { timeout(limits.connecting, opening).await.ok().flatten() }
+        });
+        Self { host, port, opening }
+    }
+
+    /// The encrypted stream, if it leads there and could be opened.
+    pub(super) async fn stream(mut self, host: &str, port: u16) -> Option<TlsStream<TcpStream>> {
+        if self.host != host || self.port != port {
+            return None;
+        }
+        (&mut self.opening).await.ok().flatten()
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.opening.abort();
+    }
+}
+
+async fn encrypted(
+    tls: TlsConnector,
+    mut stream: TcpStream,
+    host: &str,
+    unacknowledged: Duration,
+) -> Option<TlsStream<TcpStream>> {
+    stream.set_nodelay(true).ok()?;
+    let socket = SockRef::from(&stream);
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(unacknowledged)).ok()?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE)).ok()?;
+    stream.write_all(&SSL_REQUEST).await.ok()?;
+    if stream.read_u8().await.ok()? != b'S' {
+        return None;
+    }
+    postgres_native_tls::TlsConnector::new(tls, host).connect(stream).await.ok()
+}
+
+/// Gives the driver a stream that is encrypted already.
+pub(super) struct Encrypted(pub(super) TlsStream<TcpStream>);
+
+impl<S> TlsConnect<S> for Encrypted {
+    type Stream = TlsStream<TcpStream>;
+    type Error = Infallible;
+    type Future = future::Ready<Result<TlsStream<TcpStream>, Infallible>>;
+
+    fn connect(self, _: S) -> Self::Future {
+        future::ready(Ok(self.0))
+    }
+}

@@ -6,6 +6,7 @@
 
 use std::{
     borrow::Cow,
+    collections::HashMap,
     fmt,
     time::{Duration, SystemTime},
 };
@@ -28,16 +29,12 @@ pub struct NotAnSqsEvent {
 
 /// The schedule that an event is of, if it is a maintenance event: `{"maintenance": "the schedule's ARN"}`, and nothing else.
 pub fn maintenance(event: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Maintenance {
-        maintenance: String,
-    }
-
     // Longer than any ARN, and shorter than a batch.
     const LONGEST: usize = 2048;
     let event = Some(event).filter(|event| event.len() <= LONGEST)?;
-    serde_json::from_slice::<Maintenance>(event).ok().map(|event| event.maintenance)
+    let mut fields: HashMap<String, String> = serde_json::from_slice(event).ok()?;
+    let schedule = fields.remove("maintenance")?;
+    fields.is_empty().then_some(schedule)
 }
 
 /// A message, as it stands in the event. `Debug` shows nothing of it.

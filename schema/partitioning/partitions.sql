@@ -58,7 +58,7 @@ $$;
 -- meanwhile: rows without a partition go to the default one, and are taken out of it as soon as they have one. The function's
 -- schedule runs it, with the rights of its owner, and so finds tables only where they are now.
 create or replace function login_etl_tend_partitions(remember interval default '28 days') returns setof text
-    language plpgsql security definer set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set timezone = 'UTC' set datestyle = 'ISO' set lock_timeout = '500ms' as $$
 declare
     scheme record;
     part text;
@@ -112,8 +112,16 @@ begin
     end loop;
 end
 $$;
+-- Whoever could create there could have the schedule run it.
 do $$
 begin
+    if exists (
+        select from pg_namespace, pg_catalog.aclexplode(coalesce(nspacl, pg_catalog.acldefault('n', nspowner))) as acl
+        where pg_namespace.oid = (select relnamespace from pg_class where oid = 'login_etl_partitioning'::regclass)
+            and acl.grantee = 0 and acl.privilege_type = 'CREATE'
+    ) then
+        raise exception 'everybody may create in this schema: let its owner revoke create on it from public first';
+    end if;
     execute pg_catalog.format('alter function login_etl_tend_partitions(interval) set search_path = %s, pg_temp', (
         select relnamespace::regnamespace from pg_class where oid = 'login_etl_partitioning'::regclass
     ));

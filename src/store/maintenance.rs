@@ -10,7 +10,7 @@ use tokio::{
     time::{Duration, Instant, timeout_at},
 };
 use tokio_postgres::{
-    Row,
+    Client, Error, Row,
     types::{ToSql, Type},
 };
 
@@ -40,62 +40,105 @@ pub struct Maintained {
     pub more: bool,
 }
 
+/// Whether there was time for all of a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Done,
+    TimeIsUp,
+}
+
 impl Store {
-    /// Deletes what has expired, and tends partitions, until `deadline`.
+    /// Tends partitions and deletes what has expired, until `deadline`. What is left, the next run does.
     ///
     /// # Errors
     /// [`StoreError`], for the first step that failed; the steps after it were tried all the same.
     pub async fn maintain(&self, deadline: Instant) -> Result<Maintained, StoreError> {
         let mut done = Maintained::default();
-        let keys = self.prune_all(&mut done, deadline).await;
-        let rows = self.expire_all(&mut done, deadline).await;
-        let partitions = self.tend_partitions(&mut done, deadline).await;
-        keys.and(rows).and(partitions)?;
-        self.session(deadline).await?.execute(RECORD, &[], deadline).await?;
+        // A backlog of keys leaves time for rows, and both leave some to record it.
+        let last = deadline - (deadline - Instant::now()) / 10;
+        let half = last - (last - Instant::now()) / 2;
+        let partitions = self.tend_partitions(&mut done, half).await;
+        let keys = self.prune_all(&mut done, half).await;
+        // It is what batches ask for.
+        let recorded = match &keys {
+            Ok(_) => self.execute(RECORD, &[], deadline).await,
+            Err(_) => Ok(0),
+        };
+        let rows = self.expire_all(&mut done, last).await;
+        partitions?;
+        done.more = keys? == Step::TimeIsUp;
+        recorded?;
+        done.more |= rows? == Step::TimeIsUp;
         Ok(done)
     }
 
-    async fn prune_all(&self, done: &mut Maintained, deadline: Instant) -> Result<(), StoreError> {
+    async fn prune_all(&self, done: &mut Maintained, deadline: Instant) -> Result<Step, StoreError> {
         let horizon = self.horizon();
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&SLICE, Type::INT8)];
-        while Instant::now() < deadline {
-            let deleted = self.session(deadline).await?.execute(PRUNE, &parameters, deadline).await?;
-            done.keys += deleted;
-            if deleted < SLICE.unsigned_abs() {
-                return Ok(());
+        loop {
+            match self.execute(PRUNE, &parameters, deadline).await {
+                Ok(deleted) => {
+                    done.keys += deleted;
+                    if deleted < SLICE.unsigned_abs() {
+                        return Ok(Step::Done);
+                    }
+                }
+                Err(StoreError::Deadline) => return Ok(Step::TimeIsUp),
+                Err(error) => return Err(error),
             }
         }
-        done.more = true;
-        Ok(())
     }
 
-    async fn expire_all(&self, done: &mut Maintained, deadline: Instant) -> Result<(), StoreError> {
-        while Instant::now() < deadline {
-            let mut session = self.session(deadline).await?;
-            let Some(expire) = session.sql.expire.clone() else { return Ok(()) };
-            let expired = session.query(&expire, &[(&SLICE, Type::INT8)], deadline).await?;
-            let number = |column| expired.first().map_or(0, |row| row.get::<_, i64>(column).unsigned_abs());
-            let deleted = number(0);
-            done.rows += deleted;
-            done.partitions += number(1);
-            if deleted < SLICE.unsigned_abs() {
-                return Ok(());
+    async fn expire_all(&self, done: &mut Maintained, deadline: Instant) -> Result<Step, StoreError> {
+        let Some(expire) = self.session(deadline).await?.sql.expire.clone() else { return Ok(Step::Done) };
+        loop {
+            match self.query(&expire, &[(&SLICE, Type::INT8)], deadline).await {
+                Ok(expired) => {
+                    let number = |column| expired.first().map_or(0, |row| row.get::<_, i64>(column).unsigned_abs());
+                    done.rows += number(0);
+                    done.partitions += number(1);
+                    if number(0) < SLICE.unsigned_abs() {
+                        return Ok(Step::Done);
+                    }
+                }
+                Err(StoreError::Deadline) => return Ok(Step::TimeIsUp),
+                Err(error) => return Err(error),
             }
         }
-        done.more = true;
-        Ok(())
     }
 
     /// Makes the partitions that will be needed, where tables are partitioned as docs/partition-the-tables.md says.
     async fn tend_partitions(&self, done: &mut Maintained, deadline: Instant) -> Result<(), StoreError> {
-        let mut session = self.session(deadline).await?;
-        let has_partitions = session.query(HAS_PARTITIONS, &[], deadline).await?;
+        let has_partitions = self.query(HAS_PARTITIONS, &[], deadline).await?;
         if has_partitions.first().is_some_and(|row| row.get(0)) {
-            done.partitions += session.query(TEND_PARTITIONS, &[], deadline).await?.len() as u64;
+            done.partitions += self.query(TEND_PARTITIONS, &[], deadline).await?.len() as u64;
         }
         Ok(())
     }
 
+    /// Runs a statement, and returns how many rows it deleted or wrote.
+    async fn execute(
+        &self,
+        statement: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+        deadline: Instant,
+    ) -> Result<u64, StoreError> {
+        let running = async |client: &Client| client.execute_typed(statement, parameters).await;
+        self.session(deadline).await?.run(running, deadline).await
+    }
+
+    /// Runs a statement, and returns its rows.
+    async fn query(
+        &self,
+        statement: &str,
+        parameters: &[(&(dyn ToSql + Sync), Type)],
+        deadline: Instant,
+    ) -> Result<Vec<Row>, StoreError> {
+        let running = async |client: &Client| client.query_typed(statement, parameters).await;
+        self.session(deadline).await?.run(running, deadline).await
+    }
+
+    /// The connection, for one statement: a batch that waits for it comes next.
     async fn session(&self, deadline: Instant) -> Result<MutexGuard<'_, Session>, StoreError> {
         timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)
     }
@@ -116,31 +159,18 @@ impl Session {
         self.maintained_until.is_some_and(|until| now < until)
     }
 
-    /// Runs a statement, and returns how many rows it deleted or wrote.
-    async fn execute(
+    async fn run<T>(
         &mut self,
-        statement: &str,
-        parameters: &[(&(dyn ToSql + Sync), Type)],
+        statement: impl AsyncFnOnce(&Client) -> Result<T, Error>,
         deadline: Instant,
-    ) -> Result<u64, StoreError> {
-        let connection = self.take_connected().await?;
-        let executed = timeout_at(deadline, connection.client.execute_typed(statement, parameters)).await;
-        let executed = executed.map_err(|_| StoreError::Deadline)?;
-        self.connection = Some(connection);
-        executed.map_err(|error| StoreError::Maintenance(DatabaseError::new(&error)))
-    }
-
-    /// Runs a statement, and returns its rows.
-    async fn query(
-        &mut self,
-        statement: &str,
-        parameters: &[(&(dyn ToSql + Sync), Type)],
-        deadline: Instant,
-    ) -> Result<Vec<Row>, StoreError> {
-        let connection = self.take_connected().await?;
-        let asked = timeout_at(deadline, connection.client.query_typed(statement, parameters)).await;
-        let asked = asked.map_err(|_| StoreError::Deadline)?;
-        self.connection = Some(connection);
-        asked.map_err(|error| StoreError::Maintenance(DatabaseError::new(&error)))
+    ) -> Result<T, StoreError> {
+        let running = async {
+            let connection = self.take_connected().await?;
+            let result = statement(&connection.client).await;
+            self.connection = Some(connection);
+            result.map_err(|error| StoreError::Maintenance(DatabaseError::new(&error)))
+        };
+        // A statement that is given up may still be under way on its connection, which is not kept.
+        timeout_at(deadline, running).await.map_err(|_| StoreError::Deadline)?
     }
 }

@@ -68,9 +68,10 @@ def alarms_of(cell):
 
 @pytest.fixture(scope="module")
 def events(stack):
-    """The metrics events of the function, of a batch of messages among them."""
-    event = (paths.ROOT / "events" / "valid.json").read_text()
-    stack.localstack.client("lambda").invoke(FunctionName=stack.function_name, Payload=event)
+    """The metrics events of the function, of a batch of messages and of the schedule among them."""
+    schedule = stack.localstack.client("scheduler").get_schedule(Name=f"{stack.name}-maintenance")
+    for event in ((paths.ROOT / "events" / "valid.json").read_text(), schedule["Target"]["Input"]):
+        stack.localstack.client("lambda").invoke(FunctionName=stack.function_name, Payload=event)
     return [line for line in stack.log() if "_aws" in line and line["FunctionName"] == stack.function_name]
 
 

@@ -44,56 +44,60 @@ group by "masked_device_id"
 having pg_catalog.count(*) > 1;
 grant select on "user_logins_masked_device_id_duplicates" to login_etl_operator;
 
--- What deletes rows, with the owner's rights. So these find tables where they were made, and nobody's temporary ones.
+-- What deletes rows, with the owner's rights: so it finds nothing that others made, and names its tables with their schemas.
 do $functions$
 declare
-    place text := (
-        select pg_catalog.string_agg(distinct relnamespace::regnamespace::text, ', ') from pg_class
-        where oid in ('"user_logins"'::regclass, 'etl_audit'::regclass)
+    rows_of text := (
+        select pg_catalog.format('%s.%I', relnamespace::regnamespace, relname) from pg_class where oid = '"user_logins"'::regclass
+    );
+    audit text := (
+        select pg_catalog.format('%s.%I', relnamespace::regnamespace, relname) from pg_class where oid = 'etl_audit'::regclass
     );
 begin
-    execute $create$create or replace function "user_logins_rows_of"(of_column text, wanted text[])
-        returns bigint language plpgsql security definer set search_path = $create$ || place || $create$, pg_temp as $body$
+    execute pg_catalog.replace(pg_catalog.replace(pg_catalog.replace($create$create or replace function "user_logins_rows_of"(of_column text, wanted text[]) returns bigint
+        language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 begin
     case $1
         when 'user_id' then
-            return (select pg_catalog.count(*) from "user_logins" as t where t."user_id" = any ($2::varchar[]));
+            return (select count(*) from @login_etl_table@ as t where t."user_id" = any ($2::varchar[]));
         when 'masked_ip' then
-            return (select pg_catalog.count(*) from "user_logins" as t where t."masked_ip" = any ($2::varchar[]));
+            return (select count(*) from @login_etl_table@ as t where t."masked_ip" = any ($2::varchar[]));
         when 'masked_device_id' then
-            return (select pg_catalog.count(*) from "user_logins" as t where t."masked_device_id" = any ($2::varchar[]));
+            return (select count(*) from @login_etl_table@ as t where t."masked_device_id" = any ($2::varchar[]));
     end case;
 end
-$body$$create$;
+$body$$create$,
+        '@login_etl_table@', rows_of), '@login_etl_table_literal@', pg_catalog.quote_literal(rows_of)), '@login_etl_audit@', audit);
     revoke all on function "user_logins_rows_of"(text, text[]) from public;
     grant execute on function "user_logins_rows_of"(text, text[]) to login_etl_privacy;
-    execute $create$create or replace function "user_logins_erase"(of_column text, wanted text[], most bigint, who text, why text, messages integer)
-        returns bigint language plpgsql security definer set search_path = $create$ || place || $create$, pg_temp as $body$
+    execute pg_catalog.replace(pg_catalog.replace(pg_catalog.replace($create$create or replace function "user_logins_erase"(of_column text, wanted text[], most bigint, who text, why text, messages integer) returns bigint
+        language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
     erased bigint;
 begin
     case $1
         when 'user_id' then
-            delete from "user_logins" as t where t."user_id" = any ($2::varchar[])
-                and t.ctid = any (array(select t.ctid from "user_logins" as t where t."user_id" = any ($2::varchar[]) limit $3));
+            delete from @login_etl_table@ as t where t."user_id" = any ($2::varchar[])
+                and t.ctid = any (array(select t.ctid from @login_etl_table@ as t where t."user_id" = any ($2::varchar[]) limit $3));
         when 'masked_ip' then
-            delete from "user_logins" as t where t."masked_ip" = any ($2::varchar[])
-                and t.ctid = any (array(select t.ctid from "user_logins" as t where t."masked_ip" = any ($2::varchar[]) limit $3));
+            delete from @login_etl_table@ as t where t."masked_ip" = any ($2::varchar[])
+                and t.ctid = any (array(select t.ctid from @login_etl_table@ as t where t."masked_ip" = any ($2::varchar[]) limit $3));
         when 'masked_device_id' then
-            delete from "user_logins" as t where t."masked_device_id" = any ($2::varchar[])
-                and t.ctid = any (array(select t.ctid from "user_logins" as t where t."masked_device_id" = any ($2::varchar[]) limit $3));
+            delete from @login_etl_table@ as t where t."masked_device_id" = any ($2::varchar[])
+                and t.ctid = any (array(select t.ctid from @login_etl_table@ as t where t."masked_device_id" = any ($2::varchar[]) limit $3));
     end case;
     get diagnostics erased = row_count;
-    if erased > 0 or messages is not null then
-        insert into etl_audit (operator, action, reason, source, requested, recovered, key_ids, erased_rows, erased_messages)
-        values (who, 'erase', why, 'user_logins by ' || $1, 0, 0, '{}', erased, coalesce(messages, 0));
+    if erased > 0 or $6 is not null then
+        insert into @login_etl_audit@ (operator, action, reason, source, requested, recovered, key_ids, erased_rows, erased_messages)
+        values ($4, 'erase', $5, 'user_logins by ' || $1, 0, 0, '{}', erased, $6);
         if not found then
             raise exception 'etl_audit swallows what is written to it, so nothing is erased';
         end if;
     end if;
     return erased;
 end
-$body$$create$;
+$body$$create$,
+        '@login_etl_table@', rows_of), '@login_etl_table_literal@', pg_catalog.quote_literal(rows_of)), '@login_etl_audit@', audit);
     revoke all on function "user_logins_erase"(text, text[], bigint, text, text, integer) from public;
     grant execute on function "user_logins_erase"(text, text[], bigint, text, text, integer) to login_etl_privacy;
 end

@@ -146,6 +146,16 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make a mapping and the deployment's settings, from sample messages
+    ///
+    /// Asks of each field whether it is personal, for the table and the database, and writes mapping.toml and samconfig.toml. Flags
+    /// answer beforehand; where nobody can be asked, they have to answer for every field. Writes over no file.
+    #[command(after_help = "\
+Examples:
+  etlctl init --sample messages.jsonl
+  etlctl init --from-queue --stack login-etl --directory mine
+  etlctl init --sample messages.jsonl --masked ip --plain user_id --skip trace")]
+    Init(Init),
     /// Bring the database's schema up to date
     ///
     /// Applies what is missing: the ledger, the roles and the audit, and what `etlctl mapping ddl` prints; each in a
@@ -234,6 +244,49 @@ Examples:
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Init {
+    /// A file of sample bodies or SQS events, one a line, or of one alone; `-` for standard input
+    #[arg(long, value_name = "FILE", required_unless_present = "from_queue")]
+    pub sample: Option<PathBuf>,
+    /// Take up to ten messages that wait in the queue for samples; they stay there, received once more
+    #[arg(long, conflicts_with = "sample")]
+    pub from_queue: bool,
+    /// Where to write
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub directory: PathBuf,
+    /// A field to mask, so that it can be recovered; may be given several times
+    #[arg(long, value_name = "FIELD")]
+    pub masked: Vec<String>,
+    /// A field to mask so that nobody can recover it
+    #[arg(long, value_name = "FIELD")]
+    pub one_way: Vec<String>,
+    /// A field to keep as it is
+    #[arg(long, value_name = "FIELD")]
+    pub plain: Vec<String>,
+    /// A field to leave out
+    #[arg(long, value_name = "FIELD")]
+    pub skip: Vec<String>,
+    /// The field that says whom a row is about
+    #[arg(long, value_name = "FIELD")]
+    pub subject: Option<String>,
+    /// The table, or schema and table with a dot
+    #[arg(long, value_name = "NAME")]
+    pub table: Option<String>,
+    /// The stack's name
+    #[arg(long, value_name = "NAME")]
+    pub stack_name: Option<String>,
+    /// ARN of the secret with the credentials of the function's database user
+    #[arg(long, value_name = "ARN")]
+    pub database_secret_arn: Option<String>,
+    /// Subnets of the database's VPC, with commas between them
+    #[arg(long, value_name = "IDS")]
+    pub subnets: Option<String>,
+    /// Security groups for the function, with commas between them
+    #[arg(long, value_name = "IDS")]
+    pub security_groups: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -378,6 +431,9 @@ pub enum Subject {
         /// Erase, instead of counting
         #[arg(long)]
         yes: bool,
+        /// Delete dead messages, too, that have the value somewhere and not the field; they may be another's
+        #[arg(long)]
+        mentions: bool,
         /// Most rows a transaction
         #[arg(long, value_name = "N", default_value = "5000")]
         batch: NonZeroU32,

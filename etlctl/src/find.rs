@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::BTreeSet, io};
 use jiff::civil::Date;
 use login_etl::{
     keyring::{Keyring, Mask},
-    mapping::{Column, Field, quoted},
+    mapping::{Column, ColumnType, Field, quoted},
 };
 use serde_json::{Value, json};
 use tokio_postgres::types::{ToSql, Type};
@@ -54,6 +54,14 @@ impl<'a> Person<'a> {
     pub async fn new(settings: &'a Settings, field: Option<&str>, given: &str) -> Result<Self, Failure> {
         let (column, field) = settings.person_field(field)?;
         let given = value(given)?;
+        if given.is_empty() {
+            return Err(Failure::Usage("the value is empty".to_owned()));
+        }
+        // PostgreSQL's log would quote it.
+        if field.masked.is_none() && !fits(column.column_type, &given) {
+            let column_type = column.column_type.name();
+            return Err(failed(format!("the value is not of type {column_type}, so no row has it")));
+        }
         let values = if field.masked.is_some() {
             let keyring = settings.keyring().await?;
             let masks = masks(&keyring, field, &given)?;
@@ -106,7 +114,9 @@ pub async fn rows(settings: &Settings, person: &Person<'_>, since: Option<Date>,
     let parameters: [(&(dyn ToSql + Sync), Type); 3] =
         [(&person.values, Type::TEXT_ARRAY), (&since, Type::TEXT), (&limit, Type::INT8)];
     let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
-    let rows: Vec<Value> = rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
+    let rows = rows.iter().map(|row| serde_json::from_str(row.get(0)));
+    let rows: Vec<Value> =
+        rows.collect::<Result<_, _>>().map_err(|_| failed("a row's jsonb is nested too deep to be shown"))?;
     let counted = format!("select count(*), count(distinct {subject}), min({day})::text, max({day})::text {matching}");
     let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
     let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
@@ -160,6 +170,24 @@ fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, S
         return Err(failed("the value is too long to be masked, so no row has it"));
     }
     Ok(masks.into_iter().map(|(id, masked)| (id.to_owned(), masked.as_str().to_owned())).collect())
+}
+
+/// Whether a text is a value of a type, as far as PostgreSQL would refuse it.
+fn fits(column_type: ColumnType, text: &str) -> bool {
+    match column_type {
+        ColumnType::Integer => text.parse::<i32>().is_ok(),
+        ColumnType::Bigint => text.parse::<i64>().is_ok(),
+        ColumnType::DoublePrecision => text.parse::<f64>().is_ok_and(f64::is_finite),
+        ColumnType::Boolean => matches!(text, "true" | "false"),
+        ColumnType::Date => text.parse::<Date>().is_ok(),
+        ColumnType::Timestamptz => text.parse::<jiff::Timestamp>().is_ok(),
+        ColumnType::Uuid => {
+            let digits = text.replace('-', "");
+            digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+        }
+        ColumnType::Jsonb => serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok(),
+        ColumnType::Text => !text.contains('\0'),
+    }
 }
 
 fn normalized<'v>(field: &Field, given: &'v str) -> Result<Cow<'v, str>, Failure> {

@@ -5,6 +5,7 @@
 //! settings  flags, stack, environment → clients and connections
 //! output    a command's reply, as text or JSON; tables, questions, progress
 //!
+//! init      a mapping and settings from samples
 //! migrate   schema and table into the database find     values to masks, and the rows that have them
 //! doctor    is all of it set up right?         recover  masks to values, behind the audit
 //! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
@@ -20,6 +21,7 @@ mod cli;
 mod dlq;
 mod doctor;
 mod find;
+mod init;
 mod keys;
 mod logs;
 mod mapping;
@@ -62,8 +64,15 @@ async fn run(cli: Cli) -> Result<Reply, Failure> {
     if let Command::Mapping { command } = &cli.command {
         return mapping::run(settings::mapping_file(&cli.global).as_deref(), command);
     }
+    if let Command::Init(options) = &cli.command
+        && !options.from_queue
+    {
+        return init::run(None, cli.global.settings.get("DATABASE_HOST").map(String::as_str), options).await;
+    }
+    let host = cli.global.settings.get("DATABASE_HOST").cloned();
     let settings = Settings::new(cli.global).await?;
     match cli.command {
+        Command::Init(options) => init::run(Some(&settings), host.as_deref(), &options).await,
         Command::Migrate(options) => migrate::run(&settings, &options).await,
         Command::Doctor => doctor::run(&settings).await,
         Command::Mask(options) => find::mask(&settings, &options).await,

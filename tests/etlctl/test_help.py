@@ -11,7 +11,7 @@ from world.localstack import CREDENTIALS
 
 GOLDEN = paths.ROOT / "tests" / "etlctl" / "golden"
 GROUPS = {
-    (): "migrate doctor mask find recover subject keys dlq mapping status completions".split(),
+    (): "init migrate doctor mask find recover subject keys dlq mapping status completions".split(),
     ("subject",): "find export erase".split(),
     ("keys",): "list add activate remask retire".split(),
     ("dlq",): "list explain show redrive purge".split(),

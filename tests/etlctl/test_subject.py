@@ -38,11 +38,13 @@ SIV = {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5
 
 
 class DeadLetters(Queues):
-    """A dead-letter queue with these bodies in it."""
+    """A dead-letter queue with these bodies in it, in one group where it keeps an order."""
 
     def bury(self, *bodies: str) -> None:
-        for body in bodies:
-            self.sqs.send_message(QueueUrl=self.dead_letter_queue_url, MessageBody=body)
+        fifo = self.dead_letter_queue_url.endswith(".fifo")
+        for number, body in enumerate(bodies):
+            group = {"MessageGroupId": "one", "MessageDeduplicationId": str(number)} if fifo else {}
+            self.sqs.send_message(QueueUrl=self.dead_letter_queue_url, MessageBody=body, **group)
 
     def bodies(self) -> set[str]:
         received = delivery.receive_all(self, self.dead_letter_queue_url)
@@ -154,16 +156,37 @@ def test_an_erasure_takes_the_person_s_rows_and_dead_messages_and_no_other_and_i
     with ring.connect() as database:
         database.execute("insert into etl_ledger values (now(), gen_random_uuid())")
     told = ring.run("subject", "erase", "-", "--reason", "Request 7", "--yes", "--batch", "3", input=PERSON, environment=dead.environment)
-    assert (told.returncode, told.stderr) == (0, ""), told.stderr
-    assert "7 rows erased, 4 dead messages deleted" in told.stdout and "run it again" in told.stdout
-    assert count(ring) == 2 and dead.bodies() == kept and count(ring, table="etl_ledger") == 1
+    # What mentions the person without the field is named, and stays.
+    assert (told.returncode, told.stderr) == (1, ""), told.stderr
+    assert "7 rows erased, 1 dead message deleted" in told.stdout and "run it again" in told.stdout
+    assert "3 dead messages have the value and not the field" in told.stdout
+    assert count(ring) == 2 and dead.bodies() == {*kept, *broken} and count(ring, table="etl_ledger") == 1
+    again = ring.json("subject", "erase", PERSON, "--reason", "Request 7", "--yes", "--mentions", environment=dead.environment)
+    assert (again["rows"], again["messages"], again["mentions"]) == (0, 3, []) and dead.bodies() == kept
     records = audited(ring)
     assert {record[:2] for record in records} == {("erase", "Request 7")}
-    assert [sum(numbers) for numbers in zip(*(record[2:] for record in records))] == [7, 4]
+    assert [sum(number or 0 for number in numbers) for numbers in zip(*(record[2:] for record in records))] == [7, 4]
     assert PERSON not in everything(ring) + told.stdout
     # Again, there is nothing; that is on record, too.
     again = ring.json("subject", "erase", PERSON, "--reason", "Request 7", "--yes", environment=dead.environment)
     assert (again["rows"], again["messages"]) == (0, 0) and audited(ring)[-1] == ("erase", "Request 7", 0, 0)
+
+
+def test_of_a_fifo_queue_s_group_all_of_the_person_s_messages_go(servers, ring):
+    dead = DeadLetters(servers, ".fifo")
+    dead.bury(*(body(user_id=PERSON, locale=str(number)) for number in range(25)), body(user_id="other"))
+    erased = ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", environment=dead.environment)
+    assert erased["messages"] == 25 and dead.bodies() == {body(user_id="other")}
+    assert sum(messages or 0 for *_, messages in audited(ring)) == 25
+    dead.delete()
+
+
+def test_messages_that_another_run_has_hidden_are_told_of(ring, dead):
+    dead.bury(body(user_id=PERSON))
+    hidden = dead.sqs.receive_message(QueueUrl=dead.dead_letter_queue_url, VisibilityTimeout=60)["Messages"]
+    for words in ((), ("--yes",)):
+        told = ring.run("subject", "erase", PERSON, "--reason", "r", *words, environment=dead.environment)
+        assert told.returncode == 1 and f"{len(hidden)} dead message hidden" in told.stdout
 
 
 def test_by_a_masked_field_rows_under_every_key_are_erased(ring, dead):
@@ -186,8 +209,35 @@ def test_a_masked_subject_is_found_exported_and_erased(empty_world, tmp_path):
     file = tmp_path / "export.jsonl"
     world.json("subject", "export", PERSON, *chosen, "--output", str(file), "--reason", "r")
     assert {json.loads(line)["visitor.mail"] for line in file.read_text().splitlines()} == {PERSON}
-    assert world.json("subject", "erase", PERSON, *chosen, "--reason", "r", "--yes")["rows"] == 2
+    assert world.json("subject", "erase", PERSON, *chosen, "--reason", "r", "--yes", status=1)["rows"] == 2
     assert count(world, table="visits") == 1
+
+
+def test_partitions_by_another_column_lose_expired_rows_alone(empty_world, tmp_path):
+    (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT)
+    with empty_world.connect() as database:
+        database.execute("create table visits (masked_mail varchar(256), page text, visited_on date) partition by range (page)")
+        database.execute("create table pages partition of visits for values from ('2001-01-01') to ('2002-01-01')")
+        database.execute("insert into visits select 'm', '2001-05-05', current_date - n from generate_series(28, 32) n")
+    assert empty_world.run("migrate", "--mapping", str(tmp_path / "mapping.toml")).returncode == 0
+    with empty_world.connect() as database:
+        assert database.execute("select * from visits_expire(10)").fetchone() == (2, 0)
+    assert count(empty_world, table="visits") == 3
+
+
+def test_a_partitioned_table_needs_no_default_partition_and_a_reader_of_one_keeps_no_other(empty_world, tmp_path):
+    (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT)
+    with empty_world.connect() as database:
+        database.execute("create table visits (masked_mail varchar(256), page text, visited_on date) partition by range (visited_on)")
+        for name, first, last in (("oldest", 90, 60), ("old", 60, 40), ("young", 40, -9)):
+            bounds = database.execute("select current_date - %s, current_date - %s", [first, last]).fetchone()
+            database.execute(f"create table {name} partition of visits for values from ('{bounds[0]}') to ('{bounds[1]}')")
+    assert empty_world.run("migrate", "--mapping", str(tmp_path / "mapping.toml")).returncode == 0
+    with empty_world.connect() as database:
+        with empty_world.locked("oldest", "access share"):
+            assert database.execute("select * from visits_expire(10)").fetchone() == (0, 1)
+        assert database.execute("select * from visits_expire(10)").fetchone() == (0, 1)
+        assert database.execute("select count(*) from pg_inherits where inhparent = 'visits'::regclass").fetchone() == (1,)
 
 
 def test_rows_past_retention_go_by_a_call_that_deletes_nothing_else(empty_world, tmp_path):
@@ -265,12 +315,54 @@ def test_a_temporary_table_of_the_same_name_is_not_taken_for_the_table(ring):
     assert count(ring) == 0
 
 
-def test_without_a_reason_or_a_dead_letter_queue_it_says_so(ring):
+def test_an_operator_that_somebody_made_in_the_schema_is_not_used(ring):
     insert(ring, PERSON)
-    told = ring.run("subject", "erase", PERSON, "--reason", " ", "--yes")
-    assert told.returncode == 2 and "--reason says nothing" in told.stderr and count(ring) == 1
+    with ring.connect() as database:
+        database.execute("create function public.never(varchar, varchar) returns boolean language sql as 'select false'")
+        database.execute("create operator public.= (leftarg = varchar, rightarg = varchar, function = public.never)")
+    assert ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", status=1)["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "says"),
+    [
+        (PERSON, ("--reason", " "), "--reason says nothing"),
+        (PERSON, ("--reason", f"Request of {PERSON.upper()}"), "--reason has the value in it"),
+        ("", ("--reason", "r"), "the value is empty"),
+    ],
+)
+def test_what_would_be_a_mistake_is_refused_before_anything_is_done(ring, value, words, says):
+    insert(ring, PERSON)
+    told = ring.run("subject", "erase", value, *words, "--yes")
+    assert told.returncode == 2 and says in told.stderr and count(ring) == 1 and audited(ring) == []
+
+
+def test_without_a_dead_letter_queue_it_says_so(ring):
+    insert(ring, PERSON)
+    erased = ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", status=1)
+    assert (erased["rows"], erased["messages"]) == (1, None) and audited(ring) == [("erase", "r", 1, None)]
     told = ring.run("subject", "erase", PERSON, "--reason", "r", "--yes")
-    assert told.returncode == 0 and "Dead messages were not looked at" in told.stdout and count(ring) == 0
+    assert told.returncode == 1 and "Dead messages were not looked at" in told.stdout
+
+
+def test_rows_that_a_trigger_keeps_end_the_run_with_a_word(ring, dead):
+    insert(ring, PERSON)
+    with ring.connect() as database:
+        database.execute("create function keep() returns trigger language plpgsql as 'begin return null; end'")
+        database.execute("create trigger keep before delete on user_logins for each row execute function keep()")
+    told = ring.run("subject", "erase", PERSON, "--reason", "r", "--yes", environment=dead.environment)
+    assert told.returncode == 3 and "1 row left that cannot be erased" in told.stderr
+
+
+def test_a_value_that_the_column_cannot_hold_reaches_no_log(empty_world, servers, tmp_path):
+    (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT.replace('keep = "masked"', 'keep = "plain"').replace('normalize = "lowercase"', 'type = "bigint"'))
+    chosen = ("--mapping", str(tmp_path / "mapping.toml"))
+    assert empty_world.run("migrate", *chosen).returncode == 0
+    value = f"{uuid.uuid4().hex}@example.com"
+    for command in (("find",), ("erase", "--reason", "r")):
+        told = empty_world.run("subject", command[0], value, *command[1:], *chosen)
+        assert told.returncode == 3 and "is not of type bigint" in told.stderr
+    assert value not in servers.postgres.log_file.read_text(errors="replace")
 
 
 # Whatever happens meanwhile.

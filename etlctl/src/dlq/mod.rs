@@ -23,7 +23,6 @@ use login_etl::{
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-pub use self::person::Theirs;
 use crate::{
     audit,
     cli::Dlq,
@@ -118,6 +117,11 @@ impl<'a> Queue<'a> {
         let depth = number(QueueAttributeName::ApproximateNumberOfMessages);
         let hidden = number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible);
         Ok(Self { settings, url, depth, hidden, arn: attribute(QueueAttributeName::QueueArn), client })
+    }
+
+    /// About how many messages there were when this began.
+    pub fn depth(&self) -> u64 {
+        self.depth
     }
 
     /// How many messages were hidden when this began.

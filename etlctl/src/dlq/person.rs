@@ -1,10 +1,17 @@
 //! A person's dead messages: told from others', and deleted.
+//!
+//! A message is the person's if the field has the value. Where the field is missing or the body is broken, it may mention the
+//! person and be another's: such messages are named, and deleted only if that is asked for.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeSet, fmt};
 
 use aws_sdk_sqs::types::DeleteMessageBatchRequestEntry;
-use login_etl::mapping::{Mapping, Unwrap};
-use serde_json::Value;
+use login_etl::mapping::{ColumnType, Mapping, Unwrap};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
 
 use super::{Dead, ENTRIES, Queue, ROUND};
 use crate::{
@@ -15,29 +22,51 @@ use crate::{
 /// Seconds that all messages are hidden meanwhile, so that each is seen once.
 const HIDDEN: i32 = 120;
 
-/// All dead messages, hidden from others, and which of them are a person's.
-pub struct Theirs {
-    dead: Vec<Dead>,
-    theirs: Vec<bool>,
+/// What a dead message is to a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Relation {
+    Theirs,
+    /// It has the value somewhere, and not the field.
+    Mentions,
+    Others,
 }
 
-impl Theirs {
+/// All dead messages that SQS shows, hidden from others, and what they are to a person.
+pub struct Looked {
+    dead: Vec<(Dead, Relation)>,
+}
+
+impl Looked {
     /// How many messages are the person's.
-    pub fn messages(&self) -> usize {
-        self.theirs.iter().filter(|theirs| **theirs).count()
+    pub fn theirs(&self) -> usize {
+        self.dead.iter().filter(|(_, relation)| *relation == Relation::Theirs).count()
     }
 
-    fn split(self) -> (Vec<Dead>, Vec<Dead>) {
-        let (theirs, others): (Vec<_>, Vec<_>) =
-            self.dead.into_iter().zip(self.theirs).partition(|(_, theirs)| *theirs);
-        let without = |marked: Vec<(Dead, bool)>| marked.into_iter().map(|(dead, _)| dead).collect();
-        (without(theirs), without(others))
+    /// The ids of those that mention them.
+    pub fn mentions(&self) -> Vec<String> {
+        let mentions = self.dead.iter().filter(|(_, relation)| *relation == Relation::Mentions);
+        mentions.map(|(dead, _)| dead.id().to_owned()).collect()
+    }
+
+    /// How many messages it read.
+    pub fn count(&self) -> usize {
+        self.dead.len()
+    }
+
+    /// The same, with what mentions the person as theirs.
+    pub fn with_mentions(mut self) -> Self {
+        for (_, relation) in &mut self.dead {
+            if *relation == Relation::Mentions {
+                *relation = Relation::Theirs;
+            }
+        }
+        self
     }
 }
 
 impl Queue<'_> {
-    /// Reads all dead messages, and hides them until they are let go.
-    pub async fn theirs(&self, person: &Person<'_>) -> Result<Theirs, Failure> {
+    /// Reads all dead messages that SQS shows, and hides them until they are let go.
+    pub async fn look_for(&self, person: &Person<'_>) -> Result<Looked, Failure> {
         let mut dead = Vec::new();
         loop {
             let before = dead.len();
@@ -51,21 +80,25 @@ impl Queue<'_> {
             }
         }
         let mapping = &self.settings.mapping;
-        let theirs = dead.iter().map(|dead| is_of(person, mapping, dead.body())).collect();
-        Ok(Theirs { dead, theirs })
+        let related = dead.into_iter().map(|dead| {
+            let relation = relation(person, mapping, dead.body());
+            (dead, relation)
+        });
+        Ok(Looked { dead: related.collect() })
     }
 
     /// Lets others see all of them again.
-    pub async fn let_go(&self, theirs: Theirs) {
-        self.release(&theirs.dead).await;
+    pub async fn let_go(&self, looked: Looked) {
+        self.release(looked.dead.iter().map(|(dead, _)| dead)).await;
     }
 
     /// Deletes the person's messages, and lets others see the rest again.
-    pub async fn delete(&self, theirs: Theirs) -> Result<(), Failure> {
-        let (theirs, others) = theirs.split();
-        self.release(&others).await;
+    pub async fn delete(&self, looked: Looked) -> Result<(), Failure> {
+        let (theirs, others): (Vec<_>, Vec<_>) =
+            looked.dead.into_iter().partition(|(_, relation)| *relation == Relation::Theirs);
+        self.release(others.iter().map(|(dead, _)| dead)).await;
         for part in theirs.chunks(ENTRIES) {
-            let entries = part.iter().enumerate().filter_map(|(number, dead)| {
+            let entries = part.iter().enumerate().filter_map(|(number, (dead, _))| {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(number.to_string());
                 entry.receipt_handle(dead.message.receipt_handle()?).build().ok()
             });
@@ -77,37 +110,115 @@ impl Queue<'_> {
         }
         Ok(())
     }
-}
 
-/// Whether a message is about the person: its field has one of the spellings. A body without that field may be broken in any way;
-/// it is theirs if it has a spelling anywhere, as a word.
-fn is_of(person: &Person<'_>, mapping: &Mapping, body: &str) -> bool {
-    let Ok(parsed) = serde_json::from_str::<Value>(body) else {
-        return person.spellings.iter().any(|spelling| has_word(body, spelling));
-    };
-    let message = match (mapping.unwrap(), parsed["Message"].as_str().map(serde_json::from_str::<Value>)) {
-        (Some(Unwrap::Sns), Some(Ok(message))) => message,
-        _ => parsed,
-    };
-    let field = person.field.path.split('.').try_fold(&message, |value, name| value.get(name));
-    let text = match field {
-        Some(Value::String(text)) => Cow::Borrowed(text.as_str()),
-        Some(Value::Number(number)) => Cow::Owned(number.to_string()),
-        _ => return person.spellings.iter().any(|spelling| says(&message, spelling)),
-    };
-    let text = person.field.normalized(&text).unwrap_or(Cow::Borrowed(&text));
-    person.spellings.iter().any(|spelling| **spelling == *text)
-}
-
-/// Whether a text within a value has this word.
-fn says(value: &Value, word: &str) -> bool {
-    match value {
-        Value::String(text) => has_word(text, word),
-        Value::Number(number) => number.to_string() == word,
-        Value::Array(items) => items.iter().any(|item| says(item, word)),
-        Value::Object(fields) => fields.iter().any(|(name, value)| has_word(name, word) || says(value, word)),
-        Value::Null | Value::Bool(_) => false,
+    /// Whether SQS shows ten messages of a group at a time.
+    pub fn is_fifo(&self) -> bool {
+        self.arn.ends_with(".fifo")
     }
+}
+
+/// An object's fields as they stand there, also those that are given twice.
+struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OfObject;
+
+        impl<'de> Visitor<'de> for OfObject {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+                let mut fields = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
+                    fields.push((Cow::Owned(name), value));
+                }
+                Ok(Fields(fields))
+            }
+        }
+
+        deserializer.deserialize_map(OfObject)
+    }
+}
+
+fn relation(person: &Person<'_>, mapping: &Mapping, body: &str) -> Relation {
+    let message = match mapping.unwrap() {
+        None => Some(Cow::Borrowed(body)),
+        Some(Unwrap::Sns) => texts(body, &["Message"]).into_iter().flatten().next().map(Cow::Owned),
+    };
+    let path: Vec<_> = person.field.path.split('.').collect();
+    let found = message.map_or_else(Vec::new, |message| texts(&message, &path));
+    // Null says nothing, and neither does a list.
+    let found: Vec<_> = found.into_iter().flatten().collect();
+    if found.iter().any(|text| is_value(person, text)) {
+        return Relation::Theirs;
+    }
+    let mentions = found.is_empty() && {
+        let body = body.to_lowercase();
+        needles(person).iter().any(|needle| has_word(&body, needle))
+    };
+    if mentions { Relation::Mentions } else { Relation::Others }
+}
+
+/// The values at a path, one for each time that it is given, as text; `None` for what is no text and no number.
+fn texts(message: &str, path: &[&str]) -> Vec<Option<String>> {
+    let Some((first, rest)) = path.split_first() else {
+        let text = match message.as_bytes().first() {
+            Some(b'"') => serde_json::from_str(message).ok(),
+            Some(b'-' | b'0'..=b'9' | b't' | b'f') => Some(message.to_owned()),
+            _ => None,
+        };
+        return vec![text];
+    };
+    let Ok(Fields(fields)) = serde_json::from_str::<Fields<'_>>(message) else { return Vec::new() };
+    fields.iter().filter(|(name, _)| name == first).flat_map(|(_, value)| texts(value.get(), rest)).collect()
+}
+
+/// Whether a text is the person's value, as the column's type compares.
+fn is_value(person: &Person<'_>, text: &str) -> bool {
+    let normalized = person.field.normalized(text).unwrap_or(Cow::Borrowed(text));
+    person.spellings.iter().any(|spelling| {
+        let same = |canonical: &dyn Fn(&str) -> Option<String>| {
+            canonical(spelling).is_some_and(|spelling| canonical(text) == Some(spelling))
+        };
+        **spelling == *normalized
+            || match person.column.column_type {
+                ColumnType::Uuid => same(&|text| {
+                    let digits = text.replace('-', "").to_lowercase();
+                    (digits.len() == 32).then_some(digits)
+                }),
+                ColumnType::Integer | ColumnType::Bigint | ColumnType::DoublePrecision => {
+                    same(&|text| text.trim().parse::<f64>().ok().map(|number| number.to_string()))
+                }
+                _ => false,
+            }
+    })
+}
+
+/// How a spelling may stand in a body, in lower case: as it is, in a JSON string, in one of ASCII alone, and in a string within
+/// a string.
+fn needles(person: &Person<'_>) -> BTreeSet<String> {
+    let escaped = |text: &str| serde_json::Value::from(text).to_string().trim_matches('"').to_owned();
+    let ascii = |text: &str| {
+        let mut units = [0; 2];
+        let unit = |unit: &u16| format!("\\u{unit:04x}");
+        let shown = |character: char| match character.is_ascii() {
+            true => escaped(&character.to_string()),
+            false => character.encode_utf16(&mut units).iter().map(unit).collect(),
+        };
+        text.chars().map(shown).collect::<String>()
+    };
+    let mut needles = BTreeSet::new();
+    for spelling in &person.spellings {
+        for once in [spelling.to_string(), escaped(spelling), ascii(spelling)] {
+            needles.insert(escaped(&once).to_lowercase());
+            needles.insert(once.to_lowercase());
+        }
+    }
+    needles
 }
 
 /// Whether a text has this word, and not as a part of a longer one.
@@ -121,15 +232,55 @@ fn has_word(text: &str, word: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use login_etl::mapping::Source;
+    use zeroize::Zeroizing;
+
     use super::*;
 
+    fn related(column: &str, value: &str, body: &str) -> Relation {
+        let mapping =
+            Mapping::from_toml(&format!("table = \"t\"\n[[column]]\nname = \"c\"\nsubject = true\n{column}"), "m");
+        let mapping = mapping.unwrap();
+        let column = mapping.subject().unwrap();
+        let Source::Field(field) = &column.source else { unreachable!() };
+        let spellings = vec![Zeroizing::new(value.to_owned())];
+        relation(&Person { column, field, spellings, values: Vec::new() }, &mapping, body)
+    }
+
     #[test]
-    fn a_word_is_found_at_any_place_and_not_within_another() {
-        for text in ["alice", "{\"user_id\": \"alice\"", "(alice)", "x alice,", "maalice alice"] {
-            assert!(has_word(text, "alice"), "{text}");
+    fn the_field_decides_and_what_only_mentions_the_value_may_be_another_s() {
+        let text = "from = \"user.id\"\nkeep = \"plain\"\ntype = \"text\"";
+        for (body, relation) in [
+            (r#"{"user": {"id": "zoë"}}"#, Relation::Theirs),
+            (r#"{"user": {"id": "zo\u00eb"}}"#, Relation::Theirs),
+            (r#"{"user": {"id": "zoë", "id": "bob"}}"#, Relation::Theirs),
+            (r#"{"user": {"id": "bob"}, "friend": "zoë"}"#, Relation::Others),
+            (r#"{"user": "zoë"}"#, Relation::Mentions),
+            (r#"{"userId": "anna-zoë"}"#, Relation::Mentions),
+            (r#"{"user": {"id": null}, "name": "ZOË"}"#, Relation::Mentions),
+            (r#"{"user": {"id": "zo\u00eb"#, Relation::Mentions),
+            (r#"{"Message": "{\"name\": \"zo\\u00eb\"}"}"#, Relation::Mentions),
+            ("mail to zoë, please", Relation::Mentions),
+            ("zoës", Relation::Others),
+            ("", Relation::Others),
+        ] {
+            assert_eq!(related(text, "zoë", body), relation, "{body}");
         }
-        for text in ["", "malice", "alice2", "Alice", "aliceé"] {
-            assert!(!has_word(text, "alice"), "{text}");
+    }
+
+    #[test]
+    fn values_are_compared_as_the_column_s_type_has_them() {
+        let of_type = |column_type: &str| format!("from = \"u\"\nkeep = \"plain\"\ntype = \"{column_type}\"");
+        let uuid = "059f36b4-87a3-44ab-83d2-661975830a7d";
+        for (column_type, value, body, relation) in [
+            ("uuid", uuid, r#"{"u": "059F36B4-87A3-44AB-83D2-661975830A7D"}"#, Relation::Theirs),
+            ("uuid", uuid, r#"{"u": "059f36b487a344ab83d2661975830a7d"}"#, Relation::Theirs),
+            ("bigint", "42", r#"{"u": "042"}"#, Relation::Theirs),
+            ("bigint", "42", r#"{"u": 42.0}"#, Relation::Theirs),
+            ("bigint", "42", r#"{"u": 421}"#, Relation::Others),
+            ("text", "12345678901234567890123", r#"{"u": 12345678901234567890123}"#, Relation::Theirs),
+        ] {
+            assert_eq!(related(&of_type(column_type), value, body), relation, "{body}");
         }
     }
 }

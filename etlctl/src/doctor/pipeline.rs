@@ -96,7 +96,7 @@ async fn secrets(settings: &Settings, checks: &mut Checks) {
             }
             Err(error) => {
                 let advice = "put its last good version back (Secrets Manager keeps one as AWSPREVIOUS), or correct it; the \
-                              README has its two forms";
+                              docs/settings.md has its two forms";
                 unusable(checks, error, advice);
             }
         }

@@ -181,8 +181,8 @@ fn operator_grants(table: &Table, recoverable: &[&Column]) -> String {
         return format!("grant select on {table} to login_etl_operator;\n");
     }
     let columns: Vec<_> = recoverable.iter().map(|column| quoted(&column.name)).collect();
-    format!(
-        "do $grants$
+    let block = format!(
+        "
 declare
     part regclass;
 begin
@@ -197,12 +197,21 @@ begin
         execute pg_catalog.format('grant select, update ({}) on %s to login_etl_operator', part);
     end loop;
 end
-$grants$;
 ",
         literal(&table.to_string()),
         // Doubled, as `format` takes a percent sign for its own.
         columns.join(", ").replace('\'', "''").replace('%', "%%"),
-    )
+    );
+    format!("do {};\n", dollar_quoted("grants", &block))
+}
+
+/// A text between dollar signs, with a tag that does not occur in it.
+fn dollar_quoted(tag: &str, text: &str) -> String {
+    let tag = (1..)
+        .map(|number| if number == 1 { format!("${tag}$") } else { format!("${tag}{number}$") })
+        .find(|tag| !text.contains(tag.as_str()))
+        .unwrap_or_default();
+    format!("{tag}{text}{tag}")
 }
 
 /// A string as SQL has it.

@@ -1,10 +1,18 @@
 //! The functions of a mapping's table that delete rows: one person's, for the role `login_etl_privacy`, and expired ones, for
 //! `login_etl`. They run with the rights of the table's owner, so that neither role may delete, or read, any other row.
+//!
+//! What runs with an owner's rights must not find anything that somebody else made. So its search path is PostgreSQL's own schema
+//! alone, and the tables are named with theirs, which are looked up when the functions are made.
 
 use login_etl::mapping::{Column, Mapping, quoted};
 
-use super::literal;
+use super::{dollar_quoted, literal};
 use crate::migrate::sql_type;
+
+/// Where a function's text has the table's name with its schema, the same as a literal, and the audit's name.
+const TABLE: &str = "@login_etl_table@";
+const TABLE_LITERAL: &str = "@login_etl_table_literal@";
+const AUDIT: &str = "@login_etl_audit@";
 
 /// The columns by which a person can be found.
 pub fn columns_of_persons(mapping: &Mapping) -> impl Iterator<Item = &Column> {
@@ -23,50 +31,64 @@ pub(super) fn ddl(mapping: &Mapping) -> String {
         let index = quoted(&mapping.table().beside(&format!("{}_idx", day.name)).name);
         format!("create index if not exists {index} on {} ({});\n", mapping.table(), quoted(&day.name))
     });
-    format!(
-        "
--- What deletes rows, with the owner's rights. So these find tables where they were made, and nobody's temporary ones.
-{index}do $functions$
-declare
-    place text := (
-        select pg_catalog.string_agg(distinct relnamespace::regnamespace::text, ', ') from pg_class
-        where oid in ({}::regclass, 'etl_audit'::regclass)
+    let block = format!(
+        "declare
+    rows_of text := (
+        select pg_catalog.format('%s.%I', relnamespace::regnamespace, relname) from pg_class where oid = {}::regclass
+    );
+    audit text := (
+        select pg_catalog.format('%s.%I', relnamespace::regnamespace, relname) from pg_class where oid = 'etl_audit'::regclass
     );
 begin
 {}end
-$functions$;
 ",
         literal(&mapping.table().to_string()),
         functions.concat()
+    );
+    format!(
+        "
+-- What deletes rows, with the owner's rights: so it finds nothing that others made, and names its tables with their schemas.
+{index}do {};
+",
+        dollar_quoted("functions", &format!("\n{block}"))
     )
 }
 
 /// One function, made and granted.
-fn function(
-    mapping: &Mapping,
-    suffix: &str,
-    parameters: &str,
-    types: &str,
-    returns: &str,
-    grantee: &str,
-    body: &str,
-) -> String {
-    let name = mapping.table().beside(suffix);
-    format!(
-        "    execute $create$create or replace function {name}({parameters})
-        returns {returns} language plpgsql security definer set search_path = $create$ || place || $create$, pg_temp as $body$
-{body}$body$$create$;
+struct Function<'a> {
+    suffix: &'a str,
+    parameters: &'a str,
+    types: &'a str,
+    returns: &'a str,
+    settings: &'a str,
+    grantee: &'a str,
+    body: &'a str,
+}
+
+impl Function<'_> {
+    fn sql(&self, mapping: &Mapping) -> String {
+        let Self { suffix, parameters, types, returns, settings, grantee, body } = self;
+        let name = mapping.table().beside(suffix);
+        let create = format!(
+            "create or replace function {name}({parameters}) returns {returns}
+        language plpgsql security definer set search_path = pg_catalog, pg_temp{settings} as {}",
+            dollar_quoted("body", &format!("\n{body}"))
+        );
+        format!(
+            "    execute pg_catalog.replace(pg_catalog.replace(pg_catalog.replace({},
+        '{TABLE}', rows_of), '{TABLE_LITERAL}', pg_catalog.quote_literal(rows_of)), '{AUDIT}', audit);
     revoke all on function {name}({types}) from public;
     grant execute on function {name}({types}) to {grantee};
-"
-    )
+",
+            dollar_quoted("create", &create)
+        )
+    }
 }
 
 /// What counts and what erases the rows that have one of some values in a column.
 ///
 /// Columns have their table's alias, and parameters their numbers, as a column may have a parameter's name.
 fn of_persons(mapping: &Mapping) -> Vec<String> {
-    let table = mapping.table();
     let each = |statement: &dyn Fn(&str) -> String| -> String {
         columns_of_persons(mapping)
             .map(|column| {
@@ -77,12 +99,12 @@ fn of_persons(mapping: &Mapping) -> Vec<String> {
             })
             .collect()
     };
-    let count = each(&|theirs| format!("return (select pg_catalog.count(*) from {table} as t where {theirs})"));
+    let count = each(&|theirs| format!("return (select count(*) from {TABLE} as t where {theirs})"));
     // Said twice, as partitions share their rows' places.
     let delete = each(&|theirs| {
         format!(
-            "delete from {table} as t where {theirs}
-                and t.ctid = any (array(select t.ctid from {table} as t where {theirs} limit $3))"
+            "delete from {TABLE} as t where {theirs}
+                and t.ctid = any (array(select t.ctid from {TABLE} as t where {theirs} limit $3))"
         )
     });
     let count = format!("begin\n    case $1\n{count}    end case;\nend\n");
@@ -93,9 +115,9 @@ begin
     case $1
 {delete}    end case;
     get diagnostics erased = row_count;
-    if erased > 0 or messages is not null then
-        insert into etl_audit (operator, action, reason, source, requested, recovered, key_ids, erased_rows, erased_messages)
-        values (who, 'erase', why, {} || $1, 0, 0, '{{}}', erased, coalesce(messages, 0));
+    if erased > 0 or $6 is not null then
+        insert into {AUDIT} (operator, action, reason, source, requested, recovered, key_ids, erased_rows, erased_messages)
+        values ($4, 'erase', $5, {} || $1, 0, 0, '{{}}', erased, $6);
         if not found then
             raise exception 'etl_audit swallows what is written to it, so nothing is erased';
         end if;
@@ -103,73 +125,86 @@ begin
     return erased;
 end
 ",
-        literal(&format!("{} by ", table.plain()))
+        literal(&format!("{} by ", mapping.table().plain()))
     );
-    vec![
-        function(
-            mapping,
-            "rows_of",
-            "of_column text, wanted text[]",
-            "text, text[]",
-            "bigint",
-            "login_etl_privacy",
-            &count,
-        ),
-        function(
-            mapping,
-            "erase",
-            "of_column text, wanted text[], most bigint, who text, why text, messages integer",
-            "text, text[], bigint, text, text, integer",
-            "bigint",
-            "login_etl_privacy",
-            &erase,
-        ),
-    ]
+    let rows_of = Function {
+        suffix: "rows_of",
+        parameters: "of_column text, wanted text[]",
+        types: "text, text[]",
+        returns: "bigint",
+        settings: "",
+        grantee: "login_etl_privacy",
+        body: &count,
+    };
+    let erase = Function {
+        suffix: "erase",
+        parameters: "of_column text, wanted text[], most bigint, who text, why text, messages integer",
+        types: "text, text[], bigint, text, text, integer",
+        body: &erase,
+        ..rows_of
+    };
+    vec![rows_of.sql(mapping), erase.sql(mapping)]
 }
 
-/// What deletes rows whose day is past keeping: some of them, or whole partitions.
+/// What deletes rows whose day is past keeping. Of a table that is partitioned by that day, it drops whole partitions, and deletes
+/// rows one by one from the default partition alone.
 fn of_retention(mapping: &Mapping, days: u32, day: &Column) -> String {
-    let (table, day) = (mapping.table(), quoted(&day.name));
-    let name = literal(&table.to_string());
-    let expired = format!("{day} < (pg_catalog.now() at time zone 'UTC')::date - {days}");
+    let last = format!("(now() at time zone 'UTC')::date - {days}");
+    let expired = format!("t.{} < {last}", quoted(&day.name));
     let body = format!(
         "declare
     part regclass;
-    -- Of a partitioned table, rows are deleted one by one from the default partition alone. (PostgreSQL 10 has none.)
-    whole oid := coalesce(
-        (select (pg_catalog.to_jsonb(pg_partitioned_table) ->> 'partdefid')::oid from pg_partitioned_table where partrelid = {name}::regclass),
-        {name}::regclass
+    whole regclass := {TABLE_LITERAL};
+    by_day boolean := exists (
+        select from pg_partitioned_table
+        join pg_attribute on attrelid = partrelid and attnum = partattrs[0]
+        where partrelid = whole and partstrat = 'r' and partnatts = 1 and attname = {day}
     );
 begin
     partitions := 0;
-    for part in
-        select inhrelid from pg_inherits join pg_class on pg_class.oid = inhrelid
-        where inhparent = {name}::regclass and relispartition
-            and substring(pg_catalog.pg_get_expr(relpartbound, inhrelid) from 'TO \\(''([^'']+)')::date
-                <= (pg_catalog.now() at time zone 'UTC')::date - {days}
-    loop
-        execute pg_catalog.format('drop table %s', part);
-        partitions := partitions + 1;
-    end loop;
-    execute pg_catalog.format(
-        'delete from only %1$s where {expired} and ctid = any (array(
-            select ctid from only %1$s where {expired} limit $1 for update skip locked))',
-        whole::regclass
-    ) using most;
-    get diagnostics deleted = row_count;
+    deleted := 0;
+    if by_day then
+        for part in
+            select inhrelid from pg_inherits join pg_class on pg_class.oid = inhrelid
+            where inhparent = whole and relispartition
+                and substring(pg_get_expr(relpartbound, inhrelid) from 'TO \\(''([^'']+)')::date <= {last}
+        loop
+            begin
+                execute format('drop table %s', part);
+                partitions := partitions + 1;
+            exception when lock_not_available then
+                -- Somebody reads it: the next run drops it.
+                null;
+            end;
+        end loop;
+        -- PostgreSQL 10 has no default partition, and no such column.
+        whole := (
+            select nullif((to_jsonb(pg_partitioned_table) ->> 'partdefid')::oid, 0::oid)
+            from pg_partitioned_table where partrelid = whole
+        );
+    end if;
+    if whole is not null then
+        execute format({delete}, whole) using most;
+        get diagnostics deleted = row_count;
+    end if;
 end
 ",
-        expired = expired.replace('%', "%%").replace('\'', "''"),
+        day = literal(&day.name),
+        delete = literal(
+            &"delete from %1$s as t where {expired}
+            and t.ctid = any (array(select t.ctid from %1$s as t where {expired} limit $1 for update skip locked))"
+                .replace("{expired}", &expired.replace('%', "%%"))
+        ),
     );
-    let function = function(
-        mapping,
-        "expire",
-        "most bigint, out deleted bigint, out partitions bigint",
-        "bigint",
-        "record",
-        "login_etl",
-        &body,
-    );
-    // A lock that is not to be had soon is tried for again at the next run.
-    function.replacen(", pg_temp as $body$", ", pg_temp set lock_timeout = '500ms' set timezone = 'UTC' as $body$", 1)
+    Function {
+        suffix: "expire",
+        parameters: "most bigint, out deleted bigint, out partitions bigint",
+        types: "bigint",
+        returns: "record",
+        // A lock that is not to be had soon is tried for again at the next run.
+        settings: " set lock_timeout = '500ms' set timezone = 'UTC' set datestyle = 'ISO'",
+        grantee: "login_etl",
+        body: &body,
+    }
+    .sql(mapping)
 }

@@ -5,6 +5,7 @@ use std::{num::NonZeroU32, time::Duration};
 use aws_sdk_sqs::types::QueueAttributeName;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
+use tokio::time::sleep;
 use tokio_postgres::{
     Client,
     error::SqlState,
@@ -13,11 +14,15 @@ use tokio_postgres::{
 
 use crate::{
     audit,
-    dlq::{Queue, Theirs},
+    dlq::Queue,
     find::Person,
-    output::{BOLD, Failure, GOOD, Reply, WARNING, aws, count, duration, failed, progress, sql, table},
+    output::{BOLD, Failure, GOOD, Reply, WARNING, aws, count, duration, failed, printable, progress, sql, table},
     settings::Settings,
 };
+
+/// Batches that erase nothing while rows are left, and the wait after each.
+const TRIES: u32 = 25;
+const WAIT: Duration = Duration::from_millis(200);
 
 /// What is to be erased, and why.
 pub struct Erasure<'a> {
@@ -26,74 +31,108 @@ pub struct Erasure<'a> {
     pub reason: &'a str,
     /// Most rows of a transaction.
     pub batch: NonZeroU32,
+    /// Whether dead messages go, too, that mention the person without having the field.
+    pub with_mentions: bool,
 }
 
 impl Erasure<'_> {
     /// Counts what there is, and changes nothing.
     pub async fn count(&self) -> Result<Reply, Failure> {
-        audit::check_reason(self.reason)?;
+        self.check()?;
         let connection = self.settings.database().await?;
         let rows = self.rows(&connection.client).await?;
         let queue = self.queue().await?;
-        let messages = match &queue {
-            None => None,
-            Some(queue) => {
-                let theirs = queue.theirs(self.person).await?;
-                let messages = theirs.messages();
-                queue.let_go(theirs).await;
-                Some(messages)
-            }
-        };
+        let (mut messages, mut mentions) = (None, Vec::new());
+        if let Some(queue) = &queue {
+            let looked = queue.look_for(self.person).await?;
+            (messages, mentions) = (Some(looked.theirs()), looked.mentions());
+            queue.let_go(looked).await;
+        }
+        let hidden = queue.as_ref().map_or(0, Queue::hidden);
         let dead =
             messages.map_or(String::new(), |messages| format!(" and {}", count(messages as i128, "dead message")));
         let mut text = format!("{BOLD}{}{dead} would be erased.{BOLD:#} --yes erases them.\n", count(rows, "row"));
-        text += &no_queue(messages.is_none());
-        let found = rows > 0 || messages.is_some_and(|messages| messages > 0);
-        Ok(Reply { no: found, ..Reply::new(text, json!({"rows": rows, "messages": messages})) })
+        text += &warnings(queue.is_none(), hidden, &mentions);
+        let no = rows > 0 || messages != Some(0) || hidden > 0 || !mentions.is_empty();
+        let json = json!({"rows": rows, "messages": messages, "mentions": mentions, "hidden_messages": hidden});
+        Ok(Reply { no, ..Reply::new(text, json) })
     }
 
     /// Erases it all, batch by batch.
     pub async fn erase(&self) -> Result<Reply, Failure> {
-        audit::check_reason(self.reason)?;
+        self.check()?;
         let connection = self.settings.database().await?;
         let client = &connection.client;
         // The server may be set to answer before it has written.
         client.batch_execute("set synchronous_commit = on").await.map_err(sql("prepare the erasure"))?;
         let operator = audit::operator(&self.settings.aws).await;
-        let rows = self.erase_rows(client, &operator).await?;
+        let mut rows = self.erase_rows(client, &operator).await?;
 
         let queue = self.queue().await?;
-        let theirs = match &queue {
-            Some(queue) => Some(queue.theirs(self.person).await?),
-            None => None,
-        };
-        // On record before they go. With none, it is on record that there was nothing left.
-        let messages = theirs.as_ref().map_or(0, Theirs::messages);
-        let recorded = self.erase_batch(client, &operator, i32::try_from(messages).ok()).await;
-        let hidden = queue.as_ref().map_or(0, Queue::hidden);
-        if let (Some(queue), Some(theirs)) = (queue, theirs) {
-            match recorded {
-                Ok(_) => queue.delete(theirs).await?,
-                Err(_) => queue.let_go(theirs).await,
+        let (mut messages, mut mentions, mut unseen) = (None, Vec::new(), 0);
+        if let Some(queue) = &queue {
+            let mut deleted = 0;
+            // Of a FIFO queue's group, SQS shows ten, and the next ten when those are gone.
+            loop {
+                let mut looked = queue.look_for(self.person).await?;
+                if self.with_mentions {
+                    looked = looked.with_mentions();
+                }
+                let theirs = looked.theirs();
+                // On record before they go. In the end it is on record that nothing was left.
+                match self.erase_batch(client, &operator, i32::try_from(theirs).ok()).await {
+                    Ok(more) => rows += more,
+                    Err(failure) => {
+                        queue.let_go(looked).await;
+                        return Err(failure);
+                    }
+                }
+                mentions = looked.mentions();
+                let seen = looked.count();
+                queue.delete(looked).await?;
+                deleted += theirs;
+                if theirs == 0 {
+                    unseen = if queue.is_fifo() { queue.depth().saturating_sub((seen + deleted) as u64) } else { 0 };
+                    break;
+                }
             }
+            messages = Some(deleted);
         }
-        let rows = rows + recorded?;
+        let hidden = queue.as_ref().map_or(0, Queue::hidden);
 
-        let dead = format!("{} deleted", count(messages as i128, "dead message"));
-        let mut text = format!("{GOOD}{} erased, {dead};{GOOD:#} recorded in etl_audit.\n", count(rows, "row"));
-        text += &no_queue(self.settings.get("DLQ_URL").is_none());
-        if hidden > 0 {
+        let dead = match messages {
+            Some(messages) => format!(", {} deleted", count(messages as i128, "dead message")),
+            None => String::new(),
+        };
+        let mut text = format!("{GOOD}{} erased{dead};{GOOD:#} recorded in etl_audit.\n", count(rows, "row"));
+        text += &warnings(queue.is_none(), hidden, &mentions);
+        if unseen > 0 {
             text += &format!(
-                "{WARNING}{} hidden, as somebody reads them, or did and was cut off: run this again in some minutes.{WARNING:#}\n",
-                count(hidden, "dead message")
+                "{WARNING}About {} not shown by SQS, which shows ten of a group: redrive or delete those before them, and run this again.{WARNING:#}\n",
+                count(unseen, "dead message")
             );
         }
         let (remains, mut json) = self.what_remains().await?;
         text += &remains;
         json["rows"] = json!(rows);
         json["messages"] = json!(messages);
+        json["mentions"] = json!(mentions);
         json["hidden_messages"] = json!(hidden);
-        Ok(Reply { no: hidden > 0, ..Reply::new(text, json) })
+        let no = queue.is_none() || hidden > 0 || unseen > 0 || !mentions.is_empty();
+        Ok(Reply { no, ..Reply::new(text, json) })
+    }
+
+    /// What would bring the value into a log or onto record, and what no row can have.
+    fn check(&self) -> Result<(), Failure> {
+        audit::check_reason(self.reason)?;
+        let reason = self.reason.to_lowercase();
+        // Shorter ones stand in other words.
+        if self.person.spellings.iter().any(|value| value.len() > 2 && reason.contains(&value.to_lowercase())) {
+            return Err(Failure::Usage(
+                "--reason has the value in it, and stays on record: name a ticket instead".to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     async fn queue(&self) -> Result<Option<Queue<'_>>, Failure> {
@@ -117,15 +156,29 @@ impl Erasure<'_> {
         let all = self.rows(client).await?;
         let bar = progress(all.unsigned_abs(), "Erasing {bar:30} {pos} of {len} rows  {eta} to go");
         let mut erased = 0;
+        let mut in_vain = 0;
         loop {
             let batch = self.erase_batch(client, operator, None).await?;
             erased += batch;
             bar.inc(batch.unsigned_abs());
+            if batch > 0 {
+                in_vain = 0;
+                continue;
+            }
             // A batch erases nothing if somebody changes its rows meanwhile.
-            if batch == 0 && self.rows(client).await? == 0 {
+            let left = self.rows(client).await?;
+            if left == 0 {
                 bar.finish_and_clear();
                 return Ok(erased);
             }
+            in_vain += 1;
+            if in_vain == TRIES {
+                return Err(failed(format!(
+                    "{} left that cannot be erased: see whether a trigger, a rule or row security keeps them; {erased} erased and on record",
+                    count(left, "row")
+                )));
+            }
+            sleep(WAIT).await;
         }
     }
 
@@ -141,7 +194,11 @@ impl Erasure<'_> {
             (&self.reason, Type::TEXT),
             (&messages, Type::INT4),
         ];
-        let erased = client.query_typed(&erase, &parameters).await.map_err(no_right("erase the person's rows"))?;
+        let erased = match client.query_typed(&erase, &parameters).await {
+            // Another session was in the way: nothing is erased, and nothing recorded.
+            Err(error) if messages.is_none() && is_conflict(&error) => return Ok(0),
+            erased => erased.map_err(no_right("erase the person's rows"))?,
+        };
         erased.first().map(|row| row.get(0)).ok_or_else(|| failed("cannot erase the person's rows: no answer"))
     }
 
@@ -198,19 +255,44 @@ impl Erasure<'_> {
     }
 }
 
-fn no_queue(is_unknown: bool) -> String {
-    match is_unknown {
-        true => format!(
+fn is_conflict(error: &tokio_postgres::Error) -> bool {
+    matches!(error.code(), Some(&SqlState::T_R_DEADLOCK_DETECTED | &SqlState::T_R_SERIALIZATION_FAILURE))
+}
+
+/// What of the dead-letter queue is left to look at.
+fn warnings(is_unknown: bool, hidden: u64, mentions: &[String]) -> String {
+    let mut text = String::new();
+    if is_unknown {
+        text += &format!(
             "{WARNING}Dead messages were not looked at: DLQ_URL is not known (--stack, --dlq-url).{WARNING:#}\n"
-        ),
-        false => String::new(),
+        );
     }
+    if hidden > 0 {
+        text += &format!(
+            "{WARNING}{} hidden, as somebody reads them, or did and was cut off: run this again in some minutes.{WARNING:#}\n",
+            count(hidden, "dead message")
+        );
+    }
+    if !mentions.is_empty() {
+        let shown: Vec<_> = mentions.iter().take(10).map(|id| printable(id)).collect();
+        text += &format!(
+            "{WARNING}{} the value and not the field, so it may be another's: {}{}. See it with `etlctl dlq show`; --mentions deletes it.{WARNING:#}\n",
+            if mentions.len() == 1 {
+                "1 dead message has".to_owned()
+            } else {
+                format!("{} dead messages have", mentions.len())
+            },
+            shown.join(", "),
+            if mentions.len() > shown.len() { " …" } else { "" },
+        );
+    }
+    text
 }
 
 fn no_right(what: &str) -> impl FnOnce(tokio_postgres::Error) -> Failure {
     move |error| match error.code() {
         Some(&SqlState::INSUFFICIENT_PRIVILEGE) => failed(format!(
-            "cannot {what} (SQLSTATE 42501): your database user needs the role login_etl_privacy (`grant login_etl_privacy to NAME`)"
+            "cannot {what} (SQLSTATE 42501): your database user needs the role login_etl_privacy (`grant login_etl_privacy to NAME`), and usage of the table's schema"
         )),
         _ => sql(what)(error),
     }

@@ -1,9 +1,9 @@
 //! All rows of a person, as JSON Lines in a new file.
 
-use std::{io::Write, path::Path};
+use std::{collections::HashMap, io::Write, path::Path};
 
-use login_etl::{keyring::Mask, mapping::Field};
-use serde_json::{Map, Value, json};
+use login_etl::keyring::Keyring;
+use serde_json::{json, value::RawValue};
 use tokio_postgres::types::Type;
 use zeroize::Zeroizing;
 
@@ -36,36 +36,32 @@ pub async fn run(
         let rows = connection.client.query_typed(&query, &[(&person.values, Type::TEXT_ARRAY)]).await;
         let rows = rows.map_err(sql("read the person's rows"))?;
         drop(reading);
-        let mut rows: Vec<Map<String, Value>> =
-            rows.iter().filter_map(|row| serde_json::from_str(row.get(0)).ok()).collect();
-        let recovery = match reason {
-            None => Recovery::default(),
-            Some(reason) => {
-                let keyring = settings.keyring().await?;
-                let recover = |field: &Field, masked: &str| keyring.recover(&field.path, masked).ok();
-                let recovery = Recovery::of(&mut rows, settings, recover);
-                let source = format!("export of {} by {}", settings.declared.table().plain(), person.column.name);
-                let masks: Vec<_> = recovery.masks.iter().map(String::as_str).collect();
-                let record = audit::Record {
-                    action: "export",
-                    reason,
-                    source: &source,
-                    requested: recovery.masks.len() + recovery.lost,
-                    recovered: masks.len(),
-                    masks: &masks,
-                };
-                audit::write(&mut connection.client, settings, &record).await?;
-                recovery
+        let texts: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+        let mut recovery = Recovery::default();
+        let mut lines = Zeroizing::new(String::new());
+        if let Some(reason) = reason {
+            let keyring = settings.keyring().await?;
+            for text in &texts {
+                lines.push_str(&recovery.extended(text, settings, &keyring)?);
+                lines.push('\n');
             }
-        };
-        let mut lines = Zeroizing::new(Vec::new());
-        for row in &rows {
-            serde_json::to_writer(&mut *lines, row).map_err(|_| failed("a row cannot be written as JSON"))?;
-            lines.push(b'\n');
+            let source = format!("export of {} by {}", settings.declared.table().plain(), person.column.name);
+            let masks: Vec<_> = recovery.masks.iter().map(String::as_str).collect();
+            let record = audit::Record {
+                action: "export",
+                reason,
+                source: &source,
+                requested: recovery.masks.len() + recovery.lost,
+                recovered: masks.len(),
+                masks: &masks,
+            };
+            audit::write(&mut connection.client, settings, &record).await?;
+        } else {
+            texts.iter().for_each(|text| lines.extend([*text, "\n"]));
         }
-        file.write_all(&lines)?;
+        file.write_all(lines.as_bytes())?;
         file.sync_all()?;
-        Ok::<_, Failure>((rows.len(), recovery))
+        Ok::<_, Failure>((texts.len(), recovery))
     };
     let (rows, recovery) = written.await.inspect_err(|_| {
         // Incomplete, and ours.
@@ -93,31 +89,28 @@ struct Recovery {
 }
 
 impl Recovery {
-    /// Adds the values to the rows, under the fields' names.
-    fn of(
-        rows: &mut [Map<String, Value>],
-        settings: &Settings,
-        recover: impl Fn(&Field, &str) -> Option<Zeroizing<String>>,
-    ) -> Self {
-        let mut recovery = Self::default();
-        for row in rows {
-            for (column, field) in settings.mapping.masked().filter(|(_, field)| field.masked != Some(Mask::OneWay)) {
-                let Some(masked) = row.get(&column.name).and_then(Value::as_str).map(ToOwned::to_owned) else {
-                    continue;
-                };
-                let Some(value) = recover(field, &masked) else {
-                    recovery.lost += 1;
-                    continue;
-                };
-                // A column may have that name already.
-                let name = match row.contains_key(&*field.path) {
-                    false => field.path.to_string(),
-                    true => format!("recovered_{}", field.path),
-                };
-                row.insert(name, json!(*value));
-                recovery.masks.push(masked);
-            }
+    /// A row as PostgreSQL writes it, with the values behind its columns, under the fields' names.
+    fn extended(&mut self, row: &str, settings: &Settings, keyring: &Keyring) -> Result<Zeroizing<String>, Failure> {
+        // Of the other columns not a digit is to change.
+        let columns: HashMap<String, &RawValue> =
+            serde_json::from_str(row).map_err(|_| failed("a row cannot be read"))?;
+        let mut text = Zeroizing::new(row.strip_suffix('}').unwrap_or(row).to_owned());
+        for (column, field) in settings.mapping.recoverable() {
+            let masked = columns.get(&column.name).and_then(|masked| serde_json::from_str::<String>(masked.get()).ok());
+            let Some(masked) = masked else { continue };
+            let Ok(value) = keyring.recover(&field.path, &masked) else {
+                self.lost += 1;
+                continue;
+            };
+            // A column may have that name already.
+            let name = match columns.contains_key(&*field.path) {
+                false => field.path.to_string(),
+                true => format!("recovered_{}", field.path),
+            };
+            text.push_str(&format!(",{}:{}", json!(name), json!(*value)));
+            self.masks.push(masked);
         }
-        recovery
+        text.push('}');
+        Ok(text)
     }
 }

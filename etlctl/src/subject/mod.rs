@@ -16,8 +16,9 @@ pub async fn run(settings: &Settings, command: &cli::Subject) -> Result<Reply, F
     match command {
         cli::Subject::Find { limit, .. } => find::rows(settings, &person, None, *limit).await,
         cli::Subject::Export { output, reason, .. } => export::run(settings, &person, output, reason.as_deref()).await,
-        cli::Subject::Erase { reason, yes, batch, .. } => {
-            let erasure = erase::Erasure { settings, person: &person, reason, batch: *batch };
+        cli::Subject::Erase { reason, yes, batch, mentions, .. } => {
+            let with_mentions = *mentions;
+            let erasure = erase::Erasure { settings, person: &person, reason, batch: *batch, with_mentions };
             if *yes { erasure.erase().await } else { erasure.count().await }
         }
     }

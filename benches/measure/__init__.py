@@ -19,7 +19,7 @@ The sections:
 - ``footprint``       memory, the package's size, a small share of a core, and what metrics and logs cost
 - ``environments``    many environments against one PostgreSQL
 
-And ``report`` makes docs/performance.md and its plots of the results; the page's last section is benches/remarks.md.
+And ``report`` makes docs/performance.md and its plots of the results.
 
 The programs that are measured are in benches/src/bin and benches/peers, and src/main.rs is the function itself.
 """

@@ -269,8 +269,6 @@ These figures are not all of the same work. The function and the limit enter eac
 original's design, the best Python and Powertools have no ledger: with them a message that comes again becomes another row. And Powertools
 commits each record by itself, as its documentation leads one to, where the others commit a whole batch.
 
-![Messages a second and the client's CPU time a message, by batch](images/performance-batches.svg)
-
 As multiples of the original's design:
 
 {table(header, times)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FIT = 3
 
-CHECKS = ("fresh", "format", "workflows", "template", "executor", "clippy", "docs", "function", "deployed", "deployments", "etlctl", "soak", "incidents", "instructions", "fuzz", "dependencies")
+CHECKS = ("fresh", "format", "prose", "workflows", "template", "executor", "clippy", "docs", "function", "deployed", "deployments", "etlctl", "soak", "incidents", "instructions", "fuzz", "dependencies")
 INCIDENTS = ("database-down", "poison-flood", "keyring-broken", "bad-credentials", "backlog")
 HEALTHY = "dashboard"
 SECTIONS = ("batches", "columns", "ledger", "profile", "cold", "footprint", "environments")
@@ -120,7 +120,17 @@ def roots(_: argparse.ArgumentParser) -> None:
     """Takes the roots of AWS that are built into the function from the npm package that keeps them, and writes docs/roots.md."""
 
 
-PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, bench, fuzz, incidents, roots, rotation, soak)}
+def release(parser: argparse.ArgumentParser) -> None:
+    """Makes what people deploy without a compiler, for this machine's processor, in target/release-archive.
+
+    An archive with the function, its template and the schema; etlctl; their checksums; and what the function is made of (SBOM, CycloneDX), where
+    cargo-cyclonedx is installed. The same commit makes the same files.
+    """
+    parser.add_argument("--function", type=Path, metavar="FILE", help="pack this program, instead of building it")
+    parser.add_argument("--without-etlctl", action="store_true", help="make the archive alone")
+
+
+PROGRAMS = {program.__name__: program for program in (demo, test, down, clean, bench, fuzz, incidents, release, roots, rotation, soak)}
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:

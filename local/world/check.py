@@ -29,13 +29,14 @@ NICE_PROGRAMS = 5
 ROWS = (
     ("build function",),
     ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
-    ("workflows", "template", "executor", "fresh"),
+    ("prose", "workflows", "template", "executor", "fresh"),
     ("deployed", "soak"),
     ("deployments",),
     ("function",),
     ("etlctl",),
     ("incidents",),
 )
+NO_PROSE = {".lock", ".pem", ".svg", ".txt"}
 NEEDS = {
     "build function": {"fresh", "deployed", "deployments", "etlctl", "soak", "incidents"},
     "build programs": {"function", "deployed", "etlctl", "incidents"},
@@ -214,6 +215,15 @@ def check_template() -> None:
     checkov = paths.CHECKOV / "bin" / "python", paths.CHECKOV / "bin" / "checkov"
     quietly("template-checkov", *checkov, "--skip-download", "--framework", "cloudformation", "--compact", "--quiet", *files)
     pytest("template", "tests/template")
+
+
+def check_prose() -> None:
+    """Links between pages, and English spelling."""
+    quietly("prose-links", "md-dead-link-check", "--no-color", "--config", paths.ROOT / "local" / "links.toml")
+    tracked = quietly("prose-files", "git", "ls-files", "-z").split("\0")
+    # Text of ours, and neither what tools write nor what fuzzers found.
+    ours = [file for file in tracked if file and not file.startswith("fuzz/corpus/") and Path(file).suffix not in NO_PROSE]
+    quietly("prose-spelling", "codespell", "--ignore-words-list", "inout,nwe", *ours)
 
 
 def check_workflows() -> None:

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 STATEMENT_BYTES = 2500
 # How long the server has to say the rest of an answer that is withheld.
 ANSWER_SECONDS = 0.02
-# A half-open connection is closed at last, as keep-alives or a router would.
+# A half-open connection is closed at last, as keep-alive messages or a router would.
 HALF_OPEN_SECONDS = 8
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

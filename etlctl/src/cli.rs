@@ -108,7 +108,7 @@ impl Cli {
                     if argument.get_id() == "database-ca" { argument.alias("database-ca-file") } else { argument }
                 },
             );
-        let command = Self::command().args(settings).after_long_help(after_help());
+        let command = Self::command().args(settings).after_long_help(after_help()).version(version());
         command.mut_subcommand("find", |find| {
             let forms = short_forms().map(|(flag, field)| {
                 let help = format!("Short for `--field {field} --value VALUE`");
@@ -118,6 +118,12 @@ impl Cli {
             find.args(forms).override_usage(format!("etlctl find [OPTIONS] <--field <NAME> --value <VALUE>{usage}>"))
         })
     }
+}
+
+/// With the commit, in a release.
+fn version() -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    option_env!("LOGIN_ETL_COMMIT").map_or_else(|| version.to_owned(), |commit| format!("{version} ({commit})"))
 }
 
 /// Flag and field of each short form.

@@ -30,6 +30,8 @@ BUILT = """\
 
 def main() -> int:
     options = arguments.parse("release")
+    # Both programs say it.
+    os.environ["LOGIN_ETL_COMMIT"] = commit()
     function = options.function or build.function() / "LoginFunction" / "bootstrap"
     files = [archive(function)]
     if not options.without_etlctl:
@@ -133,6 +135,12 @@ def bill_of_materials() -> Path | None:
 def version() -> str:
     metadata = subprocess.run(("cargo", "metadata", "--no-deps", "--format-version", "1", "--locked"), cwd=paths.ROOT, capture_output=True, text=True, check=True)
     return next(package["version"] for package in json.loads(metadata.stdout)["packages"] if package["name"] == "login-etl")
+
+
+def commit() -> str:
+    """The commit that is built; with a plus, if there are changes beside it."""
+    asked = subprocess.run(("git", "describe", "--always", "--dirty=+", "--exclude=*"), cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
 
 
 def committed_at() -> int:

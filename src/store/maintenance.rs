@@ -14,13 +14,21 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 
-use super::{DatabaseError, PRUNE, Session, Store, StoreError};
+use super::{DatabaseError, Session, Store, StoreError};
 
 /// Keys or rows that one statement deletes, at most.
 const SLICE: i64 = 10_000;
 /// For so long after the schedule's last run, batches leave pruning to it.
 const TRUSTED: Duration = Duration::from_secs(86_400);
 
+/// Deletes some of the keys that were sent before a time, the oldest first; keys under the epoch stay. A batch's own pruning locks
+/// them before, so that two at once do not wait for each other, which costs as much again; there is one schedule. The times stand
+/// there twice because the partitions of a ledger share their ctids.
+const DELETE_KEYS: &str = "
+    delete from etl_ledger
+    where sent_at > 'epoch' and sent_at < $1 and ctid = any (array(
+        select ctid from etl_ledger where sent_at > 'epoch' and sent_at < $1 order by sent_at, message_id limit $2
+    ))";
 const RECORD: &str = "
     insert into etl_maintenance (done_at) values (pg_catalog.now())
     on conflict (only_row) do update set done_at = excluded.done_at";
@@ -76,7 +84,7 @@ impl Store {
         let horizon = self.horizon();
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&SLICE, Type::INT8)];
         loop {
-            match self.execute(PRUNE, &parameters, deadline).await {
+            match self.execute(DELETE_KEYS, &parameters, deadline).await {
                 Ok(deleted) => {
                     done.keys += deleted;
                     if deleted < SLICE.unsigned_abs() {

@@ -28,6 +28,7 @@ use crate::{
     store::{Store, StoreError},
 };
 
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The commit that a release was built from.
 const COMMIT: &str = match option_env!("LOGIN_ETL_COMMIT") {
     Some(commit) => commit,
@@ -55,7 +56,7 @@ impl Function {
     /// Reads settings and secrets, and connects, as far as that can be done.
     pub async fn start() -> Self {
         let until = Instant::now() + INIT_TIME;
-        tracing::info!(version = env!("CARGO_PKG_VERSION"), commit = COMMIT, "started");
+        tracing::info!(version = VERSION, commit = COMMIT, "started");
         let sdk_config = config::sdk_config(roots::for_aws()).await;
         let handler = make_handler_until(&sdk_config, until).await;
         let handler = handler.inspect_err(|error| tracing::error!(error, "initialisation failed")).map(Arc::new);

@@ -257,6 +257,18 @@ IN_DATABASE = [
 ]
 
 
+def test_a_schedule_that_does_not_come_is_found(pipeline, world):
+    def look():
+        return [check["found"] for check in findings(pipeline, DATABASE_NAME=world.name, MAINTENANCE_SCHEDULE="arn:of-a-schedule")]
+
+    assert look() == ["expired keys and rows have never been deleted by the schedule"]
+    with world.connect() as database:
+        database.execute("insert into etl_maintenance (done_at) values (now())")
+        assert look() == []
+        database.execute("update etl_maintenance set done_at = now() - interval '25 hours'")
+    assert look() == ["expired keys and rows were last deleted 1 d 1 h ago"]
+
+
 REFUSED = "a row that it writes, made up and taken back, is refused: SQLSTATE"
 RAISING = "create function f() returns trigger language plpgsql as $$ begin raise exception 'no'; end $$"
 PARTITIONED = """alter table user_logins rename to old; create table user_logins (like old) partition by range (create_date);

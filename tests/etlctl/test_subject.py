@@ -373,10 +373,13 @@ def test_killed_at_any_point_it_has_recorded_just_what_it_erased_and_finishes_wh
     insert(ring, "other", count=500)
     erase = ("subject", "erase", PERSON, "--reason", "r", "--yes")
     chance = random.Random(7)
-    left = []
-    for _ in range(50):
+    left = [10_000]
+    for number in range(50):
         with ring.start(*erase, "--batch", "2", environment=dead.environment) as process:
-            time.sleep(chance.uniform(0.02, 0.25))
+            # Some before anything is done, most while rows go, however slow the machine is.
+            if number % 3:
+                ring.until(lambda: count(ring, f"user_id = '{PERSON}'") < left[-1] or process.poll() is not None)
+            time.sleep(chance.uniform(0, 0.05))
             process.kill()
         # The server may still be at the last batch.
         ring.until(lambda: not ring.sessions())

@@ -117,9 +117,11 @@ def partition(world) -> list[str]:
 
 
 def tend(world, tries: int = 3) -> list[str]:
-    """Makes and drops partitions; again, as a schedule does, if a lock was not to be had."""
+    """Makes and drops partitions as the function does; again, as its schedule does, if a lock was not to be had."""
     try:
-        return [done for (done,) in query(world, "select login_etl_tend_partitions()")]
+        with world.connect() as database:
+            database.execute("set role login_etl")
+            return [done for (done,) in database.execute("select login_etl_tend_partitions()").fetchall()]
     except psycopg.errors.LockNotAvailable:
         if tries == 1:
             raise

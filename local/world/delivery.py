@@ -43,7 +43,10 @@ def deliver_without_deleting(stack: Stack, invoke: Callable[[dict], dict]) -> se
     `invoke` calls the function with an event and returns its answer. Returns the ids of the messages that the function handled.
     """
     sqs = stack.localstack.client("sqs")
-    received = sqs.receive_message(QueueUrl=stack.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"])["Messages"]
+    # A poller that is being stopped may have few messages in hand, and lets them go.
+    answer = sqs.receive_message(QueueUrl=stack.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"], WaitTimeSeconds=10)
+    if not (received := answer.get("Messages")):
+        return set()
     answer = invoke({"Records": [record(message) for message in received]})
     for message in received:
         sqs.change_message_visibility(QueueUrl=stack.queue_url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=0)

@@ -222,7 +222,7 @@ async fn maintenance(settings: &Settings, client: &Client, checks: &mut Checks) 
     checks.consider(
         ago.is_some_and(|ago| ago < MAINTENANCE_OVERDUE),
         found,
-        "see the schedule STACK-maintenance, and the function's log for `maintenance failed`; batches prune the ledger meanwhile",
+        "a new stack's comes within a quarter of an hour; else see the schedule STACK-maintenance, and the function's log for `maintenance failed`; batches prune the ledger meanwhile",
     );
     Ok(())
 }

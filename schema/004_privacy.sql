@@ -9,7 +9,7 @@ begin
 end
 $$;
 
--- What was recorded before, of an export and of an erasure, too.
+-- The audit also records exports and erasures.
 alter table etl_audit
     add column if not exists erased_rows     bigint,
     add column if not exists erased_messages integer;

@@ -155,10 +155,9 @@ Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pag
 
 ### Pruning
 
-The schedule's event has expired keys deleted, 10,000 a statement, by whichever environment it comes to. Below, another environment does that
-while one loads batches, in a ledger of {keys} keys: of no keys; of as many as rows are inserted meanwhile, which is so while traffic is steady;
-or of twice as many, as when there are some to catch up with. Thousand messages a second; the share of what it is with nothing expired; and the
-milliseconds of the slowest batch.
+The schedule's event has expired keys deleted, 10,000 a statement, by whichever environment gets it. Below, one environment loads batches and
+another deletes, in a ledger of {keys} keys. Either no key expires; or as many as rows are inserted, as under steady traffic; or twice as
+many, as after a stop. The table has thousand messages a second, their share of the first case, and the slowest batch in milliseconds.
 
 {table(("batch, pruning", "throughput", "share", "slowest"), pruning)}
 

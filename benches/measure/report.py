@@ -15,7 +15,7 @@ from measure.bench import Bench
 from measure.events import MOST, RECEIPT_HANDLE
 
 PAGE = paths.ROOT / "docs" / "performance.md"
-# Says of what is missed what was tried, and what the limits are.
+# Where the reader learns what was tried for the bars that are missed.
 REMARKS = "develop.md#what-was-tried-for-speed"
 PACKAGES = ("msgspec", "cryptography", "pycryptodome", "psycopg", "psycopg2-binary", "aws-lambda-powertools", "boto3")
 REACHED, MISSED = "reached", f"[**missed**]({REMARKS})"

@@ -1,7 +1,7 @@
-//! What the schedule has done: expired ledger keys and rows deleted, off the path of the batches.
+//! Deletes expired ledger keys and rows when the schedule asks for it, off the path of the batches.
 //!
-//! It goes in slices. Each is a statement of its own that deletes a few thousand rows and holds its locks for milliseconds, and
-//! leaves the connection to a batch that waits.
+//! It works in slices. A slice is one statement that deletes a few thousand rows and holds its locks for milliseconds. A batch that
+//! waits for the connection comes after it.
 
 use std::time::SystemTime;
 
@@ -21,9 +21,9 @@ const SLICE: i64 = 10_000;
 /// For so long after the schedule's last run, batches leave pruning to it.
 const TRUSTED: Duration = Duration::from_secs(86_400);
 
-/// Deletes some of the keys that were sent before a time, the oldest first; keys under the epoch stay. A batch's own pruning locks
-/// them before, so that two at once do not wait for each other, which costs as much again; there is one schedule. The times stand
-/// there twice because the partitions of a ledger share their ctids.
+/// Deletes up to $2 of the keys that were sent before $1, the oldest first. Keys under the epoch stay. The times are given twice
+/// because the partitions of a ledger share their ctids. Batches use `prune.sql`, which locks the keys first, so that two batches do
+/// not wait for each other. That costs as much again, and there is only one schedule.
 const DELETE_KEYS: &str = "
     delete from etl_ledger
     where sent_at > 'epoch' and sent_at < $1 and ctid = any (array(
@@ -55,6 +55,14 @@ enum Step {
     TimeIsUp,
 }
 
+/// A step that the deadline ended has done some of its work, and is no failure.
+fn within_time(step: Result<Step, StoreError>) -> Result<Step, StoreError> {
+    match step {
+        Err(StoreError::Deadline) => Ok(Step::TimeIsUp),
+        step => step,
+    }
+}
+
 impl Store {
     /// Tends partitions and deletes what has expired, until `deadline`. What is left, the next run does.
     ///
@@ -66,13 +74,13 @@ impl Store {
         let last = deadline - (deadline - Instant::now()) / 10;
         let half = last - (last - Instant::now()) / 2;
         let partitions = self.tend_partitions(&mut done, half).await;
-        let keys = self.prune_all(&mut done, half).await;
+        let keys = within_time(self.prune_all(&mut done, half).await);
         // It is what batches ask for.
         let recorded = match &keys {
             Ok(_) => self.execute(RECORD, &[], deadline).await,
             Err(_) => Ok(0),
         };
-        let rows = self.expire_all(&mut done, last).await;
+        let rows = within_time(self.expire_all(&mut done, last).await);
         partitions?;
         done.more = keys? == Step::TimeIsUp;
         recorded?;
@@ -84,15 +92,10 @@ impl Store {
         let horizon = self.horizon();
         let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&horizon, Type::TIMESTAMPTZ), (&SLICE, Type::INT8)];
         loop {
-            match self.execute(DELETE_KEYS, &parameters, deadline).await {
-                Ok(deleted) => {
-                    done.keys += deleted;
-                    if deleted < SLICE.unsigned_abs() {
-                        return Ok(Step::Done);
-                    }
-                }
-                Err(StoreError::Deadline) => return Ok(Step::TimeIsUp),
-                Err(error) => return Err(error),
+            let deleted = self.execute(DELETE_KEYS, &parameters, deadline).await?;
+            done.keys += deleted;
+            if deleted < SLICE.unsigned_abs() {
+                return Ok(Step::Done);
             }
         }
     }
@@ -100,17 +103,12 @@ impl Store {
     async fn expire_all(&self, done: &mut Maintained, deadline: Instant) -> Result<Step, StoreError> {
         let Some(expire) = self.session(deadline).await?.sql.expire.clone() else { return Ok(Step::Done) };
         loop {
-            match self.query(&expire, &[(&SLICE, Type::INT8)], deadline).await {
-                Ok(expired) => {
-                    let number = |column| expired.first().map_or(0, |row| row.get::<_, i64>(column).unsigned_abs());
-                    done.rows += number(0);
-                    done.partitions += number(1);
-                    if number(0) < SLICE.unsigned_abs() {
-                        return Ok(Step::Done);
-                    }
-                }
-                Err(StoreError::Deadline) => return Ok(Step::TimeIsUp),
-                Err(error) => return Err(error),
+            let expired = self.query(&expire, &[(&SLICE, Type::INT8)], deadline).await?;
+            let number = |column| expired.first().map_or(0, |row| row.get::<_, i64>(column).unsigned_abs());
+            done.rows += number(0);
+            done.partitions += number(1);
+            if number(0) < SLICE.unsigned_abs() {
+                return Ok(Step::Done);
             }
         }
     }

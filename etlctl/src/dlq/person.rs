@@ -42,7 +42,7 @@ impl Looked {
         self.dead.iter().filter(|(_, relation)| *relation == Relation::Theirs).count()
     }
 
-    /// The ids of those that mention them.
+    /// The ids of messages that mention the person.
     pub fn mentions(&self) -> Vec<String> {
         let mentions = self.dead.iter().filter(|(_, relation)| *relation == Relation::Mentions);
         mentions.map(|(dead, _)| dead.id().to_owned()).collect()
@@ -53,7 +53,7 @@ impl Looked {
         self.dead.len()
     }
 
-    /// The same, with what mentions the person as theirs.
+    /// Takes the messages that mention the person for theirs.
     pub fn with_mentions(mut self) -> Self {
         for (_, relation) in &mut self.dead {
             if *relation == Relation::Mentions {

@@ -49,7 +49,7 @@ enum Kind {
     Null,
 }
 
-/// The fields of the samples, in the order in which they come, and the names of those that cannot be declared.
+/// The fields of the samples, in their order there, and the names of fields that a mapping cannot declare.
 pub fn of_samples(samples: &[Value]) -> (Vec<Seen>, Vec<String>) {
     let mut order = Vec::new();
     let mut kinds: BTreeMap<String, Vec<Kind>> = BTreeMap::new();

@@ -104,7 +104,9 @@ impl Erasure<'_> {
             Some(messages) => format!(", {} deleted", count(messages as i128, "dead message")),
             None => String::new(),
         };
-        let mut text = format!("{GOOD}{} erased{dead};{GOOD:#} recorded in etl_audit.\n", count(rows, "row"));
+        // Without the queue, each batch of rows is on record, and nothing else.
+        let record = if rows > 0 || queue.is_some() { "; recorded in etl_audit" } else { "" };
+        let mut text = format!("{GOOD}{} erased{dead}{record}.{GOOD:#}\n", count(rows, "row"));
         text += &warnings(queue.is_none(), hidden, &mentions);
         if unseen > 0 {
             text += &format!(
@@ -122,7 +124,7 @@ impl Erasure<'_> {
         Ok(Reply { no, ..Reply::new(text, json) })
     }
 
-    /// What would bring the value into a log or onto record, and what no row can have.
+    /// Refuses a reason that says nothing, or that would put the value on record.
     fn check(&self) -> Result<(), Failure> {
         audit::check_reason(self.reason)?;
         let reason = self.reason.to_lowercase();

@@ -133,7 +133,7 @@ impl Function {
             prune_failures: 0,
         }
         .emit();
-        tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed: all of it comes back");
+        tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed; all its messages return to the queue");
         error
     }
 }
@@ -160,8 +160,8 @@ async fn make_handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler,
         // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
         match timeout_at(until - (until - Instant::now()) / 10, store.connect()).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "no connection yet"),
-            Err(_) => tracing::warn!(error = "no answer in time", "no connection yet"),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot connect yet; the first batch retries"),
+            Err(_) => tracing::warn!(error = "no answer in time", "cannot connect yet; the first batch retries"),
         }
         Ok::<_, StoreError>(store)
     };

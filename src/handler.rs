@@ -198,7 +198,7 @@ impl Handler {
                 tracing::info!(keys, rows, partitions, more, duration_ms, "maintenance done");
             }
             Err(error) => {
-                tracing::warn!(error_type = error.error_type(), %error, "maintenance failed: the schedule tries again");
+                tracing::warn!(error_type = error.error_type(), %error, "maintenance failed; the schedule retries");
             }
         }
     }
@@ -264,7 +264,7 @@ impl Handler {
         }
         .emit();
         let loaded = result.inspect_err(|error| {
-            tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed: all of it comes back");
+            tracing::error!(error_type = error.error_type(), %error, messages = count, "batch failed; all its messages return to the queue");
         })?;
         let mut response = SqsBatchResponse::default();
         let mut reported = HashSet::new();

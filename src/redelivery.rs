@@ -91,7 +91,7 @@ impl Redelivery {
             self.denied.store(true, Ordering::Relaxed);
             hint = "the role needs sqs:GetQueueUrl and sqs:ChangeMessageVisibility on the queue; not tried again";
         }
-        tracing::warn!(error, hint, "redelivery not delayed, of some messages at least");
+        tracing::warn!(error, hint, "cannot delay the redelivery of some messages");
     }
 
     async fn show_all(&self, messages: Vec<(&Message<'_>, Duration)>) -> Result<(), String> {

@@ -226,7 +226,7 @@ impl FreshKeyring {
             match read {
                 Ok(keyring) => *current = (Arc::new(keyring), now + self.ttl),
                 Err(error) => {
-                    tracing::warn!(error, "keyring not read again, used on as it is");
+                    tracing::warn!(error, "keyring refresh failed; keeping the current one");
                     self.failures.fetch_add(1, Ordering::Relaxed);
                     current.1 = now + self.ttl.min(REFRESH_PAUSE);
                 }

@@ -131,7 +131,7 @@ impl Connection {
         if !fits {
             tracing::warn!(
                 table = sql.table,
-                "the table's types are not the mapping's, or it has a rule: writing without COPY"
+                "table differs from the mapping or has a rule; COPY disabled"
             );
         }
         self.copy_fits = Some(fits);

@@ -279,7 +279,7 @@ impl Session {
         loop {
             let error = match self.try_to_write(&batch, &mut way).await {
                 Err(StoreError::Insert(error)) if error.is_prepared_statement_conflict() && self.keeps_statements => {
-                    tracing::warn!(%error, "a pooler is in between: going on without prepared statements");
+                    tracing::warn!(%error, "pooler detected; prepared statements disabled");
                     self.keeps_statements = false;
                     self.connection = None;
                     continue;
@@ -287,7 +287,7 @@ impl Session {
                 // Some of the messages came before, or a row is refused, or `COPY` cannot write this table and `INSERT` may.
                 Err(StoreError::Insert(error)) if error.is_answer() && way == Way::Copy => {
                     if !error.is_unique_violation() {
-                        tracing::warn!(%error, "COPY failed: going on with INSERT");
+                        tracing::warn!(%error, "COPY failed; falling back to INSERT");
                     }
                     way = Way::InsertUnknown;
                     continue;
@@ -308,7 +308,7 @@ impl Session {
             if tries == TRIES {
                 return (way, Err(error));
             }
-            tracing::warn!(%error, "trying the insert again");
+            tracing::warn!(%error, "insert failed; retrying");
             sleep(wait).await;
             tries += 1;
             wait *= 2;
@@ -363,7 +363,7 @@ impl Session {
             }
         };
         if let Some(error) = error {
-            tracing::warn!(error, "ledger not pruned");
+            tracing::warn!(error, "ledger prune failed");
             self.counts.prune_failures.fetch_add(1, Ordering::Relaxed);
         }
         self.unpruned = 0;

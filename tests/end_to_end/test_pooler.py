@@ -15,7 +15,7 @@ from world.servers import DATABASE_SECRET, DATABASE_USER
 # `./local/test` says that it was left out.
 pytestmark = pytest.mark.skipif(pgbouncer.program() is None, reason=pgbouncer.MISSING)
 
-WARNING = "a pooler is in between: going on without prepared statements"
+WARNING = "pooler detected; prepared statements disabled"
 
 
 def open_sessions(pooler, credentials, number):

@@ -130,7 +130,7 @@ LOG = [
     {"message": "message failed", "message_id": "1", "reason": "user_id is missing"},
     {"message": "message failed", "message_id": "2", "reason": "user_id is missing"},
     {"message": "message failed", "message_id": "3", "reason": "body is not JSON"},
-    {"message": "batch failed: all of it comes back", "error_type": "DatabaseUnavailable", "error": "refused <here>"},
+    {"message": "batch failed; all its messages return to the queue", "error_type": "DatabaseUnavailable", "error": "refused <here>"},
     {"message": "batch loaded"},
 ]
 

@@ -96,7 +96,7 @@ def function_figures(evidence: Evidence, tally: Counter) -> dict[str, object]:
         "invocations": statuses.total() + tally["invocations"],
         "by the emulator, by status": dict(statuses),
         "by the pollers, and how they failed": {name: count for name, count in sorted(tally.items()) if name != "starts"},
-        "statements tried again": log.count(b'"message":"trying the insert again"'),
+        "statements tried again": log.count(b'"message":"insert failed; retrying"'),
         "messages deduplicated": deduplicated,
         "environments started": tally["starts"] + log.count(b'"initDurationMs"'),
     }

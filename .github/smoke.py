@@ -1,7 +1,7 @@
-"""Whether a stack that was just deployed is fit to work, as far as AWS can tell: smoke.py ENVIRONMENT, one of samconfig.toml's.
+"""Checks that a stack that was just deployed works, as far as AWS can tell: smoke.py ENVIRONMENT, one of samconfig.toml's.
 
-It sends no message. An invocation with an empty batch shows that what the queue's messages go to starts with its settings and its secrets; it
-writes no row. Whether the database is reached and its schema is right, `etlctl doctor` tells, from a place that has access to it.
+It sends no message and writes no row. It invokes the function with an empty batch, which shows that it starts with its settings and secrets.
+To check the connection to the database and its schema, run `etlctl doctor` from a machine that can reach the database.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import boto3
 
-# CloudFormation does not wait until a mapping is as it wants it.
+# CloudFormation does not wait until an event source mapping has reached its target state.
 PATIENCE_SECONDS = 120
 TICK_SECONDS = 2
 
@@ -31,7 +31,7 @@ def faults(stack: str) -> Iterator[str]:
     status = cloudformation.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"]
     if status not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
         yield f"The stack {stack} is {status}."
-    # By what the stack has, because the names of another stack's alarms may begin alike.
+    # Not by name prefix: another stack's alarms may share it.
     resources = [
         (resource["ResourceType"], resource["PhysicalResourceId"])
         for page in cloudformation.get_paginator("list_stack_resources").paginate(StackName=stack)
@@ -60,7 +60,7 @@ def faults_of_mapping(uuid: str) -> Iterator[str]:
 def alarms(names: list[str]) -> Iterator[str]:
     described = boto3.client("cloudwatch").describe_alarms(AlarmNames=names, AlarmTypes=["MetricAlarm", "CompositeAlarm"])
     for alarm in [*described["MetricAlarms"], *described["CompositeAlarms"]]:
-        # Nobody may have sent anything yet.
+        # Perhaps nobody has sent a message yet.
         if alarm["StateValue"] == "ALARM" and not alarm["AlarmName"].endswith("-silence"):
             yield f"The alarm {alarm['AlarmName']} is on: {alarm['StateReason']}"
 

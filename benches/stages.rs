@@ -1,4 +1,4 @@
-//! What the parts of a batch of 100 take, without a database: `cargo bench -p login-etl-benches`.
+//! Times the stages of a batch of 100 messages, without a database: `cargo bench -p login-etl-benches`.
 
 use std::{
     hint::black_box,

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the programs beside it. Sourcing it shuts the user's own settings out and says where things are (ROOT, VENV, TOOLS).
-# `arguments` answers `--help` and wrong arguments at once; `set_up` then installs what everything here needs. Runs on Bash 3.2, which macOS has.
+# Sourced by the programs beside it. Sourcing it removes the user's own settings and sets ROOT, VENV and TOOLS.
+# `arguments` answers `--help` and wrong arguments at once; `set_up` then installs all dependencies. Runs on Bash 3.2, which macOS has.
 
 ROOT=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 LOCAL=$ROOT/target/local
@@ -8,8 +8,8 @@ VENV=$LOCAL/venv
 TOOLS=$LOCAL/tools
 SETUP_LOG=$LOCAL/setup.log
 
-# Credentials above all: nothing here may ever talk to a real account or a real database. Of pip's settings only those stay that say how to
-# reach an index.
+# Removes credentials above all: nothing here may ever talk to a real account or a real database. Of pip's settings, only those for reaching an
+# index stay.
 unset "${!AWS_@}" "${!PG@}" "${!SAM_CLI_@}" DATABASE_URL VIRTUAL_ENV
 for name in "${!PYTHON@}" "${!PIP_@}"; do
     case $name in
@@ -20,14 +20,14 @@ for name in "${!PYTHON@}" "${!PIP_@}"; do
 done
 unset name
 export AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null AWS_EC2_METADATA_DISABLED=true SAM_CLI_TELEMETRY=0
-# A user's pip.conf may ask for installs outside of the environment.
+# A user's pip.conf may request installs outside of the environment.
 export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONNOUSERSITE=1
-# What we start listens on loopback, where no proxy leads.
+# Our servers listen on loopback, which no proxy reaches.
 no_proxy=localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}
 export no_proxy NO_PROXY=$no_proxy
 export PYTHONPATH=$ROOT/local PYTHONUNBUFFERED=1
 
-# Without a trap, Bash goes on when a signal reaches it alone and not the program that it waits for.
+# Without a trap, Bash continues when a signal reaches only it, and not the program that it waits for.
 end_on_signals() { trap 'exit 130' INT TERM HUP; }
 end_on_signals
 
@@ -36,32 +36,32 @@ die() {
     exit 1
 }
 
-# arguments PROGRAM ARGUMENT...: answers `--help`, or ends with what is wrong, before anything is installed.
+# arguments PROGRAM ARGUMENT...: answers `--help` and rejects wrong arguments before anything is installed.
 arguments() {
     local status=0
-    # An older Python will do for this. Where there is none, `set_up` says what to do.
+    # An older Python is enough here. If there is none, `set_up` explains what to do.
     find_python || PYTHON=$(command -v python3) || return 0
     PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$ROOT/local/world/arguments.py" "$@" || status=$?
     [ "$status" = "$ARGUMENTS_FIT" ] || exit "$status"
 }
-# What arguments.py ends with if there is something to run.
+# The exit status of arguments.py if the arguments are right.
 ARGUMENTS_FIT=3
 
-# set_up: everything that is needed to build, deploy and run, and what requirements/$ALSO.txt says; quick once it is there. LocalStack and the Python code in ./world run in
-# VENV; SAM CLI, cargo-lambda and the linters are in TOOLS, which comes first on PATH.
+# set_up: installs everything needed to build, deploy and run, and requirements/$ALSO.txt; quick once it is installed. LocalStack and ./world run
+# in VENV. SAM CLI, cargo-lambda and the linters are in TOOLS, which comes first on PATH.
 set_up() {
-    # pip and uv leave files where temporary files go.
+    # pip and uv leave files in the directory for temporary files.
     mkdir -p "$LOCAL/tmp"
     export TMPDIR=$LOCAL/tmp
     need_cargo
     need_build_tools
     need_python
     lock
-    say_what_it_takes
+    say_disk_use
     need_environment "$VENV" localstack "LocalStack"
     need_executor
     need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and the linters"
-    [ -z "${ALSO:-}" ] || need_environment "$LOCAL/$ALSO-venv" "$ALSO" "what ./local/${0##*/} uses besides"
+    [ -z "${ALSO:-}" ] || need_environment "$LOCAL/$ALSO-venv" "$ALSO" "further packages for ./local/${0##*/}"
     unlock
     need_openssl
     find_zig
@@ -69,14 +69,14 @@ set_up() {
     export PATH=$TOOLS/bin:$PATH
 }
 
-# Figures of x86_64 Linux: `du -sm` of target after ./local/demo, and after ./local/test.
-say_what_it_takes() {
+# Figures from x86_64 Linux: `du -sm` of target after ./local/demo, and after ./local/test.
+say_disk_use() {
     [ ! -e "$VENV" ] || return 0
-    printf '%s\n' "The first run downloads about 400 MB of Python packages and crates, and puts about 2 GB under target/; ./local/test needs 7 GB" \
-        "there. Nothing else is written but the caches of cargo and pip. ./local/clean gives the disk back."
+    printf '%s\n' "The first run downloads about 400 MB of Python packages and crates, and writes about 2 GB to target/; ./local/test needs 7 GB" \
+        "there. Outside of it, only the caches of cargo and pip grow. ./local/clean deletes target/."
 }
 
-# Whatever looks for a home, a cache or a place for temporary files finds one inside the checkout. Cargo's own homes stay: crates are shared.
+# Puts every program's home, cache and temporary files inside the checkout. Cargo's own homes stay, so that crates are shared.
 move_in() {
     local home=${HOME:-/nonexistent} directory
     export CARGO_HOME=${CARGO_HOME:-$home/.cargo}
@@ -88,16 +88,16 @@ move_in() {
     CARGO_ZIGBUILD_CACHE_DIR=$(place_of_compilers)
 }
 
-# OpenSSL's makefile does not bear a compiler with a space in its path, as cargo-lambda's would have in such a checkout.
+# OpenSSL's makefile fails if the compiler's path has a space, and cargo-lambda puts its compiler in this cache.
 place_of_compilers() {
     local place
     for place in "$LOCAL/cache" "$CARGO_HOME"; do
         case $place in *[[:space:]]*) ;; *) printf '%s\n' "$place/zigbuild" && return ;; esac
     done
-    die "OpenSSL cannot be built where both paths have a space, the checkout's ($ROOT) and cargo's ($CARGO_HOME): move one, or set CARGO_HOME."
+    die "OpenSSL cannot be built, because the paths of both the checkout ($ROOT) and cargo ($CARGO_HOME) have a space: move one, or set CARGO_HOME."
 }
 
-# cargo-lambda would start a Python to start zig, for each of OpenSSL's thousand files. It looks for that first, and in vain.
+# Without these variables cargo-lambda starts Python to start zig, for each of OpenSSL's thousand files. The Python path is wrong on purpose.
 find_zig() {
     local zig
     for zig in "$TOOLS"/lib/python3*/site-packages/ziglang/zig; do
@@ -105,13 +105,14 @@ find_zig() {
     done
 }
 
-# The demo and the library's tests take the system's OpenSSL where its headers are: building one takes two minutes. What is deployed has its own.
+# The demo and the library's tests use the system's OpenSSL if its headers are installed, because building OpenSSL takes two minutes. The deployed
+# function always has its own.
 need_openssl() {
     have_openssl || apt_install libssl-dev pkg-config || true
     if have_openssl; then
         export SYSTEM_OPENSSL=1
     else
-        printf '%s\n' "OpenSSL will be built from source, which takes two minutes more: its headers (libssl-dev, openssl-devel) are not here."
+        printf '%s\n' "OpenSSL's headers (libssl-dev, openssl-devel) are not installed: building it from source takes two minutes more."
     fi
 }
 
@@ -119,7 +120,7 @@ have_openssl() { pkg-config --exists 'openssl >= 1.1.1' 2>/dev/null; }
 
 need_cargo() {
     command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
-    command -v cargo >/dev/null || die "Rust is not here (no cargo on PATH). Install it, then try again:" \
+    command -v cargo >/dev/null || die "Rust is not installed (no cargo on PATH). Install it, then try again:" \
         "  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
     local found needed
     needed=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' "$ROOT/Cargo.toml")
@@ -136,7 +137,7 @@ at_least() {
     ((f1 != n1 ? f1 > n1 : f2 != n2 ? f2 > n2 : ${f3:-0} >= ${n3:-0}))
 }
 
-# OpenSSL is built from source; its Configure uses modules that the smallest perls lack.
+# OpenSSL's Configure uses modules that minimal perl packages lack.
 have_build_tools() {
     command -v cc >/dev/null && command -v make >/dev/null && perl -MFile::Compare -MFindBin -MIPC::Cmd -e 1 2>/dev/null
 }
@@ -144,13 +145,13 @@ have_build_tools() {
 need_build_tools() {
     have_build_tools && return
     apt_install build-essential perl pkg-config || true
-    have_build_tools || die "A C compiler, make and perl (with its modules) build OpenSSL for us; not all are here. Install them, then try again:" \
+    have_build_tools || die "Building OpenSSL needs a C compiler, make and perl with its modules. Install them, then try again:" \
         "  Debian, Ubuntu   sudo apt-get install build-essential perl pkg-config" \
         "  Fedora           sudo dnf install gcc make perl" \
         "  macOS            xcode-select --install"
 }
 
-# apt_install PACKAGE...: fails where there is no apt, or we would need a password.
+# apt_install PACKAGE...: fails if there is no apt, or if sudo needs a password.
 apt_install() {
     local sudo=()
     command -v apt-get >/dev/null || return
@@ -165,18 +166,18 @@ apt_install() {
         install "$@" || { apt-get -qq update && install "$@"; }' sh "$@"
 }
 
-# need_python: sets PYTHON to the interpreter that makes the environment, and PYTHON_VERSION.
+# need_python: sets PYTHON, the interpreter for the environments, and PYTHON_VERSION.
 need_python() {
     find_python && return
-    # Debian keeps this part of Python in a package of its own.
+    # Debian has this part of Python in a separate package.
     if [ -n "$INCOMPLETE" ]; then
         apt_install "python$INCOMPLETE-venv" || true
         find_python && return
         die "Python $INCOMPLETE lacks venv, ensurepip or ssl. Install them, then try again:" \
             "  Debian, Ubuntu   sudo apt-get install python$INCOMPLETE-venv"
     fi
-    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is no Python from 3.11 to 3.13."
-    die "Python 3.11 to 3.13 is needed, as LocalStack runs on no other; none of python3.13, python3.12, python3.11, python3 on PATH is one." \
+    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON is not a Python from 3.11 to 3.13."
+    die "LocalStack needs Python 3.11 to 3.13, but none of python3.13, python3.12, python3.11, python3 on PATH is one of these." \
         "If it is elsewhere: PYTHON=/path/to/python3 $0"
 }
 
@@ -185,8 +186,8 @@ find_python() {
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     INCOMPLETE=
     for candidate in "${candidates[@]}"; do
-        # Version managers put commands on PATH that only say that they are not there. In an active environment (ours, even) the interpreter
-        # meant is the one it was made with.
+        # Version managers put commands on PATH that only print that this version is missing. In an active environment, ours too, use the
+        # interpreter that made it.
         answer=$("$candidate" -c 'import platform, sys; print(platform.python_version(), sys._base_executable)' 2>/dev/null) || continue
         case $answer in 3.11.* | 3.12.* | 3.13.*) ;; *) continue ;; esac
         if "$candidate" -c 'import ensurepip, ssl, venv' 2>/dev/null; then
@@ -198,7 +199,7 @@ find_python() {
     return 1
 }
 
-# The lock belongs to the open file, which this shell holds, and pip, should it outlive us; macOS has no `flock` command.
+# The lock belongs to the open file, which this shell holds, and pip too if it outlives us. macOS has no `flock` command.
 lock() {
     exec 9>"$LOCAL/setup.lock"
     "$PYTHON" -c '
@@ -213,8 +214,8 @@ except BlockingIOError:
 # The servers started later must not inherit it.
 unlock() { exec 9>&-; }
 
-# need_environment DIRECTORY NAME WHAT: a virtual environment as requirements/NAME.txt says. A stamp goes in last, so that whatever was cut
-# short, or made from other requirements, is made again.
+# need_environment DIRECTORY NAME WHAT: makes a virtual environment from requirements/NAME.txt. A stamp is written last, so that an unfinished
+# environment, or one from other requirements, is made again.
 need_environment() {
     local directory=$1 requirements=$ROOT/local/requirements/$2.txt wanted
     wanted="$PYTHON_VERSION $directory $(digest "$requirements")"
@@ -222,12 +223,12 @@ need_environment() {
     rm -rf "$directory"
     "$PYTHON" -m venv "$directory"
     with_progress "Installing $3 into target/local (once)" install_requirements "$directory" "$requirements" ||
-        die "The installation failed; all of its output is in $SETUP_LOG."
+        die "The installation failed; its whole output is in $SETUP_LOG."
     stamp "$directory/requirements.stamp" "$wanted"
 }
 
-# By uv, which takes a tenth of pip's time; by pip where uv cannot be had, or does not reach the index as pip does. The requirements name every
-# dependency; left to find that out, the pip of older Pythons fails on one with extras.
+# Installs with uv, in a tenth of pip's time; with pip if uv cannot be installed or cannot reach pip's index. `--no-deps`, because the requirements
+# list every dependency, and older versions of pip fail to resolve one with extras.
 install_requirements() {
     local options=(install --no-deps --require-hashes --requirement "$2")
     if need_uv && uv pip "${options[@]}" --python "$1/bin/python"; then return; fi
@@ -251,13 +252,13 @@ need_executor() {
     local executor=$ROOT/local/executor copy=$LOCAL/executor wanted
     wanted=$(digest "$executor/pyproject.toml" "$executor"/process_executor/*.py)
     stamped "$VENV/executor.stamp" "$wanted" && return
-    # From a copy: the build leaves files beside the sources, and picks up those of an earlier one.
+    # From a copy: the build writes files beside the sources, and would pick up those of an earlier build.
     rm -rf "$copy"
     mkdir "$copy"
     cp -R "$executor/pyproject.toml" "$executor/process_executor" "$copy"
     with_progress "Installing the Lambda executor for LocalStack" \
         "$VENV/bin/python" -m pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation "$copy" ||
-        die "The installation failed; all of its output is in $SETUP_LOG."
+        die "The installation failed; its whole output is in $SETUP_LOG."
     rm -rf "$copy"
     stamp "$VENV/executor.stamp" "$wanted"
 }
@@ -270,8 +271,8 @@ digest() {
     "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(b"\0".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())' "$@"
 }
 
-# with_progress WHAT COMMAND...: says what is being done and for how long, on one line of a terminal, or once a minute in a log; the command's output
-# goes to SETUP_LOG, and its end to the terminal if it fails.
+# with_progress WHAT COMMAND...: prints WHAT and the elapsed time, on one line of a terminal, or once a minute in a log. The command's output goes to
+# SETUP_LOG; if it fails, its end also goes to the terminal.
 with_progress() {
     local what=$1 ticker status=0 start=$SECONDS every=60 format='  ... %s s\n'
     shift
@@ -285,7 +286,7 @@ with_progress() {
         done
     ) 9>&- &
     ticker=$!
-    # In a process group of its own, so that all of it can be ended.
+    # In its own process group, so that all its processes can be ended.
     set -m
     "$@" >"$SETUP_LOG" 2>&1 </dev/null &
     set +m

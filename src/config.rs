@@ -1,4 +1,4 @@
-//! The settings: environment variables, read once, and the AWS SDK's.
+//! The function's settings, from environment variables, and the AWS SDK's configuration.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -21,22 +21,22 @@ pub struct Config {
     pub database: DatabaseConfig,
     /// `SECRETS_TTL`: the age at which the keyring is read again.
     pub secrets_ttl: Duration,
-    /// `OUTAGE_DELAY`: how long a message is hidden after its first receive, when the database is out.
+    /// `OUTAGE_DELAY`: how long a message stays hidden after its first receive in an outage.
     pub outage_delay: Duration,
-    /// `MAPPING_FILE`: the mapping to use in place of the one beside the program, or built in.
+    /// `MAPPING_FILE`: a mapping to use instead of the one beside the program or the built-in one.
     pub mapping_file: Option<PathBuf>,
-    /// `MAINTENANCE_SCHEDULE`: the ARN of the schedule whose events have expired keys and rows deleted.
+    /// `MAINTENANCE_SCHEDULE`: ARN of the schedule whose events start maintenance.
     pub maintenance_schedule: Option<String>,
 }
 
-/// Where the database is, and who signs in; what is `None` here comes from the credentials' secret.
+/// Where the database is, and who signs in. A field that is `None` is taken from the database secret.
 #[derive(Clone, Debug)]
 pub struct DatabaseConfig {
     /// `DATABASE_AUTH`, and what it needs.
     pub sign_in: SignIn,
     /// `DATABASE_HOST`.
     pub host: Option<String>,
-    /// `DATABASE_HOSTADDR`: the address to connect to instead of the host's, as of a tunnel. The certificate names the host.
+    /// `DATABASE_HOSTADDR`: the address to connect to, such as a tunnel's, instead of the host's. The certificate names the host.
     pub hostaddr: Option<IpAddr>,
     /// `DATABASE_PORT`.
     pub port: Option<u16>,
@@ -48,7 +48,7 @@ pub struct DatabaseConfig {
     pub ledger_retention: Duration,
     /// `PREPARED_STATEMENTS`: whether a connection keeps statements prepared.
     pub prepared_statements: bool,
-    /// `COPY_THRESHOLD`: the number of messages from which on a batch is written by `COPY`.
+    /// `COPY_THRESHOLD`: a batch of at least this many valid messages is written by `COPY`.
     pub copy_threshold: usize,
     /// Longest time to wait for a connection.
     pub connect_timeout: Duration,
@@ -57,8 +57,8 @@ pub struct DatabaseConfig {
 /// The default of `OUTAGE_DELAY`.
 pub const OUTAGE_DELAY: Duration = Duration::from_secs(60);
 const DAY: Duration = Duration::from_secs(86_400);
-/// `COPY` is faster for many rows, but waits for two more answers. On one machine it loses a tenth at 2,000 messages and gains a
-/// fifth at 5,000.
+/// `COPY` is faster for many rows, but needs two more round trips. On one machine it is a tenth slower at 2,000 messages and a
+/// fifth faster at 5,000.
 const COPY_THRESHOLD: usize = 4_000;
 
 /// How to sign in to the database.
@@ -69,7 +69,7 @@ pub enum SignIn {
         /// `DATABASE_SECRET_ID`: name or ARN of the credentials' secret.
         secret_id: String,
     },
-    /// With a token of IAM's, which takes no secret.
+    /// With an IAM token, which needs no secret.
     Iam {
         /// `DATABASE_USER`.
         user: String,
@@ -79,20 +79,20 @@ pub enum SignIn {
 /// Whether and how the connection to the database is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tls {
-    /// Encrypted; the certificate must name the host and lead to a root that is trusted.
+    /// Encrypted; the certificate must name the host and chain to a trusted root.
     VerifyFull(Roots),
     /// Not encrypted.
     Disable,
 }
 
-/// The roots to trust: `DATABASE_CA`, or `DATABASE_CA_FILE`, as it was called.
+/// The trusted roots: `DATABASE_CA`, or `DATABASE_CA_FILE`, its old name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Roots {
-    /// Those of Amazon and of RDS, which are built in, for AWS's hosts; the system's for others.
+    /// The built-in roots of Amazon and RDS for AWS's hosts; the system's roots for others.
     Aws,
-    /// The system's.
+    /// The system's roots.
     System,
-    /// Those of a PEM file.
+    /// The roots in a PEM file.
     File(PathBuf),
 }
 
@@ -102,21 +102,21 @@ pub enum ConfigError {
     /// A required variable is unset or empty.
     #[error("set {0}: it is required")]
     Missing(&'static str),
-    /// A setting that is made elsewhere now, and would be lost in silence.
-    #[error("remove {0}, and say {1}")]
+    /// A setting that has moved, and would otherwise be ignored silently.
+    #[error("remove {0}, and set {1}")]
     Moved(&'static str, &'static str),
-    /// A token would go over the network in clear.
+    /// A token would be sent unencrypted.
     #[error("remove DATABASE_TLS=disable: DATABASE_AUTH=iam needs TLS")]
     TokenInClear,
-    /// Two settings say different things.
-    #[error("DATABASE_HOST says port {0}, and DATABASE_PORT says {1}: remove one of them")]
+    /// Two settings name different ports.
+    #[error("DATABASE_HOST has port {0}, but DATABASE_PORT is {1}: remove one of them")]
     TwoPorts(u16, u16),
-    /// A variable's value is none of those it can have.
-    #[error("set {name} to {expected}: its value is not one of these")]
+    /// A variable has an invalid value.
+    #[error("set {name} to {expected}: its value is invalid")]
     Invalid {
         /// The variable.
         name: &'static str,
-        /// What it can be.
+        /// The valid values.
         expected: &'static str,
     },
 }
@@ -153,9 +153,7 @@ impl Config {
         let (host, port_of_host) = match optional("DATABASE_HOST").map(|host| host_and_port(&host)) {
             None => (None, None),
             Some(Some((host, port))) => (Some(host), port),
-            Some(None) => {
-                return Err(invalid("DATABASE_HOST", "a host's name or address, and nothing but a port behind it"));
-            }
+            Some(None) => return Err(invalid("DATABASE_HOST", "a host name or address, optionally with a port")),
         };
         let port = match optional("DATABASE_PORT").map(|port| port.parse()) {
             None => port_of_host,
@@ -186,7 +184,7 @@ impl Config {
                 },
                 ledger_retention: match optional("LEDGER_RETENTION_DAYS").map(|days| days.parse()) {
                     None => DAY * 35,
-                    // A message keeps its id for 14 days in the queue at most, and then 14 in the dead-letter queue.
+                    // A message keeps its id for at most 14 days in the queue and then 14 in the dead-letter queue.
                     Some(Ok(days @ 28..=36_500)) => DAY * days,
                     Some(_) => return Err(invalid("LEDGER_RETENTION_DAYS", "a number of days from 28 to 36500")),
                 },
@@ -198,7 +196,7 @@ impl Config {
                 copy_threshold: match optional("COPY_THRESHOLD").map(|messages| messages.parse()) {
                     None => COPY_THRESHOLD,
                     Some(Ok(messages @ 1..)) => messages,
-                    Some(_) => return Err(invalid("COPY_THRESHOLD", "a number of messages from 1 up")),
+                    Some(_) => return Err(invalid("COPY_THRESHOLD", "a number of messages, at least 1")),
                 },
                 connect_timeout: Duration::from_secs(5),
             },
@@ -209,7 +207,7 @@ impl Config {
             },
             outage_delay: match optional("OUTAGE_DELAY").map(|seconds| seconds.parse()) {
                 None => OUTAGE_DELAY,
-                // 120 times that, and the jitter, stay below the 12 hours that SQS can hide a message.
+                // 120 times this, plus jitter, stays below 12 hours, the longest that SQS can hide a message.
                 Some(Ok(seconds @ 0..=240)) => Duration::from_secs(seconds),
                 Some(_) => return Err(invalid("OUTAGE_DELAY", "a number of seconds from 0 to 240")),
             },
@@ -219,7 +217,7 @@ impl Config {
     }
 }
 
-/// The host, and the port if there is one, of a text such as `db`, `db:5433`, `10.0.0.1` or `[::1]:5433`. `None` where it is something else,
+/// Splits a text such as `db`, `db:5433`, `10.0.0.1` or `[::1]:5433` into a host and an optional port. `None` for anything else,
 /// such as a URL or a list.
 pub(crate) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
     let text = text.trim();
@@ -242,15 +240,15 @@ pub(crate) fn host_and_port(text: &str) -> Option<(String, Option<u16>)> {
 
 const SDK_TIMEOUT: Duration = Duration::from_secs(7);
 
-/// The AWS SDK's settings: region, credentials and endpoint of the environment, as every SDK reads them; and the roots to trust.
+/// The AWS SDK's configuration: region, credentials and endpoint from the standard sources, and these trusted roots.
 pub async fn sdk_config(trust: TrustStore) -> SdkConfig {
     let http_client = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring));
     let http_client = match TlsContext::builder().with_trust_store(trust).build() {
         Ok(context) => http_client.tls_context(context).build_https(),
-        // A store of roots is taken as it is; what is wrong with one shows when it is used.
+        // Not expected: the roots are not checked here. An unusable root fails on first use.
         Err(_) => http_client.build_https(),
     };
-    // Lambda gives initialisation 10 s; within them the SDK tries again and again, and then says what is wrong.
+    // Lambda limits initialisation to 10 s. Within that, the SDK retries and then reports what is wrong.
     let timeouts = TimeoutConfig::builder().connect_timeout(Duration::from_secs(2)).operation_timeout(SDK_TIMEOUT);
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest()).http_client(http_client);
     let retries = RetryConfig::standard()
@@ -284,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn roots_are_aws_s_the_system_s_or_a_file_s() {
+    fn roots_are_from_aws_the_system_or_a_file() {
         let file = |name: &str| Tls::VerifyFull(Roots::File(name.into()));
         for (settings, tls) in [
             (&[("DATABASE_CA", "aws")][..], Tls::VerifyFull(Roots::Aws)),
@@ -298,41 +296,33 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_setting_is_named_with_what_it_can_be() {
+    fn an_invalid_setting_is_named_with_its_valid_values() {
         for (name, value, message) in [
             ("MASKING_SECRET_ID", "", "set MASKING_SECRET_ID: it is required"),
             ("DATABASE_SECRET_ID", "", "set DATABASE_SECRET_ID: it is required"),
-            ("DATABASE_AUTH", "token", "set DATABASE_AUTH to password or iam: its value is not one of these"),
+            ("DATABASE_AUTH", "token", "set DATABASE_AUTH to password or iam: its value is invalid"),
             ("DATABASE_AUTH", "iam", "set DATABASE_HOST: it is required"),
-            ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is not one of these"),
+            ("DATABASE_PORT", "0", "set DATABASE_PORT to a port from 1 to 65535: its value is invalid"),
             (
                 "DATABASE_HOST",
                 "postgres://db",
-                "set DATABASE_HOST to a host's name or address, and nothing but a port behind it: its value is not one of these",
+                "set DATABASE_HOST to a host name or address, optionally with a port: its value is invalid",
             ),
-            ("DATABASE_HOSTADDR", "db", "set DATABASE_HOSTADDR to an IP address: its value is not one of these"),
-            ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
-            ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is not one of these"),
-            ("PREPARED_STATEMENTS", "on", "set PREPARED_STATEMENTS to true or false: its value is not one of these"),
-            (
-                "COPY_THRESHOLD",
-                "0",
-                "set COPY_THRESHOLD to a number of messages from 1 up: its value is not one of these",
-            ),
-            (
-                "OUTAGE_DELAY",
-                "241",
-                "set OUTAGE_DELAY to a number of seconds from 0 to 240: its value is not one of these",
-            ),
+            ("DATABASE_HOSTADDR", "db", "set DATABASE_HOSTADDR to an IP address: its value is invalid"),
+            ("DATABASE_TLS", "prefer", "set DATABASE_TLS to verify-full or disable: its value is invalid"),
+            ("SECRETS_TTL", "1h", "set SECRETS_TTL to a number of seconds: its value is invalid"),
+            ("PREPARED_STATEMENTS", "on", "set PREPARED_STATEMENTS to true or false: its value is invalid"),
+            ("COPY_THRESHOLD", "0", "set COPY_THRESHOLD to a number of messages, at least 1: its value is invalid"),
+            ("OUTAGE_DELAY", "241", "set OUTAGE_DELAY to a number of seconds from 0 to 240: its value is invalid"),
             (
                 "LEDGER_RETENTION_DAYS",
                 "27",
-                "set LEDGER_RETENTION_DAYS to a number of days from 28 to 36500: its value is not one of these",
+                "set LEDGER_RETENTION_DAYS to a number of days from 28 to 36500: its value is invalid",
             ),
             (
                 "APP_VERSION_ENCODING",
                 "ordered",
-                "remove APP_VERSION_ENCODING, and say convert = \"version-ordered\" in mapping.toml",
+                "remove APP_VERSION_ENCODING, and set convert = \"version-ordered\" in mapping.toml",
             ),
         ] {
             assert_eq!(read(&[(name, value)]).unwrap_err().to_string(), message);
@@ -340,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_may_say_its_port() {
+    fn a_host_may_include_a_port() {
         for (text, host, port) in [
             ("db", "db", None),
             (" db.example.com.\n", "db.example.com.", None),
@@ -373,7 +363,7 @@ mod tests {
         assert_eq!(both("5433").unwrap().database.port, Some(5433));
         assert_eq!(
             both("5432").unwrap_err().to_string(),
-            "DATABASE_HOST says port 5433, and DATABASE_PORT says 5432: remove one of them"
+            "DATABASE_HOST has port 5433, but DATABASE_PORT is 5432: remove one of them"
         );
     }
 

@@ -1,8 +1,8 @@
-//! An SQS event, of which only what the function needs is read.
+//! Reads the fields of an SQS event that the function needs.
 //!
-//! Most of a message's cost is the JSON around it. `aws_lambda_events` has types for it, which own some twenty strings and
-//! maps a message, and a general parser looks closely at what is then thrown away. So events of the usual shape are
-//! scanned, and all others go to serde_json, which also says where they break.
+//! Most of a message's cost is the JSON around it. The types of `aws_lambda_events` own some twenty strings and maps a message,
+//! and a general parser validates fields that nobody reads. So events of the usual shape are scanned. All others go to
+//! serde_json, which also reports where they break.
 
 use std::{
     borrow::Cow,
@@ -15,19 +15,19 @@ use login_etl_scan::Reader;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-/// The event is not one from SQS. The caller's fault.
+/// The event is not from SQS. The caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the event is not an SQS event (line {line}, column {column}): is the function invoked by a queue's event source mapping?"
 )]
 pub struct NotAnSqsEvent {
-    /// Line of the event's JSON where its shape breaks, from 1.
+    /// Line of the error in the event's JSON, from 1.
     pub line: usize,
-    /// Column of that line, from 1.
+    /// Column in that line, from 1.
     pub column: usize,
 }
 
-/// The schedule that an event is of, if it is a maintenance event: `{"maintenance": "the schedule's ARN"}`, and nothing else.
+/// The schedule's ARN, if the event is exactly a maintenance event: `{"maintenance": "the schedule's ARN"}`.
 pub fn maintenance(event: &[u8]) -> Option<String> {
     // Longer than any ARN, and shorter than a batch.
     const LONGEST: usize = 2048;
@@ -37,7 +37,7 @@ pub fn maintenance(event: &[u8]) -> Option<String> {
     fields.is_empty().then_some(schedule)
 }
 
-/// A message, as it stands in the event. `Debug` shows nothing of it.
+/// A message, borrowed from the event. `Debug` shows none of it.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Message<'a> {
@@ -64,11 +64,11 @@ struct Attributes<'a> {
     message_group_id: Option<Text<'a>>,
 }
 
-/// Borrowed where it has no escapes; serde would own every `Cow` that stands in an `Option`.
+/// Borrowed if it has no escapes. Without this type, serde would make every `Cow` in an `Option` owned.
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// A value as it stands in the event.
+/// A raw JSON value.
 struct Json<'a>(&'a str);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Json<'a> {
@@ -85,15 +85,15 @@ pub fn messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> {
     str::from_utf8(event).ok().and_then(scanned_messages).map_or_else(|| parsed_messages(event), Ok)
 }
 
-/// The messages of an event, read in place. `None` if something is unusual: there is no list of messages, a known field is
-/// twice there or is no string, or one has an escape that should have none. Of JSON it takes what serde_json would; what it
-/// skips may be anything, as Lambda has checked that it is JSON.
+/// The messages of an event, read in place. `None` for an unusual event: it has no list of messages, or a known field is
+/// repeated, is not a string, or has escapes where only the body may have them. It does not validate what it skips, as Lambda has
+/// checked that the event is JSON. From valid JSON it reads the same as serde_json.
 pub fn scanned_messages(event: &str) -> Option<Vec<Message<'_>>> {
     let mut reader = Reader::new(event);
     let mut messages = None;
     reader.object(|reader, name| match name {
         "Records" => {
-            // A message is about that long, or shorter.
+            // Most messages are about this long, or shorter.
             let mut records = Vec::with_capacity(event.len() / 1024);
             reader.array(|reader| {
                 records.push(Message::scan(reader)?);
@@ -106,7 +106,7 @@ pub fn scanned_messages(event: &str) -> Option<Vec<Message<'_>>> {
     if reader.is_at_end() { messages } else { None }
 }
 
-/// Sets what was not set before.
+/// Sets a field; `None` if it was set before.
 fn set<T>(field: &mut Option<T>, value: T) -> Option<()> {
     field.replace(value).is_none().then_some(())
 }
@@ -159,17 +159,17 @@ pub fn parsed_messages(event: &[u8]) -> Result<Vec<Message<'_>>, NotAnSqsEvent> 
 
     serde_json::from_slice(event)
         .map(|SqsEvent { records }| records)
-        // The error itself may quote the event, so only its place is kept.
+        // The error itself may quote the event, so only its position is kept.
         .map_err(|error| NotAnSqsEvent { line: error.line(), column: error.column() })
 }
 
 impl<'a> Message<'a> {
-    /// SQS's id of it.
+    /// Its SQS message id.
     pub fn id(&self) -> Option<&str> {
         text(&self.message_id)
     }
 
-    /// What this one receive of it is called.
+    /// The receipt handle of this receive.
     pub fn receipt_handle(&self) -> Option<&str> {
         text(&self.receipt_handle)
     }
@@ -184,7 +184,7 @@ impl<'a> Message<'a> {
         self.queue_arn()?.rsplit(':').next()
     }
 
-    /// Its group, if its queue keeps an order. Standard queues carry groups too, for fairness alone.
+    /// Its message group, if its queue is FIFO. Standard queues have groups too, but only for fairness.
     pub fn fifo_group(&self) -> Option<&str> {
         let group = text(&self.attributes.as_ref()?.message_group_id)?;
         self.queue_arn()?.ends_with(".fifo").then_some(group)
@@ -205,7 +205,7 @@ impl<'a> Message<'a> {
         text(&self.attributes.as_ref()?.approximate_receive_count)?.parse().ok()
     }
 
-    /// What its sender wrote, as it stands in the event: a JSON string with its quotes. `None` if there is none, or it is no string.
+    /// Its body as raw JSON: a string with its quotes. `None` if it is missing or not a string.
     pub fn body(&self) -> Option<&'a str> {
         self.body.as_ref().map(|Json(body)| *body).filter(|body| body.starts_with('"'))
     }
@@ -225,7 +225,7 @@ impl fmt::Debug for Message<'_> {
 mod tests {
     use super::*;
 
-    /// All that the function takes of an event.
+    /// All that the function reads from an event.
     fn content(messages: &[Message<'_>]) -> Vec<impl PartialEq + fmt::Debug + use<>> {
         let own = |text: Option<&str>| text.map(ToOwned::to_owned);
         messages
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sample_events_are_read_alike_in_both_ways() {
+    fn sample_events_are_scanned_and_parsed_alike() {
         for event in [
             include_str!("../events/valid.json"),
             include_str!("../events/mixed.json"),
@@ -254,7 +254,13 @@ mod tests {
     }
 
     #[test]
-    fn only_a_schedule_s_arn_alone_is_a_maintenance_event() {
+    fn debug_shows_no_content() {
+        let event = include_str!("../events/valid.json");
+        assert!(scanned_messages(event).unwrap().iter().all(|message| format!("{message:?}") == "Message { .. }"));
+    }
+
+    #[test]
+    fn only_an_arn_and_nothing_else_is_a_maintenance_event() {
         assert_eq!(maintenance(br#"{"maintenance": "arn"}"#).as_deref(), Some("arn"));
         for other in [
             r#"{"Records": []}"#,
@@ -269,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_twice_is_left_to_the_parser() {
+    fn repeated_fields_are_left_to_the_parser() {
         for twice in [
             r#"{"Records": [], "Records": []}"#,
             r#"{"Records": [{"body": "a", "body": "b"}]}"#,
@@ -280,12 +286,12 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_scanned_is_read_as_it_is_parsed() {
+    fn scanning_agrees_with_parsing() {
         let message =
             r#"{"messageId": "m", "body": "b", "attributes": {"SentTimestamp": "1"}, "other": [1, {"a": "]}"}]}"#;
         let event = format!(r#"{{"Records": [{message}, {message}], "more": {{"Records": []}}}}"#);
         assert!(scanned_messages(&event).is_some());
-        // Each byte gone, or another one in its place.
+        // Each byte removed, or replaced by another.
         for position in 0..event.len() {
             for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "n", "0", "é"] {
                 let event = format!("{}{put}{}", &event[..position], &event[position + 1..]);

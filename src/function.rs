@@ -1,8 +1,7 @@
-//! The function: whole once its settings, secrets and mapping can be used, and able to say why it is not.
+//! Starts the function, and keeps it running while a setting, a secret or the mapping cannot be used.
 //!
-//! Where it cannot start for want of one of these, it starts all the same: an environment that ended would be started again
-//! and again, each time at the cost of a receive of its messages. It has them back later, as in an outage, and tries again
-//! with each batch.
+//! If it exited, Lambda would start the environment again and again, and each start would cost its messages a receive. Instead it
+//! delays their redelivery, as in an outage, and retries initialisation with each batch.
 
 use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::SystemTime};
 
@@ -29,20 +28,20 @@ use crate::{
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The commit that a release was built from.
+/// The commit of a release.
 const COMMIT: &str = match option_env!("LOGIN_ETL_COMMIT") {
     Some(commit) => commit,
     None => "unknown",
 };
-/// Within the 10 s that Lambda gives initialisation.
+/// Below Lambda's limit of 10 s for initialisation.
 const INIT_TIME: Duration = Duration::from_secs(9);
 
-/// One for the life of an execution environment.
+/// Lives as long as its execution environment.
 pub struct Function {
     sdk_config: SdkConfig,
     /// The handler, or why there is none.
     handler: Mutex<Result<Arc<Handler>, String>>,
-    /// For what comes while there is no handler.
+    /// Delays the messages that arrive while there is no handler.
     redelivery: Redelivery,
 }
 
@@ -53,7 +52,7 @@ impl fmt::Debug for Function {
 }
 
 impl Function {
-    /// Reads settings and secrets, and connects, as far as that can be done.
+    /// Reads settings and secrets, and connects. A failure is logged, and the next batch retries.
     pub async fn start() -> Self {
         let until = Instant::now() + INIT_TIME;
         tracing::info!(version = VERSION, commit = COMMIT, "started");
@@ -68,9 +67,9 @@ impl Function {
     /// Handles an invocation, as [`Handler::invoke`] does.
     ///
     /// # Errors
-    /// [`BatchError`]: all of the batch comes back.
+    /// [`BatchError`]: the whole batch returns to the queue.
     pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
-        // The runtime would put a panic's message into its answer, and a message can quote data.
+        // The runtime would put a panic's message into its response, and such a message can quote data.
         AssertUnwindSafe(self.try_to_invoke(event)).catch_unwind().await.unwrap_or(Err(BatchError::Panic))
     }
 
@@ -80,7 +79,7 @@ impl Function {
         match (self.handler(times.deadline).await, schedule) {
             (Ok(handler), None) => handler.invoke(event).await,
             (Ok(handler), Some(schedule)) => {
-                // Read anew, as it comes seldom.
+                // Not kept from the start, as maintenance is rare.
                 let expected = read_config().ok().and_then(|config| config.maintenance_schedule);
                 if expected != Some(schedule) {
                     let error = BatchError::NotTheSchedule;
@@ -96,11 +95,11 @@ impl Function {
 
     async fn handler(&self, deadline: Instant) -> Result<Arc<Handler>, String> {
         let Ok(mut current) = timeout_at(deadline, self.handler.lock()).await else {
-            return Err("another invocation is waiting for its settings and secrets".to_owned());
+            return Err("another invocation is still reading settings and secrets".to_owned());
         };
         if current.is_err() {
             let until = deadline.min(Instant::now() + INIT_TIME);
-            // An attempt for which there was no time says less than the one before.
+            // If time runs out, the error of the attempt before is kept: it says more.
             if let Ok(made) = timeout_at(until, make_handler(&self.sdk_config, until)).await {
                 *current = made.map(Arc::new).map_err(|error| error.to_string());
             }
@@ -142,11 +141,11 @@ fn read_config() -> Result<Config, config::ConfigError> {
     Config::from_variables(|name| std::env::var(name).ok())
 }
 
-/// All that a handler needs, or what is wrong with it.
+/// Makes the handler, or returns why it cannot.
 async fn make_handler_until(sdk_config: &SdkConfig, until: Instant) -> Result<Handler, String> {
     match timeout_at(until, make_handler(sdk_config, until)).await {
         Ok(made) => made.map_err(|error| error.to_string()),
-        Err(_) => Err("no answer in time: are Secrets Manager and the database in reach?".to_owned()),
+        Err(_) => Err("no answer in time: check that Secrets Manager and the database are reachable".to_owned()),
     }
 }
 
@@ -157,7 +156,7 @@ async fn make_handler(sdk_config: &SdkConfig, until: Instant) -> Result<Handler,
     let secrets = Secrets::new(sdk_config);
     let connected_store = async {
         let store = Store::new(config.database, secrets.clone(), sdk_config.clone(), &mapping).await?;
-        // Initialisation has more CPU than an invocation. A database that is down now may be up for the first batch.
+        // Initialisation has more CPU than an invocation. A failure is not an error: the database may be up for the first batch.
         match timeout_at(until - (until - Instant::now()) / 10, store.connect()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "cannot connect yet; the first batch retries"),

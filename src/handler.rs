@@ -25,12 +25,12 @@ use crate::{
     store::{self, DatabaseError, Entry, LedgerKey, Maintained, Store, StoreError},
 };
 
-/// What is kept of the invocation's time for the answer, and for what a failed batch needs before it: a tenth, within
-/// these.
+/// The part of an invocation's time that is reserved for the response, and for delaying redeliveries before it: a tenth, within
+/// these bounds.
 const ANSWER_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_secs(3);
-/// Longest time to have failed messages of a batch back sooner or later: the others wait for the answer.
-const BRING_BACK_TIME: Duration = Duration::from_secs(2);
-/// The time an invocation gets where the caller's deadline is past already, as it is under `cargo lambda watch`.
+/// Longest time to schedule the redelivery of a batch's failed messages: the others wait for the response.
+const REDELIVERY_TIME: Duration = Duration::from_secs(2);
+/// The time for an invocation whose deadline has passed already, as under `cargo lambda watch`.
 const NO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// An invocation's times.
@@ -38,16 +38,16 @@ const NO_DEADLINE: Duration = Duration::from_secs(30);
 pub struct Times {
     /// When it began, by the monotonic clock.
     pub started: Instant,
-    /// And by the wall clock.
+    /// When it began, by the wall clock.
     pub timestamp: SystemTime,
-    /// When its work has to be done.
+    /// When its work must be done.
     pub deadline: Instant,
-    /// What is left after that.
+    /// The time left after the deadline.
     answer_time: Duration,
 }
 
 impl Times {
-    /// Of an invocation that begins now.
+    /// The times of an invocation that begins now.
     pub fn of(context: &Context) -> Self {
         let (started, timestamp) = (Instant::now(), SystemTime::now());
         let time = context.deadline().duration_since(timestamp).unwrap_or(NO_DEADLINE);
@@ -55,13 +55,13 @@ impl Times {
         Self { started, timestamp, deadline: started + time.saturating_sub(answer_time), answer_time }
     }
 
-    /// When whatever is done for a failed batch has to be done.
+    /// When the redelivery of failed messages must be scheduled.
     pub fn last(&self) -> Instant {
         self.deadline + self.answer_time / 2
     }
 }
 
-/// Handles batches; one for the life of an execution environment.
+/// Handles batches; lives as long as its execution environment.
 #[derive(Debug)]
 pub struct Handler {
     mapping: Mapping,
@@ -71,7 +71,7 @@ pub struct Handler {
     health: Mutex<Health>,
 }
 
-/// How many of the latest messages were invalid or refused; each batch counts half as much as the next one.
+/// How many of the latest messages were bad: invalid or refused. Each batch counts half as much as the next one.
 #[derive(Debug, Default)]
 struct Health {
     messages: f64,
@@ -79,8 +79,8 @@ struct Health {
 }
 
 impl Health {
-    /// Adds a batch's new messages. Returns whether less than half were bad; else it is rather the mapping or the table that
-    /// does not fit.
+    /// Adds a batch's new messages. Returns whether less than half were bad. Otherwise the mapping or the table is likelier to be
+    /// wrong than the messages.
     fn add(&mut self, messages: usize, bad: usize) -> bool {
         if messages > 0 {
             self.messages = self.messages / 2.0 + messages as f64;
@@ -90,17 +90,17 @@ impl Health {
     }
 }
 
-/// Why a whole batch comes back. None of its messages is reported as handled.
+/// Why a whole batch returns to the queue. None of its messages is reported as handled.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
     /// A setting, a secret or the mapping cannot be used. The text says what to do.
     #[error("not started: {0}")]
     Init(String),
-    /// The event is not one from SQS.
+    /// The event is not from SQS.
     #[error(transparent)]
     NotAnSqsEvent(#[from] NotAnSqsEvent),
-    /// A maintenance event that names another schedule than the function's.
-    #[error("a maintenance event of another schedule than MAINTENANCE_SCHEDULE: nothing was done")]
+    /// A maintenance event of a schedule that is not the function's.
+    #[error("the maintenance event is not from the schedule in MAINTENANCE_SCHEDULE: nothing was done")]
     NotTheSchedule,
     /// The runtime gave one invocation the event of another.
     #[error("the runtime mixed up two invocations")]
@@ -111,7 +111,7 @@ pub enum BatchError {
     /// The rows were not inserted.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A bug in this program. The log has its place.
+    /// A bug in this program. The log has its place in the code.
     #[error("panicked: see the log for the place in the code")]
     Panic,
 }
@@ -151,37 +151,37 @@ impl fmt::Display for Failure {
         match self {
             Self::Invalid(reason) => reason.fmt(f),
             Self::Refused(error) | Self::Doubtful(error) => write!(f, "refused by the database: {error}"),
-            Self::Untried => f.write_str("no time was left to try it; it comes back"),
+            Self::Untried => f.write_str("no time was left to try it; it returns to the queue"),
             Self::HeldBack => f.write_str("an earlier message of its group failed"),
         }
     }
 }
 
-/// What became of a message before the database saw it.
+/// A message's state before the database sees it.
 enum Prepared {
     /// It is the entry at this index.
     Entry(usize),
-    /// It is a second copy of the message at this index in the batch, and shares its fate.
+    /// It is a copy of the message at this index in the batch, and shares its fate.
     CopyOf(usize),
     /// It will not be written.
     Failed(Failure),
 }
 
-/// What a batch came to.
+/// The result of a batch.
 struct Loaded {
     inserted: u64,
-    /// For each message of the batch why it failed, if it did.
+    /// Why each message of the batch failed, if it did.
     failures: Vec<Option<Failure>>,
 }
 
 impl Handler {
-    /// A handler with its mapping, its keyring, its database and what delays redeliveries.
+    /// Makes a handler of its parts.
     pub fn new(mapping: Mapping, keyring: FreshKeyring, store: Store, redelivery: Redelivery) -> Self {
         Self { mapping, keyring, store, redelivery, health: Mutex::default() }
     }
 
-    /// Deletes what has expired, as the schedule asks for; emits a metric, and logs one line. A failure fails nothing: the schedule
-    /// comes again.
+    /// Deletes expired ledger keys and rows, emits a metric, and logs one line. A failure does not fail the invocation: the
+    /// schedule retries.
     pub async fn maintain(&self, times: &Times, context: &Context) {
         let maintained = self.store.maintain(times.deadline).await;
         let done = metrics::Maintenance {
@@ -206,7 +206,7 @@ impl Handler {
     /// Handles an invocation: loads the batch, logs each failed message and one line of counts, emits the metrics.
     ///
     /// # Errors
-    /// [`BatchError`]: all of the batch comes back.
+    /// [`BatchError`]: the whole batch returns to the queue.
     pub async fn invoke(&self, event: LambdaEvent<Event>) -> Result<SqsBatchResponse, BatchError> {
         let LambdaEvent { payload, context, .. } = event;
         let times = Times::of(&context);
@@ -216,7 +216,7 @@ impl Handler {
             Some(event) => event::messages(event).map_err(BatchError::from),
             None => Err(BatchError::MixedUp),
         };
-        // The runtime would put a panic's message into its answer, and a message can quote data.
+        // The runtime would put a panic's message into its response, and such a message can quote data.
         let read = catch_unwind(AssertUnwindSafe(read)).unwrap_or(Err(BatchError::Panic));
         let (messages, unreadable) = match read {
             Ok(messages) => (messages, None),
@@ -227,7 +227,7 @@ impl Handler {
             let result = self.load(messages, deadline).await;
             let until = times.last();
             match &result {
-                Ok(loaded) => self.bring_back(messages, loaded, until.min(Instant::now() + BRING_BACK_TIME)).await,
+                Ok(loaded) => self.redeliver(messages, loaded, until.min(Instant::now() + REDELIVERY_TIME)).await,
                 Err(BatchError::Store(_)) => self.redelivery.delay(messages.iter(), until).await,
                 Err(_) => {}
             }
@@ -290,28 +290,28 @@ impl Handler {
         Ok(Loaded { inserted: stored.inserted, failures: settle(prepared, &stored.fates) })
     }
 
-    /// Has messages that can never succeed back at once, so that they are soon in the dead-letter queue and hold up no group;
-    /// and later those that may succeed then.
-    async fn bring_back(&self, messages: &[Message<'_>], loaded: &Loaded, until: Instant) {
+    /// Immediately redelivers messages that can never succeed, so they soon reach the dead-letter queue and hold up no group.
+    /// Delays the redelivery of messages that may succeed later.
+    async fn redeliver(&self, messages: &[Message<'_>], loaded: &Loaded, until: Instant) {
         let is_bad = |failure: &Failure| matches!(failure, Failure::Invalid(_) | Failure::Refused(_));
-        // A message counts once, however often it comes back.
-        let news =
+        // A message counts once, however often it is redelivered.
+        let first_receives =
             || pairs(messages, &loaded.failures).filter(|(message, _)| message.receive_count().unwrap_or(1) <= 1);
-        let bad = news().filter(|(_, failure)| failure.is_some_and(is_bad)).count();
-        let most_are_good = self.health.lock().await.add(news().count(), bad);
+        let bad = first_receives().filter(|(_, failure)| failure.is_some_and(is_bad)).count();
+        let most_are_good = self.health.lock().await.add(first_receives().count(), bad);
         if loaded.failures.iter().all(Option::is_none) {
             return;
         }
         let hopeless = |failure: &Failure| match failure {
             Failure::Invalid(_) => most_are_good,
-            Failure::Refused(error) => most_are_good && loaded.inserted > 0 && error.is_for_good(),
+            Failure::Refused(error) => most_are_good && loaded.inserted > 0 && error.is_permanent(),
             Failure::Doubtful(_) | Failure::HeldBack | Failure::Untried => false,
         };
         let failed = || pairs(messages, &loaded.failures).filter_map(|(message, failure)| Some((message, failure?)));
         let groups: HashSet<&str> =
             failed().filter(|(_, failure)| hopeless(failure)).filter_map(|(message, _)| message.fifo_group()).collect();
         let hurried = failed().filter(|(message, failure)| {
-            // What waits behind such a message in its group would hold the group up all the same.
+            // The messages held back behind it would still hold up their group.
             let waits = matches!(failure, Failure::HeldBack)
                 && message.fifo_group().is_some_and(|group| groups.contains(group));
             hopeless(failure) || waits
@@ -321,7 +321,7 @@ impl Handler {
         self.redelivery.delay(later.map(|(message, _)| message), until).await;
     }
 
-    /// Makes an entry of each message that is to be written, in the batch's order.
+    /// Makes an entry of each message to be written, in the batch's order.
     fn prepare<'a>(&self, messages: &'a [Message<'_>], keyring: &Keyring) -> (Vec<Prepared>, Vec<Entry<'a>>) {
         let (now, horizon) = (SystemTime::now(), self.store.horizon());
         let mut prepared = Vec::with_capacity(messages.len());
@@ -363,7 +363,7 @@ impl Handler {
     }
 }
 
-/// For each message of the batch why it failed, if it did. `fates` are its entries'.
+/// Why each message of the batch failed, if it did. `fates` are those of the entries.
 fn settle(prepared: Vec<Prepared>, fates: &[store::Fate]) -> Vec<Option<Failure>> {
     let mut failures: Vec<Option<Failure>> = Vec::with_capacity(prepared.len());
     for message in prepared {
@@ -382,7 +382,7 @@ fn settle(prepared: Vec<Prepared>, fates: &[store::Fate]) -> Vec<Option<Failure>
     failures
 }
 
-/// When the oldest message was sent; of a batch that was loaded, the oldest that did not fail.
+/// When the oldest message was sent; in a loaded batch, the oldest message that succeeded.
 fn oldest(messages: &[Message<'_>], loaded: Option<&Loaded>) -> Option<SystemTime> {
     match loaded {
         None => messages.iter().filter_map(Message::sent).min(),
@@ -393,7 +393,7 @@ fn oldest(messages: &[Message<'_>], loaded: Option<&Loaded>) -> Option<SystemTim
     }
 }
 
-/// Each message with why it failed, if it did.
+/// Each message with its failure, if it failed.
 fn pairs<'a, 'b>(
     messages: &'b [Message<'a>],
     failures: &'b [Option<Failure>],

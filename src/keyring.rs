@@ -1,8 +1,9 @@
-//! The keyring: masks a personal value, and recovers it.
+//! The keyring masks personal values, and recovers them.
 //!
-//! Masking is deterministic, so that equal values stay equal: AES-CBC with a fixed IV, byte for byte what the original
-//! script wrote; AES-SIV (RFC 5297), which also authenticates and keeps the columns apart; or HMAC-SHA-256, which nobody can
-//! reverse.
+//! Masking is deterministic, so equal values have equal masks. The ciphers:
+//! - AES-CBC with a fixed IV writes the same bytes as the original script;
+//! - AES-SIV (RFC 5297) also authenticates, and gives a value different masks in different columns;
+//! - HMAC-SHA-256 cannot be reversed.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -26,23 +27,23 @@ use serde::{
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
-/// Most characters of a masked value, the width of its column.
+/// Most characters of a masked value: the width of its column.
 pub const MASKED_MAX: usize = 256;
-/// Bytes of an `aes-siv` mask's tag, which stands before the ciphertext.
+/// Bytes of an `aes-siv` mask's tag, which precedes the ciphertext.
 const TAG_LEN: usize = 16;
 /// Most bytes of a ciphertext: a value of that many bytes, and a block of padding or a tag.
 const CIPHERTEXT_MAX: usize = MASKED_MAX + 16;
 /// Most characters of a key id.
 pub const KEY_ID_MAX: usize = 32;
-/// Encrypted under the key alone, this block is the IV of an `aes-cbc` key that comes without one.
+/// An `aes-cbc` key without an IV uses this block, encrypted under the key, as its IV.
 const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
 
-/// How a field is masked: under which of the ring's two keys in use.
+/// Which of the ring's two keys in use masks a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {
-    /// Under the active key; recoverable, unless that is a one-way key itself.
+    /// The active key. Its masks are recoverable, unless it is a one-way key itself.
     Recoverable,
-    /// Under the key for one-way masks.
+    /// The key for one-way masks.
     OneWay,
 }
 
@@ -51,7 +52,7 @@ pub enum Mask {
 pub struct Masked(String);
 
 impl Masked {
-    /// The value as it stands in the column: `<base64>`, or `<key id>:<base64>` under a named key.
+    /// The value as the column holds it: `<base64>`, or `<key id>:<base64>` under a named key.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -62,40 +63,40 @@ impl Masked {
 #[error("too long to be masked into {MASKED_MAX} characters")]
 pub struct TooLong;
 
-/// The value cannot be recovered: not a mask, made under a key that is not in the ring, or damaged.
-/// There is one error for all, so that nobody learns anything about the plain value from it.
+/// The value cannot be recovered: it is not a mask, made under a key that is not in the ring, or damaged.
+/// There is one error for all cases, so that it tells nothing about the plain value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this value cannot be recovered with this keyring")]
 pub struct Unrecoverable;
 
-/// Why the text of a secret is no keyring. The operator's fault; no variant holds any of a key.
+/// Why the text of a secret is not a keyring. The operator's fault. No variant holds any part of a key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyringError {
-    /// Not JSON, or of another shape than the two that are documented.
+    /// Not JSON, or neither of the two documented forms.
     #[error(
         "is not a keyring (line {line}, column {column}): expected \
          {{\"key\": \"<hex>\", \"iv\": \"<hex>\"}} or {{\"active\": \"<id>\", \"keys\": {{\"<id>\": {{…}}}}}}"
     )]
     Shape {
-        /// Line of the text where its shape breaks, from 1.
+        /// Line of the error in the text, from 1.
         line: usize,
-        /// Column of that line, from 1.
+        /// Column in that line, from 1.
         column: usize,
     },
-    /// The active key id names no key.
+    /// "active" names no key.
     #[error("has no key with the id that \"active\" names")]
     NoActiveKey,
-    /// The id of the key for one-way masks names none, or one of another cipher.
+    /// "one_way" names no key, or a key of another cipher.
     #[error("has no hmac-sha256 key with the id that \"one_way\" names")]
     NoHmacKey,
-    /// The mapping has one-way masks, and the ring says no key for them.
+    /// The mapping has one-way masks, but the ring has no key for them.
     #[error(
-        "says no \"one_way\" key, which the mapping asks for: `etlctl keys add ID --cipher hmac-sha256` makes one, and \
-         `etlctl keys activate ID --one-way` has it used"
+        "has no \"one_way\" key, which the mapping needs: run `etlctl keys add ID --cipher hmac-sha256`, then \
+         `etlctl keys activate ID --one-way`"
     )]
     NoOneWayKey,
     /// A key id breaks the rule for ids.
-    #[error("has a key id that is not 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")]
+    #[error("has a key id that is not 1 to {KEY_ID_MAX} characters of a-z 0-9 . _ -")]
     KeyId,
     /// An `aes-cbc` key of a wrong length, or not hex.
     #[error("has an aes-cbc key that is not 32, 48 or 64 hex digits (AES-128, -192, -256)")]
@@ -110,12 +111,12 @@ pub enum KeyringError {
     #[error("has an hmac-sha256 key that is not 64 to 128 hex digits")]
     HmacKey,
     /// An IV for a key of a cipher that has none.
-    #[error("gives an iv to an aes-siv or hmac-sha256 key, which takes none")]
+    #[error("has an iv for an aes-siv or hmac-sha256 key, which takes none")]
     NoIv,
 }
 
-/// The keys by id, one of them active, and one for one-way masks, if there is need of it; the empty id is the unnamed
-/// key's. `Debug` shows ids and ciphers only.
+/// The keys by id: one is active, and one may be for one-way masks. The unnamed key has the empty id. `Debug` shows only ids and
+/// ciphers.
 pub struct Keyring {
     active: String,
     active_key: Arc<Key>,
@@ -162,7 +163,7 @@ impl Keyring {
         Ok(Self { active, active_key, one_way, keys })
     }
 
-    /// The ring itself, if it has what these ways of masking need.
+    /// The ring itself, if it has the keys that these masks need.
     ///
     /// # Errors
     /// [`KeyringError::NoOneWayKey`], the operator's fault.
@@ -188,17 +189,17 @@ impl Keyring {
         self.keys.iter().map(|(id, key)| (id.as_str(), key.0.name()))
     }
 
-    /// Whether what is masked under the key with this id can never be recovered.
+    /// Whether masks made under the key with this id can never be recovered.
     pub fn is_one_way(&self, id: &str) -> bool {
         self.keys.get(id).is_some_and(|key| key.0.name() == HMAC)
     }
 
-    /// Most bytes of a value that fits its column under the active key, whose id every mask carries.
+    /// Most bytes of a value whose mask under the active key fits its column. The mask includes the key id.
     pub fn longest(&self) -> usize {
         (0..=MASKED_MAX).rev().find(|&bytes| self.mask("", &"x".repeat(bytes)).is_ok()).unwrap_or_default()
     }
 
-    /// Masks `value` under the active key. `field` is the field's name; only an `aes-cbc` mask does not depend on it.
+    /// Masks `value` under the active key. `field` is the field's name, on which all masks but `aes-cbc` depend.
     ///
     /// # Errors
     /// [`TooLong`], the message's fault.
@@ -206,10 +207,10 @@ impl Keyring {
         mask(&self.active, &self.active_key, field, value)
     }
 
-    /// Masks `value` in this way, and appends it to `text`. The ring has what this takes, see [`for_masks`](Self::for_masks).
+    /// Masks `value` in this way, and appends it to `text`. The ring must have passed [`for_masks`](Self::for_masks).
     ///
     /// # Errors
-    /// [`TooLong`], the message's fault; what `text` then ends with is no mask.
+    /// [`TooLong`], the message's fault. The end of `text` is then not a valid mask.
     pub fn mask_onto(&self, text: &mut BytesMut, way: Mask, field: &str, value: &str) -> Result<(), TooLong> {
         match (way, &self.one_way) {
             (Mask::Recoverable, _) => append(text, &self.active, &self.active_key, field, value),
@@ -218,15 +219,15 @@ impl Keyring {
         }
     }
 
-    /// Masks `value` under every key that may have masked it in this way, as rows are of different ages. A key under which it
-    /// is too long is left out.
+    /// Masks `value` under every key that may have masked it in this way, since rows are of different ages. Leaves out a key
+    /// under which the mask is too long.
     pub fn mask_under_all(&self, way: Mask, field: &str, value: &str) -> Vec<(&str, Masked)> {
         let keys = self.keys.iter().filter(|(_, key)| way == Mask::Recoverable || key.0.name() == HMAC);
         let masks = keys.map(|(id, key)| (id.as_str(), mask(id, key, field, value)));
         masks.filter_map(|(id, masked)| Some((id, masked.ok()?))).collect()
     }
 
-    /// The plain value of `masked`, under whichever key of the ring it was made.
+    /// The plain value of `masked`, made under any key of the ring.
     ///
     /// # Errors
     /// [`Unrecoverable`], for whatever reason.
@@ -239,7 +240,7 @@ impl Keyring {
     }
 }
 
-/// The id of the key that a mask was made under, as the mask says it.
+/// The key id in a mask; empty for the unnamed key.
 pub fn key_id(masked: &str) -> &str {
     split(masked).0
 }
@@ -255,7 +256,7 @@ fn mask(id: &str, key: &Key, field: &str, value: &str) -> Result<Masked, TooLong
 }
 
 fn append(text: &mut BytesMut, id: &str, key: &Key, field: &str, value: &str) -> Result<(), TooLong> {
-    // Only hmac-sha256 shortens its input, and has the same bound on the work that a hostile value can cause.
+    // hmac-sha256 could take longer values. The limit bounds the work that a hostile value can cause.
     if value.len() > MASKED_MAX {
         return Err(TooLong);
     }
@@ -272,13 +273,13 @@ fn append(text: &mut BytesMut, id: &str, key: &Key, field: &str, value: &str) ->
     if end - start > MASKED_MAX { Err(TooLong) } else { Ok(()) }
 }
 
-/// Whether an id follows the rule for ids; the empty one is the unnamed key's.
+/// Whether this is a valid key id. The empty id, of the unnamed key, is valid.
 pub fn is_key_id(id: &str) -> bool {
     id.len() <= KEY_ID_MAX && id.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 }
 
-/// Both forms at once; which one it is shows in which fields are there. A misspelt field is refused:
-/// an IV that goes unread would silently change every mask.
+/// Both forms at once, told apart by the fields that are set. A misspelt field is refused: an IV that is not read would silently
+/// change every mask.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeyringText {
@@ -292,12 +293,12 @@ struct KeyringText {
     iv: Option<Zeroizing<String>>,
 }
 
-/// What is there is a text: a `null` that was read as nothing would change every mask.
+/// Refuses `null`: an IV that is read as absent would change every mask.
 fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Zeroizing<String>>, D::Error> {
     Zeroizing::deserialize(deserializer).map(Some)
 }
 
-/// Keys, none of which has the id of another: that would be lost in silence.
+/// Refuses a repeated id: one of the two keys would be lost silently.
 fn keys_once<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BTreeMap<String, KeyText>>, D::Error> {
     struct Keys;
     impl<'de> Visitor<'de> for Keys {
@@ -329,7 +330,7 @@ struct KeyText {
     key: Option<Zeroizing<String>>,
     #[serde(default, deserialize_with = "given")]
     iv: Option<Zeroizing<String>>,
-    /// When the key was made and when another took its place: for its owner, not for us.
+    /// When the key was made and replaced: for `etlctl` and people, not for the function.
     #[serde(rename = "created")]
     _created: Option<IgnoredAny>,
     #[serde(rename = "replaced")]
@@ -382,14 +383,14 @@ impl fmt::Debug for Key {
 
 trait Cipher {
     fn name(&self) -> &'static str;
-    /// Masks at most [`MASKED_MAX`] bytes into the buffer, which costs no allocation.
+    /// Masks at most [`MASKED_MAX`] bytes into the buffer, without allocating.
     fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8];
     fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>>;
 }
 
 type Iv = Array<u8, U16>;
 
-/// AES-CBC with PKCS#7 padding and one IV for all. Holds the key schedule, which the `aes` crate zeroizes on drop.
+/// AES-CBC with PKCS#7 padding and one IV for all values. Holds the key schedule, which the `aes` crate zeroizes on drop.
 struct Cbc<C> {
     aes: C,
     iv: Iv,
@@ -422,7 +423,7 @@ impl<C: BlockCipherEncrypt + BlockCipherDecrypt + BlockSizeUser<BlockSize = U16>
     }
 }
 
-/// AES-SIV under a key of 32 bytes (AES-128) or 64 (AES-256), the field's name as its one header.
+/// AES-SIV under a key of 32 bytes (AES-128) or 64 (AES-256), with the field's name as its only header.
 struct Siv(Zeroizing<Vec<u8>>);
 
 impl Cipher for Siv {
@@ -454,11 +455,11 @@ impl Cipher for Siv {
 }
 
 const HMAC: &str = "hmac-sha256";
-/// A key shorter than its output weakens HMAC, and one longer than a block of SHA-256 is hashed first (RFC 2104).
+/// A key shorter than the output weakens HMAC, and a key longer than a SHA-256 block is hashed first (RFC 2104).
 const HMAC_KEY_MIN: usize = 32;
 const HMAC_KEY_MAX: usize = 64;
 
-/// HMAC-SHA-256 of the field's name, a zero byte and the value. Holds the hash's state after the key, which is zeroized on drop.
+/// HMAC-SHA-256 of the field's name, a zero byte and the value. Holds the keyed hash state, which is zeroized on drop.
 struct OneWay(Hmac<Sha256>);
 
 impl OneWay {

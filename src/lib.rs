@@ -1,4 +1,4 @@
-//! JSON messages from SQS into PostgreSQL, as `mapping.toml` declares: personal fields masked, every message exactly once.
+//! Loads JSON messages from SQS into PostgreSQL, as `mapping.toml` declares: personal fields masked, every message exactly once.
 //!
 //! ```text
 //! bytes ─ event ─→ messages
@@ -11,17 +11,21 @@
 //! ─→ SqsBatchResponse
 //! ```
 //!
-//! [`handler`] leads a batch through that; [`function`] makes the handler.
+//! [`handler`] takes a batch through these stages; [`function`] makes the handler.
 //!
-//! Whose fault is it? A message's: it alone is reported, and SQS redelivers it alone. The batch's (the database is
-//! down, the time is up): the invocation fails, and all of it comes back; the ledger keeps what was written from being
-//! written twice. The operator's (a setting, a secret, the mapping): every batch fails and says why, until it is mended.
+//! A failure is the fault of
+//! - a message: only this message is reported, and SQS redelivers only this one;
+//! - the batch (the database is down, the time is up): the invocation fails, and the whole batch returns to the queue. The ledger
+//!   keeps rows from being written twice;
+//! - the operator (a setting, a secret, the mapping): every batch fails with the reason, until it is fixed.
 //!
 //! To add
-//! - a conversion or a normalisation: its variant in `mapping/convert.rs`, where it works in `mapping/row.rs`, which types it fits in
-//!   `mapping/file.rs`;
-//! - a column type: its variant in `mapping/mod.rs`, its bytes in `mapping/row.rs`, its array in `store/sql.rs`;
-//! - a cipher: its name, its key and its `Cipher` in `keyring.rs`.
+//! - a conversion: its variant goes in `mapping/convert.rs`, its use in `mapping/row.rs`, the types it fits in `mapping/file.rs`;
+//! - a normalisation: `mapping/convert.rs`. `etlctl find` and `keys remask` apply normalisations before they mask, but no conversions;
+//! - a column type: its variant goes in `mapping/mod.rs`, its bytes in `mapping/row.rs`, its array in `store/sql.rs`;
+//! - a cipher: its name, key and `Cipher` go in `keyring.rs`.
+//!
+//! `docs/develop.md` has what a log line, a metric, a setting and a migration need besides.
 
 #[cfg(feature = "lambda")]
 pub mod config;

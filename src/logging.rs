@@ -1,15 +1,15 @@
-//! The log: lines on standard output, JSON or text as Lambda's logging controls say, without data at any level.
+//! The log on standard output, as JSON or text according to Lambda's logging controls. It holds no data at any level.
 
 use std::panic;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// Sends the log to standard output, in the format of `AWS_LAMBDA_LOG_FORMAT` (`JSON` or text) and from the level of
-/// `AWS_LAMBDA_LOG_LEVEL` or else `RUST_LOG` on.
+/// Sends the log to standard output, in the format of `AWS_LAMBDA_LOG_FORMAT` (`JSON` or text) and at the level of
+/// `AWS_LAMBDA_LOG_LEVEL`, or else of `RUST_LOG`.
 ///
-/// The level holds for this crate. Dependencies are heard at warnings, whatever the level: below, the runtime prints
-/// events and the database driver prints parameters. A panic leaves its place, not its message, which can quote data.
+/// The level applies to this crate. Dependencies log nothing below warnings: there the runtime prints events, and the database
+/// driver prints parameters. Of a panic only its place is logged, as its message can quote data.
 pub fn init() {
     let variable = |name| std::env::var(name).ok();
     let level = variable("AWS_LAMBDA_LOG_LEVEL").or_else(|| variable("RUST_LOG"));
@@ -18,13 +18,13 @@ pub fn init() {
         .with_default(level.min(LevelFilter::WARN))
         // The runtime's span, which carries the request id.
         .with_target("lambda_runtime::layers::trace", level.min(LevelFilter::INFO))
-        // It would say a failed batch's error a second time.
+        // It would log a failed batch's error a second time.
         .with_target("lambda_runtime::layers::panic", LevelFilter::OFF)
         .with_target("login_etl", level);
     let json = variable("AWS_LAMBDA_LOG_FORMAT").is_some_and(|format| format.eq_ignore_ascii_case("json"));
     let lines = tracing_subscriber::fmt::layer();
     let lines = if json {
-        // Lambda's own filter reads `timestamp` and `level` at the top.
+        // Lambda's own filter reads `timestamp` and `level` at the top level.
         lines.json().flatten_event(true).with_span_list(false).boxed()
     } else {
         lines.with_ansi(false).without_time().boxed()

@@ -9,7 +9,7 @@ use login_etl::{function::Function, logging, runtime::PassEvents};
 async fn main() -> Result<(), Error> {
     logging::init();
     let function = Arc::new(Function::start().await);
-    // Several invocations at once where Lambda says so, on Managed Instances; elsewhere one after the other.
+    // On Lambda Managed Instances, several invocations run at once; elsewhere, one after the other.
     let invoke = service_fn(move |event| {
         let function = Arc::clone(&function);
         async move { function.invoke(event).await }

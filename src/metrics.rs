@@ -1,5 +1,5 @@
-//! One wide event a batch, and one a run of the schedule, in CloudWatch's embedded metric format: a line of JSON on standard output, of which
-//! CloudWatch makes the metrics.
+//! One wide event a batch, and one a maintenance run, in CloudWatch's embedded metric format: a line of JSON on standard output,
+//! from which CloudWatch extracts the metrics.
 
 use std::{
     sync::Mutex,
@@ -17,18 +17,18 @@ use metrique::{
 /// The namespace of the metrics.
 const NAMESPACE: &str = "login-etl";
 
-/// A batch's figures: the metrics of namespace `login-etl`, by function name.
+/// A batch's metrics, in namespace `login-etl`, by function name.
 #[metrics(rename_all = "PascalCase", emf::dimension_sets = [["FunctionName"]])]
 #[derive(Debug)]
 pub struct Metrics {
-    /// When the batch came.
+    /// When the batch arrived.
     #[metrics(timestamp)]
     pub timestamp: SystemTime,
     /// Dimension.
     pub function_name: String,
     /// Property: Lambda's id of the invocation.
     pub request_id: String,
-    /// Property: `Ok`, or the `errorType` with which all of the batch comes back.
+    /// Property: `Ok`, or the `errorType` of a failed batch.
     pub outcome: &'static str,
     /// Messages in the batch.
     #[metrics(unit = Count)]
@@ -42,16 +42,16 @@ pub struct Metrics {
     /// Batch item failures.
     #[metrics(unit = Count)]
     pub failed: u64,
-    /// 1 if all of the batch comes back, else 0.
+    /// 1 if the whole batch failed and returns to the queue, else 0.
     #[metrics(unit = Count)]
     pub batches_failed: u64,
     /// From the event's arrival to the response.
     #[metrics(unit = Millisecond)]
     pub duration: Duration,
-    /// From the sending of a message to the end of its batch, of the oldest message that is no batch item failure.
+    /// From sending to the end of the batch, of the oldest message that succeeded; if the whole batch failed, of the oldest.
     #[metrics(unit = Second)]
     pub age_of_oldest_message: Option<Duration>,
-    /// How often the message was received that was received most often.
+    /// The highest receive count of the batch's messages.
     #[metrics(unit = Count)]
     pub highest_receive_count: Option<u64>,
     /// How often refused credentials were read again, since the last batch.
@@ -65,11 +65,11 @@ pub struct Metrics {
     pub prune_failures: u64,
 }
 
-/// A run of the schedule, in the same namespace.
+/// A maintenance run's metrics, in the same namespace.
 #[metrics(rename_all = "PascalCase", emf::dimension_sets = [["FunctionName"]])]
 #[derive(Debug)]
 pub struct Maintenance {
-    /// When the schedule came.
+    /// When the schedule's event arrived.
     #[metrics(timestamp)]
     pub timestamp: SystemTime,
     /// Dimension.
@@ -78,7 +78,7 @@ pub struct Maintenance {
     pub request_id: String,
     /// Property: `Ok`, or the error's type.
     pub outcome: &'static str,
-    /// 1 if all that had expired was deleted, or as much as there was time for; 0 if something failed.
+    /// 1 if everything expired was deleted, or as much as there was time for; 0 if something failed.
     #[metrics(unit = Count)]
     pub maintained: u64,
 }
@@ -97,8 +97,8 @@ impl Maintenance {
     }
 }
 
-/// Writes an event at once: what waits in a buffer may be frozen with the environment.
-#[expect(clippy::print_stdout, reason = "where Lambda takes metrics from; `print!` because tests can capture it")]
+/// Writes an event at once: Lambda may freeze the environment with a buffered event in it.
+#[expect(clippy::print_stdout, reason = "Lambda reads metrics from standard output; tests can capture `print!`")]
 fn emit(entry: &impl Entry) {
     static EMF: Mutex<Option<Emf>> = Mutex::new(None);
 

@@ -1,9 +1,9 @@
-//! When messages come back: after an outage later and later, so that a long one sends nothing good to the dead-letter
-//! queue; what can never succeed at once, so that it is there soon.
+//! When failed messages are redelivered: in an outage with exponential backoff, so that good messages outlive it; at once if they
+//! can never succeed, so that they soon reach the dead-letter queue.
 //!
-//! By itself a message comes back after the queue's visibility timeout. A batch that fails for the database's sake is no
-//! fault of its messages, and their receives are counted all the same. So each is hidden for a time that doubles with its
-//! receives. A message that fails for its own sake only costs time until its last receive, and holds up its group.
+//! By default, a message returns after the queue's visibility timeout. A batch that fails because of the database is not its
+//! messages' fault, but SQS counts their receives all the same. So each message is hidden for a time that doubles with its
+//! receives. A message that fails through its own fault only costs time until its last receive, and holds up its group.
 
 use std::{
     collections::HashMap,
@@ -27,16 +27,16 @@ use crate::event::Message;
 
 /// The longest delay is this many times the first.
 const LONGEST: u32 = 120;
-/// A random part of the delay is added to it, up to one in so many: what failed together does not come back together.
+/// Up to one part in this many of the delay is added at random, so that messages that failed together do not return together.
 const JITTER: u32 = 4;
-/// After so many receives, what can never succeed comes back as late as all else: the queue allows it very many.
+/// After this many receives, messages that can never succeed are no longer hurried: their queue allows very many receives.
 const HURRIED_RECEIVES: u64 = 20;
-/// The service's limit on a request's entries.
+/// SQS's limit on the entries of a request.
 const ENTRIES: usize = 10;
-/// Requests under way at once; a full batch of 10,000 messages needs a thousand.
+/// Requests in flight at once; a full batch of 10,000 messages needs a thousand.
 const REQUESTS: usize = 32;
 
-/// Delays redeliveries.
+/// Delays redeliveries, or hurries them.
 #[derive(Debug)]
 pub struct Redelivery {
     sdk_config: SdkConfig,
@@ -48,8 +48,8 @@ pub struct Redelivery {
 }
 
 impl Redelivery {
-    /// `first_delay` is what a message is hidden for after its first receive; none if that is zero. The SQS client is
-    /// built when it is first needed.
+    /// `first_delay` is how long a message is hidden after its first receive. Zero turns delaying and hurrying off. The SQS
+    /// client is built when it is first needed.
     pub fn new(sdk_config: SdkConfig, first_delay: Duration) -> Self {
         Self {
             sdk_config,
@@ -60,23 +60,23 @@ impl Redelivery {
         }
     }
 
-    /// Delays messages that failed for the database's sake, as many as can be until `deadline`.
+    /// Delays messages that failed because of the database, as many as possible until `deadline`.
     pub async fn delay<'a>(&self, messages: impl Iterator<Item = &'a Message<'a>>, deadline: Instant) {
         let after =
             |message: &Message<'_>| delay(self.first_delay, message.receive_count().unwrap_or(1), fastrand::f32());
         self.show(messages.map(|message| (message, after(message))).collect(), deadline).await;
     }
 
-    /// Has messages that can never succeed back at once, as many as can be until `deadline`.
+    /// Immediately redelivers messages that can never succeed, as many as possible until `deadline`.
     pub async fn hurry<'a>(&self, messages: impl Iterator<Item = &'a Message<'a>>, deadline: Instant) {
         let messages = messages.filter(|message| message.receive_count().unwrap_or(1) < HURRIED_RECEIVES);
         self.show(messages.map(|message| (message, Duration::ZERO)).collect(), deadline).await;
     }
 
-    /// Shows each message again after its time; none, where delays are turned off.
+    /// Makes each message visible after its time, unless delays are turned off.
     ///
-    /// A failure is only logged: the messages then come back after the queue's visibility timeout. Where the function's
-    /// role lacks the permission, nothing is tried again.
+    /// A failure is only logged: the messages then return after the queue's visibility timeout. If the function's role lacks
+    /// the permission, there are no further attempts.
     async fn show(&self, messages: Vec<(&Message<'_>, Duration)>, deadline: Instant) {
         if messages.is_empty() || self.first_delay.is_zero() || self.denied.load(Ordering::Relaxed) {
             return;
@@ -120,7 +120,7 @@ impl Redelivery {
                 .collect();
             let mut answers = stream::iter(requests).buffer_unordered(REQUESTS);
             while let Some(answer) = answers.next().await {
-                // A message that another delivery has seen through is no reason to leave the others.
+                // One failed message, such as one that another delivery has finished, does not stop the others.
                 let failed = answer.map(|answer| answer.failed().first().map(|failed| failed.code().to_owned()));
                 result = result.and(failed.map_err(code).and_then(|failed| failed.map_or(Ok(()), Err)));
             }
@@ -144,7 +144,7 @@ impl Redelivery {
     }
 }
 
-/// How long to hide a message after this many receives; `chance`, from 0 to 1, says how much of the jitter is added.
+/// How long to hide a message after this many receives; `chance`, from 0 to 1, is the part of the jitter that is added.
 fn delay(first: Duration, receives: u64, chance: f32) -> Duration {
     let doublings = receives.saturating_sub(1).try_into().unwrap_or(u32::MAX);
     let times = 2_u32.saturating_pow(doublings).min(LONGEST);
@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_template_s_receives_cover_six_hours_of_outage() {
+    fn the_template_covers_six_hours_of_outage() {
         let template = include_str!("../template.yaml");
         let (_, parameter) = template.split_once("  MaxReceiveCount:\n").unwrap();
         let (_, default) = parameter.split_once("Default: ").unwrap();
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(delay(minute, 1, 1.0), minute * 5 / 4);
         assert_eq!(delay(minute, 4, 0.0), 8 * minute);
         assert_eq!(delay(minute, u64::MAX, 0.0), 120 * minute);
-        // The service's own limit is 12 hours from the receipt.
+        // SQS's limit is 12 hours from the receive.
         assert!(delay(minute, u64::MAX, 1.0) < Duration::from_secs(12 * 3600 - 900));
     }
 }

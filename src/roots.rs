@@ -1,5 +1,5 @@
-//! The roots of AWS, which are built in: reading all of a machine's takes longer than anything else in a cold start. AWS's endpoints and
-//! RDS Proxy have certificates that lead to Amazon's public roots, RDS and Aurora to their region's own.
+//! AWS's root certificates, built in: reading all of the system's takes longer than anything else in a cold start. Certificates
+//! of AWS's endpoints and RDS Proxy chain to Amazon's public roots, those of RDS and Aurora to roots of their region.
 
 use std::{env, fs, path::PathBuf};
 
@@ -14,7 +14,7 @@ pub(crate) const AMAZON: &str = include_str!("roots/amazon.pem");
 /// RDS's roots of all regions, each below a line with its name.
 const RDS: &str = include_str!("roots/rds.pem");
 
-/// Where Linux distributions keep the roots that they trust: Amazon's and Red Hat's, and Debian's.
+/// Where Linux distributions keep their trusted roots: Amazon Linux and Red Hat, and Debian.
 const OF_SYSTEM: [&str; 2] = ["/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/certs/ca-certificates.crt"];
 
 /// Region and text of each of RDS's roots.
@@ -25,7 +25,7 @@ fn rds() -> impl Iterator<Item = (&'static str, &'static str)> {
     })
 }
 
-/// The regions whose roots of RDS are here.
+/// The regions whose RDS roots are built in.
 pub(crate) fn regions() -> impl Iterator<Item = &'static str> {
     rds().map(|(region, _)| region)
 }
@@ -35,8 +35,8 @@ pub(crate) fn of_region(region: &str) -> String {
     rds().filter(|(of, _)| *of == region).map(|(_, root)| root).collect()
 }
 
-/// The system's roots, where OpenSSL itself does not see them: the template sets `SSL_CERT_FILE=/dev/null`, so that it does not read all
-/// of them at every start.
+/// The system's roots, if OpenSSL does not see them itself: the template sets `SSL_CERT_FILE=/dev/null`, so that OpenSSL does not
+/// read them all at every start.
 pub(crate) fn hidden_system() -> Option<Vec<u8>> {
     env::var_os("SSL_CERT_FILE").filter(|file| file == "/dev/null")?;
     OF_SYSTEM.iter().find_map(|file| fs::read(file).ok())
@@ -70,8 +70,8 @@ pub fn of_bundle() -> Result<Option<Vec<u8>>, BundleError> {
     if roots.is_empty() { Err(unusable("no certificate in it".to_owned())) } else { Ok(Some(pem)) }
 }
 
-/// The roots for AWS's own endpoints: those of `AWS_CA_BUNDLE`, if that can be used; else Amazon's, where the endpoints are those of one of
-/// AWS's usual regions; else the system's.
+/// The roots for AWS's endpoints: those of `AWS_CA_BUNDLE`, if it can be used; else Amazon's, in a commercial region without
+/// custom endpoints; else the system's.
 pub fn for_aws() -> TrustStore {
     let is_other = |region: &str| ["cn-", "us-gov-", "us-iso", "eu-iso"].iter().any(|other| region.starts_with(other));
     let is_usual = env::var("AWS_REGION").is_ok_and(|region| !is_other(&region))

@@ -1,8 +1,8 @@
-//! Events past the runtime, as the bytes they came in.
+//! Hands events to the handler as raw bytes, without the runtime's deserialization.
 //!
-//! The runtime deserializes an event before a handler sees it, and its errors quote what it could not. It also looks at
-//! every byte of JSON that it hands over raw, which costs as much again as reading the event does. So it gets `null` to
-//! deserialize, and the event waits beside it.
+//! The runtime deserializes an event before a handler sees it, and its errors quote the event. It also checks every byte of JSON
+//! that it hands over raw, which costs as much again as reading the event. So it gets `null` to deserialize, and the event waits
+//! in a thread-local.
 
 use std::{
     cell::Cell,
@@ -22,7 +22,7 @@ thread_local! {
     static EVENT: Cell<Option<Event>> = const { Cell::new(None) };
 }
 
-/// The payload of an invocation, where [`PassEvents`] is a layer of the runtime. `Debug` shows nothing of it.
+/// The payload of an invocation; needs [`PassEvents`] as a layer of the runtime. `Debug` shows none of it.
 pub struct Event {
     bytes: Bytes,
     request_id: String,
@@ -34,7 +34,7 @@ impl Event {
         Self { bytes, request_id }
     }
 
-    /// The event's bytes, if it is that of the invocation with this request id. A mismatch would mean that the runtime no longer
+    /// The event's bytes, if it belongs to the invocation with this request id. A mismatch would mean that the runtime no longer
     /// deserializes an event within `call`.
     pub fn of(&self, request_id: &str) -> Option<&[u8]> {
         (self.request_id == request_id).then_some(&self.bytes)
@@ -44,7 +44,7 @@ impl Event {
 impl<'de> Deserialize<'de> for Event {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         IgnoredAny::deserialize(deserializer)?;
-        EVENT.take().ok_or_else(|| D::Error::custom("the event did not come past the runtime"))
+        EVENT.take().ok_or_else(|| D::Error::custom("no event: is PassEvents a layer of the runtime?"))
     }
 }
 
@@ -54,7 +54,7 @@ impl fmt::Debug for Event {
     }
 }
 
-/// A layer of the runtime that lets events pass as bytes.
+/// A layer of the runtime that passes events on as bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct PassEvents;
 
@@ -66,7 +66,7 @@ impl<S> Layer<S> for PassEvents {
     }
 }
 
-/// What [`PassEvents`] makes of a service.
+/// A service wrapped by [`PassEvents`].
 #[derive(Clone, Debug)]
 pub struct PassingEvents<S>(S);
 
@@ -79,7 +79,7 @@ impl<S: Service<LambdaInvocation>> Service<LambdaInvocation> for PassingEvents<S
         self.0.poll_ready(context)
     }
 
-    /// Deserialization is part of the call, and not of the future that it makes.
+    /// The runtime deserializes within this call, not in the future that it returns.
     fn call(&mut self, mut invocation: LambdaInvocation) -> Self::Future {
         let request_id = invocation.context.request_id.clone();
         EVENT.set(Some(Event::new(mem::replace(&mut invocation.body, Bytes::from_static(b"null")), request_id)));

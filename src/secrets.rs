@@ -26,15 +26,15 @@ pub struct Secrets {
     client: Client,
 }
 
-/// Why a secret cannot be used. The operator's fault, or Secrets Manager's; no variant holds any of the secret.
+/// Why a secret cannot be used. The operator's fault, or Secrets Manager's. No variant holds any part of the secret.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
-    /// Secrets Manager did not hand it out.
+    /// Secrets Manager did not return it.
     #[error("cannot read the secret {id:?} ({code}){}", hint(.code))]
     Read {
         /// The name or ARN that was asked for.
         id: String,
-        /// The service's error code, or the kind of failure where the service did not answer.
+        /// The service's error code, or the kind of failure if the service did not answer.
         code: String,
     },
     /// It holds bytes where text is expected.
@@ -43,7 +43,7 @@ pub enum SecretError {
         /// The name or ARN.
         id: String,
     },
-    /// It is no keyring.
+    /// It is not a keyring.
     #[error("the secret {id:?} {error}")]
     Keyring {
         /// The name or ARN.
@@ -51,9 +51,9 @@ pub enum SecretError {
         /// What is wrong with it.
         error: KeyringError,
     },
-    /// It holds no credentials.
+    /// It holds no valid credentials.
     #[error(
-        "the secret {id:?} is not a JSON object with \"username\" and \"password\", or its \"host\", \"port\" or \"dbname\" is none"
+        "the secret {id:?} is not a JSON object with \"username\" and \"password\", or its \"host\", \"port\" or \"dbname\" is invalid"
     )]
     Credentials {
         /// The name or ARN.
@@ -69,14 +69,14 @@ fn hint(code: &str) -> &'static str {
         "ResourceNotFoundException" => ": no secret of that name in this account and region, or it has no value yet",
         "DecryptionFailure" => ": allow the function's role kms:Decrypt on the secret's key",
         "TimeoutError" | "DispatchFailure" => {
-            ": Secrets Manager was not reached, or its certificate is not of a root that is trusted; a function in a VPC needs a NAT gateway or \
+            ": Secrets Manager is unreachable, or its certificate is not trusted; a function in a VPC needs a NAT gateway or \
              a VPC endpoint for it"
         }
         _ => "",
     }
 }
 
-/// The database's credentials, and where it is, as far as the secret says. `Debug` shows nothing of them.
+/// The database's credentials, and its address if the secret has it. `Debug` shows none of them.
 #[derive(Clone, Deserialize)]
 pub struct Credentials {
     pub(crate) username: String,
@@ -86,7 +86,7 @@ pub struct Credentials {
     pub(crate) port: Option<u16>,
     #[serde(alias = "database", alias = "db")]
     pub(crate) dbname: Option<String>,
-    /// Whether the password is a token of IAM's.
+    /// Whether the password is an IAM token.
     #[serde(skip)]
     pub(crate) is_token: bool,
 }
@@ -108,17 +108,17 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Er
 }
 
 impl Credentials {
-    /// A user's name and password, with nothing said of where the database is.
+    /// A user's name and password, without the database's address.
     pub fn new(username: String, password: String) -> Self {
         Self { username, password: Zeroizing::new(password), host: None, port: None, dbname: None, is_token: false }
     }
 
-    /// A user's name and a token of IAM's.
+    /// A user's name and an IAM token.
     pub(crate) fn of_token(username: String, token: Zeroizing<String>) -> Self {
         Self { password: token, is_token: true, ..Self::new(username, String::new()) }
     }
 
-    /// The same user, where `other` says that the database is.
+    /// The same user, with the database's address from `other`.
     pub fn at(self, other: &Self) -> Self {
         Self { host: other.host.clone(), port: other.port, dbname: other.dbname.clone(), ..self }
     }
@@ -128,7 +128,7 @@ impl Credentials {
         &self.username
     }
 
-    /// Whether the password is a token of IAM's.
+    /// Whether the password is an IAM token.
     pub fn is_token(&self) -> bool {
         self.is_token
     }
@@ -146,10 +146,10 @@ impl Secrets {
         Self { client: Client::new(sdk_config) }
     }
 
-    /// Reads the keyring, which has to have what these ways of masking need.
+    /// Reads the keyring, which must have the keys that these masks need.
     ///
     /// # Errors
-    /// [`SecretError`], when the secret cannot be read, is no keyring, or lacks a key.
+    /// [`SecretError`], when the secret cannot be read, is not a keyring, or lacks a key.
     pub async fn keyring(&self, id: &str, masks: &[Mask]) -> Result<Keyring, SecretError> {
         let text = self.text(id).await?;
         let keyring = Keyring::from_json(&text).and_then(|keyring| keyring.for_masks(masks.iter().copied()));
@@ -178,9 +178,9 @@ impl Secrets {
     }
 }
 
-/// Longest wait for a new keyring while the present one does.
+/// Longest wait for a new keyring; the current one can still be used.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
-/// Wait before a keyring that could not be read is asked for again.
+/// Wait before a failed refresh is retried.
 const REFRESH_PAUSE: Duration = Duration::from_secs(60);
 
 /// The keyring, read again when it is older than its time to live.
@@ -189,7 +189,7 @@ pub struct FreshKeyring {
     secrets: Secrets,
     id: String,
     ttl: Duration,
-    /// The ways of masking that it has to know.
+    /// The masks for which it must have keys.
     masks: Vec<Mask>,
     current: Mutex<(Arc<Keyring>, SystemTime)>,
     failures: AtomicU64,
@@ -199,7 +199,7 @@ impl FreshKeyring {
     /// Reads the keyring for the first time.
     ///
     /// # Errors
-    /// [`SecretError`], when the secret cannot be read or is no keyring.
+    /// [`SecretError`], when the secret cannot be read, is not a keyring, or lacks a key.
     pub async fn read(
         secrets: Secrets,
         id: String,
@@ -213,7 +213,7 @@ impl FreshKeyring {
         Ok(Self { secrets, id, ttl, masks, current, failures: AtomicU64::new(0) })
     }
 
-    /// The keyring to mask with now. One that cannot be read again is kept, with a warning: what it masks stays recoverable.
+    /// The keyring to mask with now. If a refresh fails, the current one is kept, with a warning: its masks stay recoverable.
     pub async fn current(&self, deadline: Instant) -> Arc<Keyring> {
         let mut current = self.current.lock().await;
         let now = SystemTime::now();
@@ -235,7 +235,7 @@ impl FreshKeyring {
         Arc::clone(&current.0)
     }
 
-    /// How often it could not be read again, since this was last asked.
+    /// How often a refresh failed since the last call.
     pub fn take_failures(&self) -> u64 {
         self.failures.swap(0, Ordering::Relaxed)
     }

@@ -1,4 +1,4 @@
-//! Signing in to the database: with the password of a secret, or with a token of IAM's.
+//! Signing in to the database: with a password from a secret, or with an IAM token.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,37 +16,37 @@ use crate::{
     secrets::{Credentials, SecretError, Secrets},
 };
 
-/// How long a token lets its bearer in: <https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.html>.
+/// How long a token is valid: <https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.html>.
 const TOKEN_LIFE: Duration = Duration::from_secs(900);
-/// What RFC 3986 leaves as it is.
+/// All characters but the unreserved ones of RFC 3986.
 const RESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Waits before refused credentials are read again: a rotation changes the database first and the secret after it.
+/// Waits before refused credentials are read again: a rotation changes the database first, then the secret.
 const ROTATION_WAITS: &[Duration] = &[Duration::ZERO, Duration::from_millis(500), Duration::from_secs(1)];
-/// A refused token is signed anew once.
+/// A refused token is signed again once.
 const TOKEN_WAITS: &[Duration] = &[Duration::ZERO];
 
 /// Why a token cannot be signed. The operator's fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    /// Nobody says in which region the database is.
-    #[error("no AWS region to sign in to the database in: set AWS_REGION")]
+    /// The database's region is not known.
+    #[error("no AWS region for signing in to the database: set AWS_REGION")]
     NoRegion,
     /// There is no AWS identity to sign in with.
-    #[error("no AWS credentials to sign in to the database with: {0}")]
+    #[error("no AWS credentials for signing in to the database: {0}")]
     NoCredentials(String),
-    /// A token would go over the network in clear.
+    /// A token would be sent unencrypted.
     #[error("a token needs TLS: remove DATABASE_TLS=disable")]
     InClear,
-    /// The host or the user cannot stand in a token.
-    #[error("cannot sign in to the database: {0}")]
+    /// A token for this host or user cannot be signed.
+    #[error("cannot sign a token for the database: {0}")]
     Unsigned(String),
 }
 
-/// Gives the credentials for each new connection.
+/// Provides the credentials for each new connection.
 #[derive(Debug)]
 pub struct Signer {
-    /// What the secret holds; with tokens, the user alone.
+    /// The content of the secret; with tokens, only the user.
     known: Credentials,
     source: Source,
 }
@@ -58,7 +58,7 @@ enum Source {
 }
 
 impl Signer {
-    /// Reads the secret, where there is one.
+    /// Reads the secret, if there is one.
     ///
     /// # Errors
     /// [`SecretError`], when it cannot be read or holds no credentials.
@@ -73,7 +73,7 @@ impl Signer {
         })
     }
 
-    /// What is known without signing anything: the user, and where the secret says that the database is.
+    /// The user, and the database's address if the secret has it. Signs nothing.
     pub fn known(&self) -> &Credentials {
         &self.known
     }
@@ -89,10 +89,10 @@ impl Signer {
         }
     }
 
-    /// Reads the secret again.
+    /// Reads the secret again, if there is one.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// [`SecretError`], when it cannot be read or holds no credentials.
     pub async fn renew(&mut self) -> Result<(), SecretError> {
         if let Source::Secret { secrets, id } = &self.source {
             self.known = secrets.credentials(id).await?;
@@ -100,7 +100,7 @@ impl Signer {
         Ok(())
     }
 
-    /// Waits before each further try, where the database refuses the credentials.
+    /// Waits before each retry, after the database has refused the credentials.
     pub fn waits(&self) -> &'static [Duration] {
         match self.source {
             Source::Secret { .. } => ROTATION_WAITS,
@@ -109,8 +109,8 @@ impl Signer {
     }
 }
 
-/// A token for this user of the database, of the AWS identity that the configuration has. It is good for a new connection
-/// within the next quarter of an hour.
+/// A token for this user of the database, signed with the configuration's AWS identity. It is valid for new connections for
+/// 15 minutes.
 ///
 /// # Errors
 /// [`TokenError`]. The operator's fault.
@@ -123,7 +123,7 @@ pub async fn token(sdk_config: &SdkConfig, host: &str, port: u16, user: &str) ->
     Ok(Credentials::of_token(user.to_owned(), token))
 }
 
-/// The token that this identity signs at this time.
+/// A token signed with this identity at this time.
 ///
 /// # Errors
 /// [`TokenError::Unsigned`]. The operator's fault.

@@ -1,4 +1,4 @@
-"""The world that `./local/test` started: a PostgreSQL, a LocalStack, and the stack deployed into it, logging at TRACE."""
+"""Fixtures for the world that `./local/test` started: PostgreSQL, LocalStack, and the deployed stack, which logs at TRACE."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from world.stack import Stack
 @pytest.fixture(scope="session")
 def servers():
     directory = os.environ.get("LOGIN_ETL_WORLD")
-    assert directory, "LOGIN_ETL_WORLD is not set: run ./local/test"
+    assert directory, "LOGIN_ETL_WORLD is not set: run ./local/test, or one test as docs/develop.md shows"
     return Servers.attach(Path(directory))
 
 

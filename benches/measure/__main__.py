@@ -1,4 +1,4 @@
-"""What ./local/bench does, after its arguments are read."""
+"""Runs ./local/bench."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from world.postgres import PostgresError
 from world.servers import Servers, alone
 
 WORLD = paths.BENCH_WORLD
-# In the order of the page, and of measuring: the last ones reckon with what the first ones found.
+# In the order of the page and of measuring. Later sections may use the results of earlier ones.
 SECTIONS = (batches, columns, ledger, profile, cold, footprint, environments)
 
 
@@ -33,7 +33,7 @@ def main() -> int:
             with Servers(WORLD) as servers:
                 measure(servers, options, measured, results)
     if not measured:
-        sys.exit(f"Nothing is measured yet: {results.relative_to(paths.ROOT)} is not there.")
+        sys.exit(f"Nothing is measured yet: {results.relative_to(paths.ROOT)} does not exist.")
     print(f"\n{report.write(SECTIONS, measured, page)}\n\n{page.relative_to(paths.ROOT)} is written.")
     return 0
 
@@ -45,7 +45,7 @@ def build() -> None:
 
 
 def measure(servers: Servers, options: argparse.Namespace, measured: dict[str, dict], results: Path) -> None:
-    """Measures the sections that are asked for, and keeps what each found at once."""
+    """Measures the requested sections, and saves each one's result at once."""
     bench = Bench(
         servers=servers,
         quick=options.quick,
@@ -68,7 +68,7 @@ def measure(servers: Servers, options: argparse.Namespace, measured: dict[str, d
 
 
 def command(options: argparse.Namespace, section: str) -> str:
-    """What measures a section as it was measured now."""
+    """The command that repeats this measurement of a section."""
     words = ["./local/bench", *(["--quick"] if options.quick else []), *([f"--seed {options.seed}"] if options.seed != 1 else [])]
     return " ".join([*words, *([f"--only {section}"] if options.only else [])])
 

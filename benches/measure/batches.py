@@ -1,4 +1,4 @@
-"""The contenders side by side, at batches of 1 to 7,400 messages and in several situations."""
+"""Compares the contenders, at batches of 1 to 7,400 messages and in several situations."""
 
 import random
 import statistics
@@ -25,10 +25,10 @@ CONTENDERS = {
 }
 HAVE_LEDGER = ("ours", "limit")
 BATCHES = (1, 10, 100, 1000, 7400)
-# Events of a turn that count, by batch.
+# Counted events of a turn, by batch.
 EVENTS = {1: 200, 10: 100, 100: 60, 1000: 15, 7400: 5}
 QUICK_EVENTS = {1: 50, 10: 25, 100: 10, 1000: 4, 7400: 2}
-# Powertools commits each record. It has fewer events, a short first one, and fewer rounds of large batches.
+# Powertools commits each record. It gets fewer events, a smaller first event, and fewer rounds of large batches.
 SLOW = "powertools"
 SLOW_EVENTS = {1: 100, 10: 20, 100: 6, 1000: 1, 7400: 1}
 SLOW_FIRST = 100
@@ -42,14 +42,14 @@ SITUATIONS = {
     "indexes": "the analysts' indexes",
 }
 DELAY_MICROSECONDS = 250
-# So long that the number of round trips shows in an event's time.
+# Long enough that an event's time shows the number of round trips.
 LONG_MICROSECONDS = 25_000
 # The largest batches that Powertools is given.
 SLOW_MOST = {BASE: MOST, "tls": 100, "delay": 100}
 SLOW_QUICK_MOST = {BASE: 100}
 SLOW_ROUND_TRIPS = 10
 
-# What was to be reached, by batch: multiples of the original's throughput, and shares of the limit's; and of CPU time, from a batch on.
+# The bars, by batch: multiples of the original's throughput, shares of the limit's throughput, and, from CPU_FROM on, ratios of CPU time.
 TIMES_ORIGINAL = {1: 2.4, 10: 3.2, 100: 6.5, 1000: 9.6, 7400: 13}
 OF_LIMIT = {1: 0.85, 10: 0.85, 100: 0.75, 1000: 0.9, 7400: 0.65}
 CPU_TIMES_LESS, CPU_FROM = 25, 100
@@ -57,23 +57,24 @@ ROUND_TRIPS = (1, 3)
 
 
 class Wrong(Exception):
-    """A contender did not do its work, so that its figures are worth nothing."""
+    """A contender did not do its work, so its figures are worthless."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A contender in a database of which it has the tables to itself for a turn."""
+    """A contender and its database, whose tables no other contender uses during a turn."""
 
     name: str
     contender: Contender
     database: psycopg.Connection
-    # A long ledger stays between turns.
+    # Whether to keep the ledger between turns.
     keeps_ledger: bool = False
 
     def turn(self, bench: Bench, batch: int) -> dict:
-        """Has it handle an event that does not count, and then some that do.
+        """Has the contender handle one event that does not count, and then the events that do.
 
-        Returns `ns` of each, and of a message the client's `cpu_ns`, and the bytes of WAL. Raises `Wrong` if not all messages became rows.
+        Returns the `ns` of each counted event, and per message the client's `cpu_ns` and the bytes of `wal`. Raises `Wrong` if not all
+        messages became rows.
         """
         slow = self.name == SLOW
         events = (SLOW_EVENTS if slow else QUICK_EVENTS if bench.quick else EVENTS)[batch]
@@ -143,7 +144,7 @@ def start_all(bench: Bench, cleanup: ExitStack, tls: bool = False, port: int | N
 
 
 def compare(bench: Bench, runners: dict[str, Runner]) -> None:
-    """Raises `Wrong` unless all contenders make the same rows of the same event."""
+    """Raises `Wrong` unless all contenders make the same rows from the same event."""
     file = bench.directory / "events"
     bench.events.write(file, 1000, 1)
     rows = {}
@@ -157,7 +158,7 @@ def compare(bench: Bench, runners: dict[str, Runner]) -> None:
 
 
 def take_turns(bench: Bench, runners: dict[str, Runner], batch: int, rounds: int) -> dict[str, list[dict]]:
-    """The turns of each runner, one a round."""
+    """The turns of each runner, one per round."""
     chance = random.Random(f"{bench.seed} {batch}")
     turns: dict[str, list[dict]] = {name: [] for name in runners}
     for past in range(rounds):
@@ -168,7 +169,7 @@ def take_turns(bench: Bench, runners: dict[str, Runner], batch: int, rounds: int
 
 
 def long_turns(bench: Bench, runner: Runner) -> dict[str, list[int]]:
-    """By batch, the nanoseconds of two events over the long network; one of two at least prunes no ledger, which is a round trip more."""
+    """By batch, the nanoseconds of two events over the long network. At most one of them prunes the ledger, which takes one more round trip."""
     file, times = bench.directory / "events", {}
     for batch in BATCHES:
         if runner.name != SLOW or batch <= SLOW_ROUND_TRIPS:
@@ -181,37 +182,37 @@ def long_turns(bench: Bench, runner: Runner) -> dict[str, list[int]]:
 
 
 def median_ns(turn: dict) -> float:
-    """Of an event."""
+    """The median time of a turn's events."""
     return statistics.median(turn["ns"])
 
 
 def rates(turns: list[dict], batch: int) -> list[float]:
-    """Messages a second of each round."""
+    """Messages a second in each round."""
     return [batch * 1e9 / median_ns(turn) for turn in turns]
 
 
 def thousands(turns: list[dict], batch: int) -> str:
-    """Thousand messages a second, as the page has them."""
+    """Thousand messages a second, formatted for the page."""
     return spread([rate / 1000 for rate in rates(turns, batch)])
 
 
 def ratios(turns: list[dict], others: list[dict]) -> list[float]:
-    """How many times as fast as the other, of each round that has both."""
+    """How many times as fast as the other, for each round that has both."""
     return [median_ns(other) / median_ns(turn) for turn, other in zip(turns, others)]
 
 
 def cpu_ratios(turns: list[dict], others: list[dict]) -> list[float]:
-    """How many times less CPU time than the other, of each round that has both."""
+    """How many times less CPU time than the other, for each round that has both."""
     return [other["cpu_ns"] / turn["cpu_ns"] for turn, other in zip(turns, others)]
 
 
 def added_ns(network: dict[str, list[int]]) -> float:
-    """What a network adds to a round trip."""
+    """How much a network adds to a round trip."""
     return statistics.median(network["delayed"]) - statistics.median(network["direct"])
 
 
 def round_trips(result: dict, name: str, batch: int) -> int | None:
-    """Of a batch: what the long network adds to it, in round trips of that network."""
+    """The round trips of a batch: the time that the long network adds to it, divided by that network's round trip."""
     if not (times := result["long_ns"][name].get(str(batch))):
         return None
     usual = min(min(turn["ns"]) for turn in result["situations"][BASE][str(batch)][name])
@@ -247,14 +248,14 @@ def text(result: dict, all_results: dict) -> str:
     network_ms, long_ms = (added_ns(result[name]) / 1e6 for name in ("network", "long_network"))
     return f"""## {TITLE}
 
-Five ways to load a batch, from the event's bytes to after the commit. All write the same rows with the same masks, which is checked.
+Five ways to load a batch, from the event's bytes to after the commit. The benchmark checks that all write the same rows with the same masks.
 
 - **The function**, with its metrics and logs.
-- **The limit**: what PostgreSQL and the disk leave to be won. It does nothing but send rows, masked and encoded before its clock starts,
+- **The limit**: the most that PostgreSQL and the disk allow. It only sends rows, masked and encoded before its clock starts,
   and the ledger's keys, by `COPY` in PostgreSQL's binary format, in one transaction.
 - **The original's design**: Python with `json`, pycryptodome, and psycopg2's `execute_values`.
 - **The best Python** that we can write: msgspec, AES over all of a batch's values at once, and libpq called directly: one prepared `INSERT`
-  for fewer than 50 rows, and `COPY` in its text format from there on.
+  for fewer than 50 rows, otherwise `COPY` in its text format.
 - **Powertools** for AWS Lambda (Python) as
   [its documentation](https://docs.aws.amazon.com/powertools/python/latest/utilities/batch/) shows it: a handler for one record, which
   inserts one row. Its idempotency utility, which needs DynamoDB, is left out.
@@ -265,36 +266,35 @@ Thousand messages a second, by messages in a batch; {SITUATIONS[BASE]}, and an e
 
 {table(header, throughput)}
 
-These figures are not all of the same work. The function and the limit enter each message in the ledger, which makes it exactly once. The
-original's design, the best Python and Powertools have no ledger: with them a message that comes again becomes another row. And Powertools
-commits each record by itself, as its documentation leads one to, where the others commit a whole batch.
+The contenders do not all do the same work. The function and the limit enter each message in the ledger, which makes it exactly once. The
+original's design, the best Python and Powertools have no ledger: with them a redelivered message becomes another row. Powertools
+commits each record by itself, as in its documentation; the others commit a whole batch.
 
 As multiples of the original's design:
 
 {table(header, times)}
 
-A small batch is mostly its commit, the disk's time, and the round trips on the way there. The larger the batch, the more it shows what
-a message costs to parse, mask and encode, and how many statements carry it.
+The time of a small batch is mostly its commit, which is disk time, and its round trips. The larger the batch, the more the costs of parsing,
+masking and encoding a message show, and the number of statements.
 
 ### The client's CPU time
 
-Microseconds of CPU time a message, in the client. At 128 MB Lambda gives a function about a fourteenth of a core, so this is what is
-paid for.
+Microseconds of CPU time a message, in the client. At 128 MB Lambda gives a function about a fourteenth of a core, so you pay for this.
 
 {table(header, cpu)}
 
 ### Round trips
 
-How often a batch waits for PostgreSQL: what a network that takes {number(long_ms)} ms there and back adds to its shortest time, in
-multiples of that. Each of many trips takes a little longer than a single one, so that large numbers come out a few too high. Powertools was
-not sent more than {SLOW_ROUND_TRIPS} messages over it.
+How often a batch waits for PostgreSQL. A network with a round trip of {number(long_ms)} ms adds time to a batch; that time, divided by
+the round trip, is the number. Many trips take a little longer each than a single one, so large numbers come out a few too high. Powertools
+got at most {SLOW_ROUND_TRIPS} messages over this network.
 
 {table(header, trips)}
 
 ### Situations
 
-The function where one thing is different each time: over TLS, verified to the name; through a proxy that adds {number(network_ms)} ms
-there and back (measured with `select 1`); and with the table's two
+The function with one thing different each time: over TLS with the host name verified; through a proxy that adds {number(network_ms)} ms
+to a round trip (measured with `select 1`); and with the table's two
 indexes on its masks. Thousand messages a second:
 
 {table(header, ours_by_situation)}
@@ -316,14 +316,14 @@ As shares of the limit in the same situation:
 def rows_of_bars(result: dict) -> list[tuple[str, str, str, bool]]:
     base = result["situations"][BASE]
     rows = []
-    for what, wanted, other in (("× the original's design", TIMES_ORIGINAL, "original"), ("of the limit", OF_LIMIT, "limit")):
+    for what, wanted, other in (("× the original's design", TIMES_ORIGINAL, "original"), ("÷ the limit", OF_LIMIT, "limit")):
         for batch, bar in wanted.items():
             measured = ratios(base[str(batch)]["ours"], base[str(batch)][other])
             rows.append((f"throughput {what}, batch of {batch:,}", f"≥ {bar}", spread(measured), statistics.median(measured) >= bar))
     for batch in BATCHES:
         if batch >= CPU_FROM:
             measured = cpu_ratios(base[str(batch)]["ours"], base[str(batch)]["original"])
-            what = f"client's CPU time a message, the original's design's over the function's, batch of {batch:,}"
+            what = f"client's CPU time a message, the original's design ÷ the function, batch of {batch:,}"
             rows.append((what, f"≥ {CPU_TIMES_LESS}", spread(measured), statistics.median(measured) >= CPU_TIMES_LESS))
     for batch in BATCHES:
         trips = round_trips(result, "ours", batch)
@@ -341,7 +341,7 @@ def plots(result: dict, all_results: dict, directory: Path) -> None:
         throughput = [statistics.median(rates(base[str(batch)][name], batch)) for batch in batches]
         cpu = [statistics.median(turn["cpu_ns"] / 1000 for turn in base[str(batch)][name]) for batch in batches]
         left.plot(batches, throughput, marker="o", markersize=4, color=COLOURS[name], label=title)
-        # The limit's clock starts when its rows are made, so that its CPU time says little.
+        # The limit's clock starts after its rows are made, so its CPU time means little.
         if name != "limit":
             right.plot(batches, cpu, marker="o", markersize=4, color=COLOURS[name], label=title)
     for axes, title in ((left, "messages a second"), (right, "client's CPU time, µs a message")):

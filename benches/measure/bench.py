@@ -1,4 +1,4 @@
-"""What the sections measure with: servers, fresh databases, and contenders."""
+"""Servers, fresh databases and contenders for the sections."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from measure.events import Events
 from world.localstack import CREDENTIALS
 from world.servers import DATABASE_SECRET, Servers
 
-# AES-256 in CBC mode with a fixed IV, which is the original's masking, and the only one that all contenders have.
+# AES-256 in CBC mode with a fixed IV: the original's masking, and the only one that all contenders support.
 KEYRING_SECRET = "login-etl/bench"
 KEYRING = {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4", "iv": "000102030405060708090a0b0c0d0e0f"}
 SCHEMA = ("001_ledger.sql", "002_roles.sql", "003_audit.sql", "004_privacy.sql", "user_logins.sql")
 INDEXES = ("user_logins_masked_ip_idx", "user_logins_masked_device_id_idx")
 LEDGER_DATABASE = "bench_ledger"
-# Less than the ledger's retention: none of its keys is pruned.
+# Less than the ledger's retention, so that none of its keys is pruned.
 LEDGER_DAYS = 14
-# By name; those of Python are programs in benches/peers, the others are built by cargo.
+# Names of the Python contenders, in benches/peers; cargo builds the others.
 PYTHON = ("original", "best", "powertools")
 PATIENCE_SECONDS = 300
 
 
 class ContenderFailed(Exception):
-    """A contender ended, or does not answer; the text has the end of what it said."""
+    """A contender ended or does not answer; the text includes the end of its log."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Bench:
     peers_python: Path
     directory: Path
     keyring_secret: str = KEYRING_SECRET
-    # What the sections before found, by name; of an earlier run, if they were not asked for in this one.
+    # Results of the earlier sections, by name; from an earlier run for sections that this run does not measure.
     results: dict[str, dict] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -55,7 +55,7 @@ class Bench:
         with self.servers.postgres.connect() as connection:
             for setting in ("fsync", "synchronous_commit", "full_page_writes"):
                 if connection.execute(sql.SQL("show {}").format(sql.Identifier(setting))).fetchone() != ("on",):
-                    raise RuntimeError(f"PostgreSQL runs with {setting} off: its figures would be worth nothing")
+                    raise RuntimeError(f"PostgreSQL runs with {setting} off, so its figures would be worthless")
 
     @cached_property
     def events(self) -> Events:
@@ -63,19 +63,19 @@ class Bench:
 
     @property
     def ledger_keys(self) -> int:
-        """How many keys a long ledger has."""
+        """The number of keys in a long ledger."""
         return 300_000 if self.quick else 10_000_000
 
     # Databases.
 
     def database(self, name: str, indexes: bool = False, ledger: bool = False) -> str:
-        """A fresh database with the product's schema; with the analysts' indexes and a long ledger, if asked for."""
+        """Makes a fresh database with the product's schema, optionally with the analysts' indexes and a long ledger."""
         if ledger:
             self._need_ledger()
         self.drop(name)
         with self.servers.postgres.connect(autocommit=True) as connection:
             template = sql.SQL("template {}").format(sql.Identifier(LEDGER_DATABASE)) if ledger else sql.SQL("")
-            # Rather than through the WAL, which would be as long as the ledger.
+            # Otherwise the WAL would get a copy of the whole ledger.
             strategy = "strategy file_copy" if ledger and connection.info.server_version >= 150_000 else ""
             connection.execute(sql.SQL("create database {} {} {}").format(sql.Identifier(name), template, sql.SQL(strategy)))
         with self.servers.postgres.connect(name) as connection:
@@ -91,7 +91,7 @@ class Bench:
             connection.execute(sql.SQL("drop database if exists {}").format(sql.Identifier(name)))
 
     def _need_ledger(self) -> None:
-        """Makes the database with the long ledger, if it is not there yet: `LEDGER_DAYS` of keys, up to when the events begin."""
+        """Makes the database with the long ledger if it does not exist yet: `LEDGER_DAYS` of keys, up to the time of the first event."""
         with self.servers.postgres.connect(autocommit=True) as connection:
             if connection.execute("select from pg_database where datname = %s", [LEDGER_DATABASE]).fetchone():
                 return
@@ -115,7 +115,7 @@ class Bench:
     # Contenders.
 
     def environment(self, database: str, tls: bool = True, port: int | None = None) -> dict[str, str]:
-        """The function's settings for a database of ours, and what Lambda would set; `port` is another way to PostgreSQL, as a proxy's."""
+        """The function's settings for one of our databases, and Lambda's own variables; `port` can be a proxy's instead of PostgreSQL's."""
         return {
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", "/"),
@@ -153,15 +153,15 @@ class Bench:
 
 
 class Contender:
-    """Owns a contender's process: it reads the names of files of events, handles these, and answers with its times."""
+    """Owns a contender's process, which reads names of event files, handles the events, and answers with its times."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path):
-        """Returns when it is ready: its secrets are read, and it is connected. Raises `ContenderFailed`."""
+        """Returns when the contender has read its secrets and is connected. Raises `ContenderFailed`."""
         self.name, self._log = Path(command[-1]).stem, log
         self._answers, answers = os.pipe()
         self._unread = b""
         try:
-            # Of several with one name, each appends to the same.
+            # Several contenders with the same name share the log.
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
                     command,
@@ -170,13 +170,13 @@ class Contender:
                     stdout=output,
                     stderr=output,
                     pass_fds=[answers],
-                    start_new_session=True,  # Ctrl-C in the terminal is for whoever stops us in order
+                    start_new_session=True,  # keeps the terminal's Ctrl-C from it: we stop it in order
                 )
         finally:
             os.close(answers)
         try:
             if (said := self._answer()) != b"ready":
-                raise ContenderFailed(f"{self.name} says {said!r} instead of being ready")
+                raise ContenderFailed(f"{self.name} answered {said!r} instead of 'ready'")
         except BaseException:
             self.kill()
             raise
@@ -192,17 +192,17 @@ class Contender:
         return self._process.pid
 
     def run(self, events: Path) -> dict:
-        """Has it handle a file of events; returns `ns` of each event, `cpu_ns` of all, and the number of `failures`."""
+        """Has it handle a file of events; returns the `ns` of each event, the `cpu_ns` of all, and the number of `failures`."""
         self.start(events)
         return self.result()
 
     def start(self, events: Path) -> None:
-        """Has it handle a file of events, which `result` waits for."""
+        """Has it start on a file of events; `result` waits for the answer."""
         try:
             self._process.stdin.write(f"{events}\n".encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._failed("is gone") from None
+            raise self._failed("has ended") from None
 
     def result(self) -> dict:
         return json.loads(self._answer())
@@ -219,7 +219,7 @@ class Contender:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while b"\n" not in self._unread:
             if not select.select([self._answers], [], [], max(0, deadline - time.monotonic()))[0]:
-                raise self._failed(f"says nothing for {PATIENCE_SECONDS} s")
+                raise self._failed(f"did not answer within {PATIENCE_SECONDS} s")
             if not (some := os.read(self._answers, 1 << 20)):
                 raise self._failed(f"ended with status {self._process.wait()}")
             self._unread += some

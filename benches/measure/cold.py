@@ -1,4 +1,4 @@
-"""From a process's start to its first request for an event: a cold start, as far as it is the function's own."""
+"""Measures the function's part of a cold start: from a process's start to its first request for an event."""
 
 import hashlib
 import random
@@ -24,7 +24,7 @@ from world.tokens import Tokens
 NAME = "cold"
 TITLE = "Cold start"
 ROUNDS, QUICK_ROUNDS = 31, 4
-# What a client does for a password, in PostgreSQL's default: https://www.postgresql.org/docs/current/sasl-authentication.html
+# PostgreSQL's default for hashing a password in the client: https://www.postgresql.org/docs/current/sasl-authentication.html
 SCRAM_ROUNDS = 4096
 SHOWN = {
     "hello": "hello world, Rust",
@@ -35,7 +35,7 @@ SHOWN = {
     "python": "Python with the same duties",
     "python-localstack": "Python, secrets from LocalStack",
 }
-# Each start does what the one before does, and one thing more.
+# Each start does the work of the one before, and one thing more.
 STEPS = {
     "hello": "the process, Lambda's runtime client, and its request for an event: the hello world",
     "secrets": "the settings, the AWS SDK's client, and two secrets, which are read at once and without TLS",
@@ -48,7 +48,7 @@ TOKEN_USER = "bench_token"
 
 
 class AnyToken(Tokens):
-    """Takes every token: how long RDS looks at one is its own."""
+    """Accepts every token, because the time that RDS takes to check one is not ours to measure."""
 
     def judge(self, user: str, token: str) -> bool:
         return True
@@ -61,7 +61,7 @@ def measure(bench: Bench) -> dict:
     reader = bench.servers.localstack.client("secretsmanager")
     names = (environment["MASKING_SECRET_ID"], environment["DATABASE_SECRET_ID"])
     secrets = {name: reader.get_secret_value(SecretId=name)["SecretString"] for name in names}
-    # PostgreSQL's certificate and key, which are for `localhost`.
+    # PostgreSQL's certificate and key, issued for `localhost`.
     authority = bench.servers.postgres.ca_file
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(authority.with_name("server.pem"), authority.with_name("server.key"))
@@ -71,7 +71,7 @@ def measure(bench: Bench) -> dict:
             admin.execute(f"create role {TOKEN_USER} login in role {DATABASE_USER}")
         tokens.admit(TOKEN_USER)
         trusting = environment | trust(authority, bench.directory / "roots")
-        # As the template has it.
+        # As in template.yaml.
         of_python, trusting = trusting, trusting | {"SSL_CERT_FILE": "/dev/null", "AWS_CA_BUNDLE": str(amazon_and(authority, bench.directory))}
         deployed = trusting | {"AWS_ENDPOINT_URL": https.endpoint}
         by_token = {"DATABASE_AUTH": "iam", "DATABASE_USER": TOKEN_USER, "DATABASE_SECRET_ID": ""}
@@ -95,7 +95,7 @@ def measure(bench: Bench) -> dict:
         times = {name: {"ns": [], "cpu_ns": []} for name in contenders}
         session, scram = [], []
         order, chance = list(contenders), random.Random(bench.seed)
-        # The first round brings everything into the page cache, and Python's compiled modules into being.
+        # The first round, not counted, fills the page cache and compiles Python's modules.
         for number in range(rounds + 1):
             bench.say(f"cold starts, round {number} of {rounds}")
             chance.shuffle(order)
@@ -117,14 +117,14 @@ def measure(bench: Bench) -> dict:
 
 
 def start(command: list[str], environment: dict[str, str], log: Path) -> tuple[int, int]:
-    """Runs a process until it asks for an event; returns the time it took and its CPU, in ns."""
+    """Runs a process until it asks for an event; returns its elapsed time and its CPU time, in ns."""
     with Runtime(command, environment, log) as runtime:
         ns = runtime.ready()
         return ns, runtime.end()
 
 
 def trust(authority: Path, directory: Path) -> dict[str, str]:
-    """Settings that add our authority to the roots of the machine, or of boto3's bundle, which stay in use as in Lambda."""
+    """Settings that add our CA to the roots of the machine and of boto3's bundle, which stay in use as in Lambda."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     shutil.copy(authority, directory)
@@ -134,14 +134,14 @@ def trust(authority: Path, directory: Path) -> dict[str, str]:
 
 
 def amazon_and(authority: Path, directory: Path) -> Path:
-    """A file of the roots that are built in for AWS's endpoints, and our authority."""
+    """A file with the built-in roots for AWS's endpoints, and our CA."""
     file = directory / "amazon-and-ours.pem"
     file.write_text((ROOTS / "amazon.pem").read_text() + authority.read_text())
     return file
 
 
 def asked_for_password(port: int, database: str) -> int:
-    """The ns from opening a connection to PostgreSQL's question for the password, which a new process of the server's asks."""
+    """The ns from opening a connection until PostgreSQL's new server process asks for the password."""
     parameters = f"user\0{DATABASE_USER}\0database\0{database}\0\0".encode()
     began = time.monotonic_ns()
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -177,9 +177,9 @@ def text(result: dict, all_results: dict) -> str:
     roots = {figure: differences(times[ALL_ROOTS][figure], times["login-etl"][figure]) for figure in ("ns", "cpu_ns")}
     ms = {name: statistics.median(result[name]) / 1e6 for name in ("secret_ns", "session_ns", "scram_ns")}
     return f"""\
-What a new environment takes until it can handle its first event, as far as it is the function's own: from the process's start to its
-first request for an event. Lambda's part, fetching the package and starting a sandbox, comes before it. In that time the function reads
-both secrets, parses the keyring and connects to PostgreSQL, with TLS that verifies the server, and SCRAM. The programs are in the page
+How long a new environment takes until it can handle its first event: from the process's start to its
+first request for an event. Lambda's part, fetching the package and starting a sandbox, comes before that and is not included. The function
+reads both secrets, parses the keyring and connects to PostgreSQL, with TLS that verifies the server, and SCRAM. The programs are in the page
 cache. {result["rounds"]} rounds.
 
 {table(("", "ms", "× hello world", "CPU, ms"), starts)}
@@ -187,33 +187,33 @@ cache. {result["rounds"]} rounds.
 {bars([
     ("cold start, × hello world in Rust", "≤ 8", spread(to_hello, "{:.1f}"), statistics.median(to_hello) <= 8),
     ("cold start by a token, × hello world in Rust", "≤ 7", spread(by_token, "{:.1f}"), statistics.median(by_token) <= 7),
-    ("cold start, of Python's with the same duties", "≤ 1/15", spread([1 / ratio for ratio in to_python], "1/{:.1f}"),
+    ("cold start ÷ Python with the same duties", "≤ 1/15", spread([1 / ratio for ratio in to_python], "1/{:.1f}"),
      statistics.median(to_python) <= 1 / 15),
 ])}
 
 ![Cold starts](images/performance-cold.svg)
 
-Secrets come from a stand-in for Secrets Manager with TLS, which takes {ms["secret_ns"]:.2f} ms to answer a request. LocalStack is a
-program for development, whose own time would count as the function's: the bars are measured without it.
+Secrets come from a stand-in for Secrets Manager with TLS, which answers a request in {ms["secret_ns"]:.2f} ms. LocalStack is a
+development tool, and its own time would count as the function's: the bars are measured without it.
 
-What each millisecond is for, by starts that each do one thing more than the one before:
+Where the time goes, measured by starts that each do one thing more than the one before:
 
 {table(("what", "ms", "CPU, ms"), steps)}
 
-In the session with the database, the server starts a process of its own, which takes {ms["session_ns"]:.1f} ms until it asks for the
-password; salting that password in {SCRAM_ROUNDS:,} rounds, as SCRAM has the client do, takes {ms["scram_ns"]:.1f} ms in OpenSSL; then the
-server sets the session up. The machine's roots are not read: the function has those of AWS built in, and the template keeps OpenSSL from reading
-all others (`SSL_CERT_FILE=/dev/null`). Where OpenSSL reads them, the start is {spread(roots["ns"], "{:.1f}")} ms longer,
+For the session with the database, the server starts a process, which takes {ms["session_ns"]:.1f} ms until it asks for the
+password; SCRAM has the client salt the password in {SCRAM_ROUNDS:,} rounds, which takes {ms["scram_ns"]:.1f} ms in OpenSSL; then the
+server sets up the session. The machine's roots are not read: the function has AWS's roots built in, and the template keeps OpenSSL from reading
+all others (`SSL_CERT_FILE=/dev/null`). If OpenSSL reads them, the start is {spread(roots["ns"], "{:.1f}")} ms longer,
 {spread(roots["cpu_ns"], "{:.1f}")} ms of them CPU."""
 
 
 def ratios(samples: list[float], others: list[float]) -> list[float]:
-    """Of each round."""
+    """One ratio per round."""
     return [sample / other for sample, other in zip(samples, others, strict=True)]
 
 
 def differences(samples: list[float], others: list[float]) -> list[float]:
-    """Of each round."""
+    """One difference per round."""
     return [sample - other for sample, other in zip(samples, others, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a column costs: the function under mappings of more and more columns, a quarter of them masked."""
+"""Measures what a column costs: the function with mappings of more and more columns, a quarter of them masked."""
 
 import json
 import random
@@ -14,7 +14,7 @@ NAME = "columns"
 TITLE = "Columns"
 
 COLUMNS = (4, 8, 20, 40)
-MASKED = 4  # of as many columns, one
+MASKED = 4  # every fourth column
 BATCHES = (100, 1000)
 EVENTS, QUICK_EVENTS = {100: 60, 1000: 15}, {100: 10, 1000: 4}
 ROUNDS, QUICK_ROUNDS = 7, 2
@@ -23,7 +23,7 @@ TABLE = "wide"
 
 
 def mapping(columns: int) -> str:
-    """A mapping of texts of 64 characters at most."""
+    """A mapping whose plain columns are texts of at most 64 characters."""
     lines = [f'table = "{TABLE}"']
     for column in range(columns):
         keep = 'keep = "masked"' if column % MASKED == 0 else 'keep = "plain"\ntype = "text"\nmax_length = 64'
@@ -32,7 +32,7 @@ def mapping(columns: int) -> str:
 
 
 class WideEvents(Events):
-    """Events whose bodies have as many fields, each a text of 12 characters."""
+    """Events whose bodies have one field per column, each a text of 12 characters."""
 
     def __init__(self, seed: int, columns: int):
         chance = random.Random(seed)
@@ -79,21 +79,21 @@ def text(result: dict, _: dict) -> str:
         ]
 
     def each(figure: str, batch: str) -> str:
-        """What a column more costs, from the fewest to the most."""
+        """The mean cost of one more column, between the fewest columns and the most."""
         least, most = (statistics.median(turn[figure] for turn in result[batch][str(columns)]) for columns in (COLUMNS[0], COLUMNS[-1]))
         return number((most - least) / (COLUMNS[-1] - COLUMNS[0]))
 
     header = ("columns", *map(str, COLUMNS))
     batch = str(BATCHES[-1])
-    return f"""Other mappings, of more and more columns: each a text of 12 characters in a field of its own, every fourth of them masked.
+    return f"""Other mappings, with more and more columns. Each column is a text of 12 characters in its own field; every fourth is masked.
 
 Microseconds a message, from the event's bytes to after the commit:
 
 {table(header, microseconds("ns"))}
 
-Of these, of CPU time in the function:
+The part of this that is CPU time in the function:
 
 {table(header, microseconds("cpu_ns"))}
 
-In batches of {int(batch):,} a column more costs {each("ns", batch)} ns a message, {each("cpu_ns", batch)} ns of them in the function.
+In batches of {int(batch):,} one more column costs {each("ns", batch)} ns a message, {each("cpu_ns", batch)} ns of them in the function.
 """

@@ -1,4 +1,4 @@
-"""Many environments against one PostgreSQL: where more of them bring no more, and what they wait for there."""
+"""Runs many environments against one PostgreSQL: from which number on throughput stops growing, and what sessions wait for there."""
 
 import itertools
 import random
@@ -17,20 +17,20 @@ NAME = "environments"
 TITLE = "Many environments, one PostgreSQL"
 CONTENDER = "ours"
 ENVIRONMENTS = (1, 2, 4, 8, 16, 32)
-# Batch: how many there are to share among the environments, some seconds of work.
+# Batch: number of events to share among the environments, some seconds of work.
 BATCHES = {10: 12_000, 1000: 800}
-# So many for each environment at least, so that all of them have work for most of the time.
+# The least for each environment, so that all of them have work for most of the time.
 LEAST = 20
 ROUNDS = 3
-# Of each environment before the clock runs: the first one prunes the ledger.
+# Events of each environment before the clock starts: the first one prunes the ledger.
 WARMING = 3
 SAMPLE_SECONDS = 0.05
-# More of it than this does not count as more.
+# Throughput of at least this share of the maximum counts as the maximum.
 SATURATED = 0.95
-# Less than this of the machine is too little for another environment.
+# With a smaller idle share of the CPU than this, CPU is the bottleneck.
 BUSY = 0.1
 RUNNING, CLIENT = "running", "Client:ClientRead"
-# Of https://www.postgresql.org/docs/current/monitoring-stats.html#WAIT-EVENT-TABLE, those that are to be expected.
+# The expected ones of https://www.postgresql.org/docs/current/monitoring-stats.html#WAIT-EVENT-TABLE.
 WAITS = {
     RUNNING: "at work, or waiting for a core",
     CLIENT: "waiting for the function",
@@ -52,7 +52,7 @@ def measure(bench: Bench) -> dict:
         return {"skipped": f"no {CONTENDER} in {bench.binaries.name}"}
     chance, runs = random.Random(bench.seed), []
     for batch, count in BATCHES.items():
-        # The same for every run: the tables, the ledger among them, are empty before each.
+        # Every run may use the same events, because all tables, including the ledger, are emptied before each.
         count = count // 4 if bench.quick else count
         events = [bench.events.event(batch) for _ in range(max(count, LEAST * ENVIRONMENTS[-1]))]
         for turn in range(1 if bench.quick else ROUNDS):
@@ -66,7 +66,7 @@ def measure(bench: Bench) -> dict:
 
 
 def run(bench: Bench, batch: int, environments: int, events: list[bytes]) -> dict:
-    """Shares the events among so many environments, which all begin at once."""
+    """Shares the events among the given number of environments, which all start at once."""
     database = bench.database("bench_environments")
     settings = bench.environment(database)
     directory = bench.directory / "environments"
@@ -85,7 +85,7 @@ def run(bench: Bench, batch: int, environments: int, events: list[bytes]) -> dic
             with bench.servers.postgres.connect(database, autocommit=True) as emptying:
                 emptying.execute("truncate user_logins, etl_ledger")
                 emptying.execute("checkpoint")
-            # Turn by turn, so that the times of sending rise in all environments alike, as they do in a queue.
+            # Interleaved, so that times of sending rise equally in all environments, as in a queue.
             for place, file in enumerate(files):
                 with file.open("wb") as output:
                     for event in events[place::environments]:
@@ -115,21 +115,21 @@ def run(bench: Bench, batch: int, environments: int, events: list[bytes]) -> dic
     postgres = (after[1] - cpu[1]) / whole
     idle = sum(getattr(after[0], kind, 0) - getattr(cpu[0], kind, 0) for kind in ("idle", "iowait")) / whole
     return together(batch, done) | {
-        # Others are this program, which looks on, the kernel, and whatever else runs on the machine.
+        # `others` are this program, the kernel, and everything else on the machine.
         "cpu": {"functions": clients, "postgres": postgres, "others": max(0.0, 1 - clients - postgres - idle), "idle": idle},
         "waits": dict(waits),
     }
 
 
 def finish(contender: Contender) -> tuple[dict, int]:
-    """A contender's answer, and when it came."""
+    """A contender's answer, and its time of arrival."""
     return contender.result(), time.monotonic_ns()
 
 
 def together(batch: int, done: list[tuple[dict, int]]) -> dict:
-    """Messages a second, and the median and 99th percentile of the batches' times in ns, of the time in which all environments had work."""
+    """Messages a second, and the median and 99th percentile of a batch's ns, while all environments had work."""
     ends = [list(itertools.accumulate(reversed(answer["ns"]), lambda end, ns: end - ns, initial=end)) for answer, end in done]
-    # Each list runs from the last batch's end back to the first one's beginning.
+    # Each list goes back from the last batch's end to the first batch's beginning.
     since, until = max(times[-1] for times in ends), min(times[0] for times in ends)
     within = [
         ns
@@ -139,7 +139,7 @@ def together(batch: int, done: list[tuple[dict, int]]) -> dict:
     ]
     if len(within) < 2:
         raise RuntimeError("the environments had no work at the same time: give them more")
-    # As many batches as lie within, in whole and in part.
+    # The number of batches in this time; a batch that is partly in it counts in part.
     parts = sum(
         max(0, min(end, until) - max(end - ns, since)) / ns
         for (answer, _), times in zip(done, ends, strict=True)
@@ -150,13 +150,13 @@ def together(batch: int, done: list[tuple[dict, int]]) -> dict:
 
 
 def taken(server: psutil.Process) -> float:
-    """Seconds of CPU of PostgreSQL's processes, and of those that it had."""
+    """CPU seconds of PostgreSQL's processes, including ended ones."""
     times = [process.cpu_times() for process in (server, *server.children())]
     return times[0].children_user + times[0].children_system + sum(each.user + each.system for each in times)
 
 
 def sampled(connection, database: str) -> Counter[str]:
-    """What the sessions of the environments do now."""
+    """Counts the environments' sessions by their current wait event."""
     doing = connection.execute(
         """select coalesce(wait_event_type || ':' || wait_event, %s), count(*)
            from pg_stat_activity where datname = %s and backend_type = 'client backend' group by 1""",
@@ -170,10 +170,10 @@ def text(result: dict, all_results: dict) -> str:
         return f"Not measured: {result['skipped']}."
     chapters = [
         f"""\
-Environments that all have work at once, each with a connection of its own over TLS, and one PostgreSQL, on {result["cores"]} cores in
-all: the functions and the database share them, so the number of messages a second is this machine's, and what to read is where it bends.
-Shares of CPU are of all cores; others are the program that looks on, the kernel, and whatever else runs here. Waits for locks are a share
-of the looks at all sessions.
+Environments that all have work at once, each with its own connection over TLS, and one PostgreSQL, on {result["cores"]} cores in
+all. The functions and the database share the cores, so read where the curve bends, not the number of messages a second.
+Shares of CPU are of all cores; others are the measuring program, the kernel, and everything else on this machine. Waits for locks are a share
+of the samples of all sessions.
 
 ![Messages a second and times of batches, by environments](images/performance-environments.svg)"""
     ]
@@ -212,7 +212,7 @@ def row(environments: int, runs: list[dict]) -> tuple[str, ...]:
 
 
 def shares(runs: list[dict]) -> dict[str, float]:
-    """What the sessions were seen doing, as shares of all looks at them, the most frequent first."""
+    """The sessions' wait events as shares of all samples, the most frequent first."""
     waits = sum((Counter(one["waits"]) for one in runs), Counter())
     return {wait: count / waits.total() for wait, count in waits.most_common()}
 

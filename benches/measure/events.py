@@ -1,4 +1,4 @@
-"""SQS events as Lambda delivers them, as bytes; no message is ever in two of them."""
+"""Makes SQS events as Lambda delivers them, as bytes; no message is in two events."""
 
 import base64
 import hashlib
@@ -11,15 +11,15 @@ from pathlib import Path
 from world import messages
 from world.localstack import REGION
 
-# About as many as Lambda's limit of 6 MB lets an event have.
+# About as many messages as fit into Lambda's limit of 6 MB for an event.
 MOST = 7400
-# Bodies are taken from so many, which is cheaper than to make up each.
+# Bodies are picked from this many, which is cheaper than making up each.
 BODIES = 50_000
-# Characters; SQS's own are longer. With these a record has about 805 bytes, and so many fit.
+# Characters; SQS's own receipt handles are longer. With this length a record has about 805 bytes, so that `MOST` records fit.
 RECEIPT_HANDLE = 184
-# A queue that is sent ten thousand a second.
+# A queue that gets ten thousand messages a second.
 MESSAGES_A_MILLISECOND = 10
-# Of the oldest message's sending. Far enough for its run of events to stay in the past.
+# When the oldest message was sent. Long enough ago that all events of a run stay in the past.
 HOURS_AGO = 2
 
 RECORD = (
@@ -30,19 +30,19 @@ RECORD = (
 
 
 class Events:
-    """Makes events of valid logins, or of other bodies; message ids are new, and times of sending rise, from each to the next."""
+    """Makes events of valid logins or of the given bodies. Every message id is new, and times of sending rise."""
 
     def __init__(self, seed: int, bodies: list[str] | None = None):
         self._chance = random.Random(seed)
         bodies = bodies or [json.dumps(messages.login(self._chance), separators=(", ", ": ")) for _ in range(BODIES)]
         self._bodies = [(json.dumps(body), hashlib.md5(body.encode()).hexdigest()) for body in bodies]
-        # Handles are cut from it.
+        # Receipt handles are slices of this text.
         self._handles = base64.b64encode(self._chance.randbytes(1 << 16)).decode()
         self._began = int(time.time() * 1000) - HOURS_AGO * 3_600_000
         self._made = 0
 
     def event(self, count: int) -> bytes:
-        """An event of so many messages."""
+        """An event of `count` messages."""
         records = []
         ids = self._chance.randbytes(16 * count).hex()
         length, last = RECEIPT_HANDLE - 4, len(self._handles) - RECEIPT_HANDLE
@@ -56,9 +56,9 @@ class Events:
         return f'{{"Records":[{",".join(records)}]}}'.encode()
 
     def write(self, path: Path, count: int, events: int, first: int = 0) -> int:
-        """Writes a file of so many events of `count` messages, each after its length, and returns its size in bytes.
+        """Writes a file of `events` events of `count` messages, each preceded by its length, and returns the file's size in bytes.
 
-        With `first`, another event comes before them, of so many messages.
+        With `first`, the file begins with one more event, of `first` messages.
         """
         with path.open("wb") as file:
             for size in [*([first] if first else []), *[count] * events]:

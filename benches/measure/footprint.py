@@ -1,4 +1,4 @@
-"""What the function needs: memory, a share of a core, and room in a package; and what its metrics and logs cost."""
+"""Measures the function's memory, package size, need of CPU, and the cost of its metrics and logs."""
 
 import json
 import platform
@@ -19,10 +19,10 @@ TITLE = "Footprint"
 # `e_machine` of an ELF file.
 MACHINES = {0x3E: "x86_64", 0xB7: "arm64"}
 MEMORY_SIZES = (128, 256, 512, 1024, ONE_CORE_MB)
-# Batch: events at each memory size. The first takes the pages that all share, and does not count.
+# Batch: events at each memory size. The first event does not count: it makes the kernel load the program's pages.
 THROTTLED = {1: 51, 10: 51, 100: 21, 1000: 11, MOST: 6}
 SMALLEST, BAR_BATCH = MEMORY_SIZES[0], 10
-# Of 6 MB, for one process.
+# Events of 6 MB, for one process.
 EVENTS = 10
 OBSERVED_BATCH, OBSERVED_EVENTS = 100, 21
 
@@ -39,7 +39,7 @@ def measure(bench: Bench) -> dict:
 
 
 def memory(bench: Bench) -> dict | None:
-    """The bytes that processes have held at most before their first event, after one of 6 MB, and after `EVENTS`; and those of files."""
+    """The peak bytes of processes before their first event, after one event of 6 MB, and after `EVENTS`; and their bytes of files."""
     if platform.system() != "Linux":
         return None
     environment = bench.environment(bench.database("bench_footprint"))
@@ -65,7 +65,7 @@ def memory(bench: Bench) -> dict | None:
 
 
 def throttled(bench: Bench) -> dict:
-    """Milliseconds of events handled one right after the other, by memory size and batch."""
+    """Milliseconds of events handled without a pause, by memory size and batch."""
     environment = bench.environment(bench.database("bench_footprint"))
     times: dict[str, dict[str, list[float]]] = {}
     most, killed, failures = 0, 0, 0
@@ -92,15 +92,15 @@ def throttled(bench: Bench) -> dict:
                         most = runtime.memory().most
                 killed += share.killed()
         except NoShare as error:
-            return {"throttled": {}, "why_not": f"{error}; it needs Linux, and the right to make control groups, which root has"}
+            return {"throttled": {}, "why_not": f"{error}; run it on Linux as root, which may make control groups"}
         except ContenderFailed as error:
-            # Whatever ended it: that it did not fit is a result, too.
+            # That it did not fit is a result, too.
             return {"throttled": times, "why_not": f"at {size} MB: {str(error).splitlines()[0]}"}
     return {"throttled": times, "most": most, "killed": killed, "failures": failures}
 
 
 def packages(bench: Bench) -> dict:
-    """Bytes of the program and of a package with it, by architecture; an architecture that was not built here is not in it."""
+    """Bytes of the program and of its package, by architecture, for the architectures that were built here."""
     built = (bench.binaries / "login-etl", paths.ROOT / "target" / "aarch64-unknown-linux-gnu" / "release" / "login-etl")
     sizes = {}
     for program in built:
@@ -115,7 +115,7 @@ def packages(bench: Bench) -> dict:
 
 
 def observed(bench: Bench) -> dict | None:
-    """Nanoseconds of a batch, and of its metrics and logs alone, turn by turn."""
+    """Nanoseconds of a batch, and of its metrics and logs alone, for each turn."""
     if not (bench.binaries / "ours").exists():
         return None
     database = bench.database("bench_footprint")
@@ -161,8 +161,8 @@ def memory_text(held: dict | None) -> str:
     return f"""\
 ### Memory
 
-An event of {MOST:,} messages, {event / 1e6:.1f} MB, is about the largest that Lambda delivers. The most memory that a process has held, in
-MB, as the kernel counts it, so that the pages of its program's file are in it, too:
+An event of {MOST:,} messages, {event / 1e6:.1f} MB, is about the largest that Lambda delivers. The table has a process's peak memory, in
+MB, as the kernel counts it, with the pages of its program's file:
 
 {table(("", "before its first event", "after one event", f"after {EVENTS} events", "of it, pages of files"), rows)}
 
@@ -194,7 +194,7 @@ def share_text(result: dict) -> str:
 {heading}
 
 Lambda gives a function [a whole core](https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html) with {ONE_CORE_MB:,} MB of
-memory, and less of one with less: at {SMALLEST} MB a fourteenth. Here control groups hold the function to a memory size and its share. Its
+memory, and a smaller share with less: at {SMALLEST} MB a fourteenth. Here control groups limit the function to a memory size and its share. Its
 initialisation has a whole core, as
 [in Lambda](https://serverlessland.com/content/service/lambda/guides/effectively-running-java-on-serverless/init-heavy-lifting). Then events
 come one right after the other, so that no share is saved up between them. Milliseconds until the function asks for the next event, as
@@ -206,8 +206,8 @@ Lambda bills them: mean, and longest in brackets, by batch.
 
 With a fourteenth of a core instead of a whole one
 {growth}
-as only the function's own work takes longer, and not its wait for the database. Single durations jump: what fits into the rest of a
-period's share runs at full speed, and what does not waits for the next period."""
+because only the function's own work takes longer, not its wait for the database. Single durations jump: work that fits into the rest of a
+period's share runs at full speed, and other work waits for the next period."""
 
 
 def packages_text(sizes: dict) -> str:
@@ -231,10 +231,10 @@ def observed_text(turns: dict | None) -> str:
 ### Metrics and logs
 
 A batch of {OBSERVED_BATCH} takes {spread([ns / 1e6 for ns in turns["batch"]])} ms, from the event's bytes through the commit to the
-answer's. What it tells of itself, a line of metrics and one of the log, takes {spread([ns / 1e3 for ns in turns["observing"]])} µs,
+answer's. Its metrics and log, one line each, take {spread([ns / 1e3 for ns in turns["observing"]])} µs,
 written to a file.
 
-{bars([(f"metrics and logs, of a batch of {OBSERVED_BATCH}", "< 3 %", spread(cost, "{:.1f}") + " %", statistics.median(cost) < 3)])}"""
+{bars([(f"metrics and logs, share of a batch of {OBSERVED_BATCH}", "< 3 %", spread(cost, "{:.1f}") + " %", statistics.median(cost) < 3)])}"""
 
 
 def percentile(samples: list[float], percent: int) -> float:

@@ -1,4 +1,4 @@
-"""What the ledger costs the function when it is long, and while the schedule prunes it."""
+"""Measures what a long ledger costs the function, and what pruning by the schedule costs."""
 
 import json
 import random
@@ -15,14 +15,14 @@ TITLE = "The ledger"
 EMPTY, LONG, LIMIT = "ours, empty", "ours, long", "limit, long"
 LABELS = {EMPTY: "the function, empty ledger", LONG: "the function, long ledger", LIMIT: "the limit, long ledger"}
 OF_EMPTY = 0.9
-# Many, as what a long ledger costs is less than what a turn differs from the next.
+# Many, because the cost of a long ledger is smaller than the difference between two turns.
 ROUNDS, QUICK_ROUNDS = 17, 2
-# Bytes of WAL a message, by batch; a batch of 7,400 goes by COPY.
+# Bytes of WAL a message, by batch; a batch of 7,400 is written with COPY.
 WAL = {100: 400, 1000: 400, 7400: 260}
 
-# Of the pruning: events of a turn that count, by batch.
+# For pruning: counted events of a turn, by batch.
 PRUNING_EVENTS = {100: 1000, 1000: 100}
-# How many keys the schedule deletes for each row that is inserted.
+# Keys that the schedule deletes per inserted row.
 EXPIRED = {"nothing": 0, "steadily": 1, "catching up": 2}
 EXPIRED_DAYS = 60
 OF_UNPRUNED = 0.95
@@ -47,12 +47,12 @@ def measure(bench: Bench) -> dict:
 
 
 def prune(bench: Bench) -> dict[str, dict[str, list[dict]]]:
-    """By batch, the turns with as many expired keys as `EXPIRED` says, in a long ledger. Another environment handles the schedule's event."""
+    """By batch, the turns for each entry of `EXPIRED`, in a long ledger. Another environment handles the schedule's event."""
     with ExitStack() as cleanup:
         database = bench.database("bench_pruning", ledger=True)
         cleanup.callback(bench.drop, database)
         connection = cleanup.enter_context(bench.servers.postgres.connect(database, autocommit=True))
-        # As if the schedule had just been there, so that batches leave pruning to it.
+        # As if the schedule had just run, so that batches leave pruning to it.
         connection.execute("insert into etl_maintenance (done_at) values (now())")
         loader, pruner = (cleanup.enter_context(bench.contender("ours", bench.environment(database, tls=False))) for _ in range(2))
         runner = Runner("ours", loader, connection, keeps_ledger=True)
@@ -67,7 +67,7 @@ def prune(bench: Bench) -> dict[str, dict[str, list[dict]]]:
 
 
 def pruning_turn(bench: Bench, runner: Runner, pruner: Contender, batch: int, events: int, expired_a_row: int) -> dict:
-    """Has the function handle events while another environment prunes; returns `ns` of each event, and of the pruning."""
+    """Has the function handle events while another environment prunes; returns the `ns` of each event and the `pruning_ns`."""
     rows = (1 + events) * batch
     expired = expired_a_row * rows
     file, schedule = bench.directory / "events", bench.directory / "schedule"
@@ -91,7 +91,7 @@ def pruning_turn(bench: Bench, runner: Runner, pruner: Contender, batch: int, ev
     if runner.count("user_logins") != rows or left:
         raise Wrong(f"{runner.count('user_logins')} rows of {rows} messages; {left} of {expired} keys not pruned")
     if sum(pruned["ns"]) > sum(loaded["ns"]):
-        raise Wrong("pruning took longer than loading, so that not all of it was beside it")
+        raise Wrong("pruning took longer than loading, so part of it ran alone")
     return {"ns": loaded["ns"][1:], "pruning_ns": pruned["ns"]}
 
 
@@ -104,7 +104,7 @@ def mean_rate(turn: dict, batch: int) -> float:
 
 
 def unpruned_ratios(turns: dict[str, list[dict]], label: str) -> list[float]:
-    """The throughput while pruning, as a share of that without, of each round."""
+    """The throughput while pruning, as a share of the throughput without, for each round."""
     return [sum(other["ns"]) / sum(turn["ns"]) for turn, other in zip(turns[label], turns["nothing"])]
 
 
@@ -134,8 +134,8 @@ def text(result: dict, all_results: dict) -> str:
     ]
     return f"""## {TITLE}
 
-The ledger has a key for each message of the last 35 days, in an index, and inserts could touch pages all over it. Its keys
-begin with the time of sending, so that new ones go to its end.
+The ledger has a key for each message of the last 35 days, in an index. Its keys begin with the time of sending, so that new keys go to
+the end of the index instead of to pages all over it.
 
 ### A long ledger
 
@@ -143,21 +143,21 @@ Thousand messages a second with an empty ledger, and with {keys} keys of the las
 
 {table(header, lengths)}
 
-With the long ledger, as shares:
+Throughput with the long ledger, as a share:
 
 {table(header, shares)}
 
 ### Write-ahead log
 
-Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pages. It is what a replica receives and a backup keeps.
+Bytes of WAL a message, right after a checkpoint, when PostgreSQL logs whole pages. A replica receives them, and a backup keeps them.
 
 {table(header, wal)}
 
 ### Pruning
 
-The schedule's event has expired keys deleted, 10,000 a statement, by whichever environment gets it. Below, one environment loads batches and
-another deletes, in a ledger of {keys} keys. Either no key expires; or as many as rows are inserted, as under steady traffic; or twice as
-many, as after a stop. The table has thousand messages a second, their share of the first case, and the slowest batch in milliseconds.
+On the schedule's event, an environment deletes expired keys, 10,000 a statement. Below, one environment loads batches and
+another deletes, in a ledger of {keys} keys. Either no key expires; or as many keys as rows are inserted, as under steady traffic; or twice as
+many, as after a stop. The table has thousand messages a second, their share of the first case's, and the slowest batch in milliseconds.
 
 {table(("batch, pruning", "throughput", "share", "slowest"), pruning)}
 
@@ -172,7 +172,7 @@ def rows_of_bars(result: dict) -> list[tuple[str, str, str, bool]]:
     for batch in BATCHES:
         turns = result["turns"][str(batch)]
         measured = ratios(turns[LONG], turns[EMPTY])
-        what = f"throughput with {result['keys']:,} keys in the ledger, of that with none, batch of {batch:,}"
+        what = f"throughput with {result['keys']:,} keys in the ledger ÷ with none, batch of {batch:,}"
         rows.append((what, f"≥ {OF_EMPTY}", spread(measured), statistics.median(measured) >= OF_EMPTY))
     for batch, most in WAL.items():
         measured = [turn["wal"] for turn in result["turns"][str(batch)][LONG]]
@@ -182,6 +182,6 @@ def rows_of_bars(result: dict) -> list[tuple[str, str, str, bool]]:
         for label, expired in EXPIRED.items():
             if expired:
                 measured = unpruned_ratios(turns, label)
-                what = f"throughput pruning {label}, of that pruning nothing, batch of {int(batch):,}"
+                what = f"throughput pruning {label} ÷ pruning nothing, batch of {int(batch):,}"
                 rows.append((what, f"≥ {OF_UNPRUNED}", spread(measured), statistics.median(measured) >= OF_UNPRUNED))
     return rows

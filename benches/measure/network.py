@@ -1,4 +1,4 @@
-"""A network of so many microseconds between a contender and PostgreSQL."""
+"""A proxy that adds network latency between a contender and PostgreSQL."""
 
 import socket
 import subprocess
@@ -12,7 +12,7 @@ PATIENCE_SECONDS = 10
 
 
 class Network:
-    """Owns the proxy that holds each byte back for so many microseconds, on either way."""
+    """Owns the proxy, which delays each byte by the given microseconds in each direction."""
 
     def __init__(self, bench: Bench, microseconds_each_way: int):
         self.bench = bench
@@ -26,7 +26,7 @@ class Network:
                     return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise RuntimeError("the proxy that delays does not listen")
+                raise RuntimeError("the delaying proxy does not listen")
             time.sleep(0.01)
 
     def __enter__(self) -> "Network":
@@ -37,7 +37,7 @@ class Network:
         self._process.wait()
 
     def round_trips(self, count: int) -> dict[str, list[int]]:
-        """Nanoseconds of `select 1`, without the proxy and through it, turn by turn."""
+        """Nanoseconds of `select 1`, alternately without the proxy and through it."""
         ports = {"direct": self.bench.servers.postgres.port, "delayed": self.port}
         postgres = self.bench.servers.postgres
         login = {"host": "127.0.0.1", "user": "postgres", "password": postgres.admin_password, "dbname": "postgres", "sslmode": "disable"}

@@ -1,4 +1,4 @@
-"""Where the function's own CPU time goes in a batch: a profile, drawn as a flame graph."""
+"""Profiles the function's own CPU time in a batch, and draws flame graphs."""
 
 import html
 import re
@@ -13,12 +13,12 @@ NAME = "profile"
 TITLE = "Where the time goes"
 
 BATCHES = (1000, 7400)
-# Of CPU time, for thousands of samples.
+# Enough CPU time for thousands of samples.
 MESSAGES = 600_000
 QUICK_MESSAGES = 60_000
 
-# The parts of the work: frames that tell a part, and why it is still there. Of a stack, the frame nearest to the leaf counts, so that
-# copying memory is its caller's. Much is inlined: reading an event into the program that is measured, and making entries into `load`.
+# The parts of the work: a pattern of their frames, and why the part remains. The matching frame nearest to a stack's leaf counts, so that
+# copying memory counts for its caller. Much is inlined: reading an event into the measured program, and making entries into `load`.
 PARTS = {
     "sort": (
         r"slice::sort",
@@ -26,13 +26,13 @@ PARTS = {
     ),
     "mask": (
         r"\b(keyring|aes|cbc|base64)::|push_masked",
-        "AES in hardware, where the processor has it, of two values a message. Each is masked for itself: a call through the cipher's "
-        "interface, padding, and Base64 onto the end of the row.",
+        "AES, in hardware if the processor has it, for two values a message. Each value is masked separately: a call through the cipher's "
+        "interface, padding, and Base64 at the end of the row.",
     ),
     "encode": (
         r"login_etl::store::(batch|Session)|row::Row::cells|to_sql|query::encode|message::frontend|PostgresCodec",
-        "Fields are in PostgreSQL's binary format already. Each is copied into the statement's arrays, or with its row into one piece for "
-        "`COPY`, and with that once more into the driver's buffer.",
+        "Fields are in PostgreSQL's binary format already. Each is copied into the statement's arrays, or with its row into one buffer for "
+        "`COPY`, and then once more into the driver's buffer.",
     ),
     "allocate": (
         r"malloc|calloc|realloc|(^|_)c?free$|_int_free|unlink_chunk|m(un)?map|brk$|morecore|systrim|finish_grow|drop_in_place",
@@ -40,24 +40,24 @@ PARTS = {
     ),
     "send and receive": (
         r"AsyncRead|AsyncWrite|(send|recv)(to|from|msg)?$|epoll|SSL_|tokio_postgres|postgres_protocol",
-        "The kernel's part, which takes the bytes to the database, and the driver's.",
+        "The kernel, which sends the bytes to the database, and the driver.",
     ),
     "bodies into rows": (
         r"login_etl::mapping",
-        "A body is JSON in a JSON string, and is scanned as it stands in the event, each of its quotes with a backslash before it. Each "
-        "field is checked, as it may be anything, and copied once, into its row.",
+        "A body is JSON in a JSON string. It is scanned in place, with a backslash before each of its quotes. Each field is checked, because "
+        "it may be anything, and copied once, into its row.",
     ),
     "keys": (
         r"Handler::load|LedgerKey|uuid::|\bhash",
-        "A message's id becomes a UUID, and its time of sending and its receive count numbers; a table of the batch's ids finds the second "
-        "copy of a message. Before all that come looks at every message for the metrics, and for one without an id.",
+        "A message's id becomes a UUID, its time of sending and its receive count become numbers. A hash table of the batch's ids finds the "
+        "second copy of a message. Before that, every message is read for the metrics, and checked for its id.",
     ),
     "report": (r"metrique|metrics|tracing|_print$", "One line of metrics and one of the log a batch."),
-    "other": (r"std::fs::|pprof|demangle|login_etl_benches", "The benchmark's own, and what belongs to none of the others."),
+    "other": (r"std::fs::|pprof|demangle|login_etl_benches", "The benchmark itself, and everything that belongs to no other part."),
     "read the event": (
         r"login_etl::event|Handler::invoke|ours::main::\{\{closure\}\}",
-        "The event is checked to be UTF-8, and then scanned once, by a scanner of our own: it looks for quotes and backslashes sixteen bytes "
-        "at a time, keeps where the few fields stand that are needed, and goes over the rest. The runtime passes the bytes on unread.",
+        "The event is checked to be UTF-8, and then scanned once by our own scanner. It looks for quotes and backslashes sixteen bytes at a "
+        "time, remembers the places of the few fields that are needed, and skips the rest. The runtime passes the bytes on unread.",
     ),
 }
 
@@ -88,7 +88,7 @@ def measure(bench: Bench) -> dict:
 
 
 def counted(folded: str) -> dict[str, int]:
-    """The samples of each stack; functions that differ in their types alone can make the same stack twice."""
+    """The samples of each stack. The same stack can be in `folded` twice, if functions differ only in their types."""
     samples: dict[str, int] = defaultdict(int)
     for line in folded.splitlines():
         stack, count = line.rsplit(" ", 1)
@@ -106,16 +106,16 @@ def text(result: dict, all_results: dict) -> str:
     reasons = (f"- **{part[0].upper()}{part[1:]}.** {PARTS[part][1]}" for part in widest)
     reasons = "\n".join(textwrap.fill(reason, 130, subsequent_indent="  ") for reason in reasons)
     return f"""\
-The function's own CPU time in batches of {" and ".join(f"{batch:,}" for batch in shares)}, from samples of its stack; what it
-waits for is not in it.
+The function's own CPU time in batches of {" and ".join(f"{batch:,}" for batch in shares)}, from samples of its stack, without
+the time that it waits.
 
 {table(["part", *(f"{batch:,}" for batch in shares)], rows)}
 
-The five widest parts, and why they are still there:
+The five largest parts, and why they remain:
 
 {reasons}
 
-Width is time, and callers are below. What is inlined shows as its caller's: reading the event, for one, as that of `ours::main`, the
+Width is time, and callers are below. Inlined functions count as their caller: reading the event, for example, as `ours::main`, the
 program that is measured.
 
 {pictures}"""
@@ -127,12 +127,12 @@ def plots(result: dict, all_results: dict, directory: Path) -> None:
 
 
 def frames(stack: str) -> list[str]:
-    """A stack's functions, from the outermost on. Arrays' types have semicolons, too, with a space behind."""
+    """A stack's functions, the outermost first. Array types contain semicolons, too, followed by a space."""
     return re.split(r";(?! )", stack)
 
 
 def parts(stacks: dict[str, int]) -> dict[str, float]:
-    """The share of each part in all samples."""
+    """Each part's share of all samples."""
     counts: dict[str, int] = defaultdict(int)
     for stack, count in stacks.items():
         counts[part_of(frames(stack))] += count
@@ -185,13 +185,13 @@ def flame_graph(stacks: dict[str, int]) -> str:
 
 
 def shown(stack: list[str]) -> list[str]:
-    """The functions as the graph names them: without what starts and polls, and each once where it calls itself."""
+    """The functions as named in the graph, without startup and polling frames, and with recursion shown once."""
     names = [named(frame) for frame in stack if not re.match(r"_start$|__libc_start|main$|std::sys::backtrace|tokio::runtime", frame)]
     return [name for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
 
 
 def named(frame: str) -> str:
-    """A function's name without hashes, type parameters, and closures, which may come with where a file is on this machine."""
+    """A function's name without hashes, type parameters, and closures, which may contain a path on this machine."""
     name = re.sub(r"::h[0-9a-f]{16}$|(::)?\{\{?closure[^}]*\}?\}", "", frame)
     while (simpler := re.sub(r"(?<=\w)(::)?<[^<>]*>|<([^<>]*?)( as [^<>]*)?>", r"\2", name)) != name:
         name = simpler

@@ -1,4 +1,4 @@
-"""Writes the page of figures and its plots from the results, and has the forms that figures take in it."""
+"""Writes docs/performance.md and its plots from the results, and formats the figures."""
 
 import json
 import platform
@@ -15,11 +15,11 @@ from measure.bench import Bench
 from measure.events import MOST, RECEIPT_HANDLE
 
 PAGE = paths.ROOT / "docs" / "performance.md"
-# Where the reader learns what was tried for the bars that are missed.
+# Explains what was tried for missed bars.
 REMARKS = "develop.md#what-was-tried-for-speed"
 PACKAGES = ("msgspec", "cryptography", "pycryptodome", "psycopg", "psycopg2-binary", "aws-lambda-powertools", "boto3")
 REACHED, MISSED = "reached", f"[**missed**]({REMARKS})"
-# What plots have in common: small files that change only with the figures, and are to be read on dark pages, too.
+# The plots' style: small files that change only with the figures, and are readable on dark pages, too.
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "login-etl",
@@ -35,44 +35,44 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-# A contender has the same colour in every plot; those who see few colours can tell them apart.
+# A contender has the same colour in every plot; colour-blind readers can tell them apart.
 COLOURS = {"ours": "#0072b2", "limit": "#555555", "best": "#009e73", "original": "#d55e00", "powertools": "#cc79a7", "hello": "#e69f00"}
 
 HEAD = """\
-<!-- Written by `./local/bench`: change that, in benches/measure, and not this page. -->
+<!-- Written by `./local/bench`: edit benches/measure, not this page. -->
 
 # Performance
 
-See how fast the function is and what it needs, beside other ways of doing the same work.
+See how fast the function is and what it needs, compared with other ways of doing the same work.
 
 {in_short}
 
 ![Messages a second and the client's CPU time a message, by batch](images/performance-batches.svg)
 
-`./local/bench` measures all of it on any machine, and writes this page; `--quick` does so on a small scale in a few minutes.
+`./local/bench` measures everything on any machine, and writes this page; `--quick` does the same on a small scale in a few minutes.
 
 ## How it is measured
 
 **Where.** {machine}
-The contender, PostgreSQL {postgres} and, for secrets, LocalStack share it, on loopback. PostgreSQL has its defaults: with `fsync`,
+The contender, PostgreSQL {postgres} and, for secrets, LocalStack share it, on loopback. PostgreSQL has its default settings: with `fsync`,
 `synchronous_commit` and `full_page_writes` on, each commit waits for the disk. {rustc}; Python {python} with
 {packages}.
 
-**What.** A contender is a process that lives on, as an execution environment does. It reads its secrets, connects, and then handles one
+**What.** A contender is a long-lived process, like an execution environment. It reads its secrets, connects, and then handles one
 event after the other. The clock runs from the event's bytes, as Lambda's runtime hands them over, through the commit to the answer's
-bytes; the runtime's client is not in it.
+bytes; the runtime's client is not included.
 
-**Events** have the shape of those of SQS. A receipt handle has {receipt_handle} characters, so that a message has about 805 bytes and
-{most:,} of them fill the 6 MB that Lambda delivers at most. SQS's own are longer, though at most
-[1,024 characters](https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-queue-message-identifiers.html): each
-character more is one more to read past, for every contender. No message is ever sent twice, and their times of sending rise.
+**Events** have the shape of SQS events. A receipt handle has {receipt_handle} characters, so that a message has about 805 bytes and
+{most:,} messages fill the 6 MB that Lambda delivers at most. SQS's receipt handles are longer, at most
+[1,024 characters](https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-queue-message-identifiers.html): every
+contender has to read past each further character. No message is ever sent twice, and their times of sending rise.
 
-**Rounds.** The contenders of a table take turns, one at a time, in an order that is shuffled in each round; a machine that becomes slower
-or faster in between does so for all. Before each turn the tables are emptied and a checkpoint is made, and a turn's first event does not
-count. After it the rows are counted, and one row too few or too many ends the run.
+**Rounds.** The contenders of a table take turns, one at a time, in an order that is shuffled in each round, so a machine that becomes slower
+or faster affects all of them. Before each turn the tables are emptied and a checkpoint is made, and a turn's first event does not
+count. After the turn the rows are counted; one row too few or too many ends the run.
 
-**Figures.** A turn's figure is the median of its events. A ratio is made of two turns of the same round. Shown is the median over the
-rounds and, in brackets, their first and third quartile. Absolute figures are this machine's; ratios carry over better.
+**Figures.** A turn's figure is the median of its events. A ratio compares two turns of the same round. The tables show the median over the
+rounds and, in brackets, the first and third quartile. Absolute figures hold for this machine only; ratios carry over better.
 
 {measured}
 """
@@ -107,12 +107,12 @@ def write(sections: Sequence[ModuleType], measured: dict[str, dict], page: Path)
         **newest["machine"],
     )
     summary = summarise(chapters)
-    page.write_text("\n\n".join([head.strip(), *chapters.values(), f"## What was to be reached\n\n{summary}"]) + "\n")
+    page.write_text("\n\n".join([head.strip(), *chapters.values(), f"## The bars, summed up\n\n{summary}"]) + "\n")
     return summary
 
 
 def in_short(results: dict[str, dict]) -> str:
-    """The five figures that say most, as far as they were measured."""
+    """A table of the five main figures, as far as they were measured."""
     rows = [(title, figures) for title, of in IN_SHORT.items() if (figures := of(results))]
     return table(("in short", ""), rows)
 
@@ -157,7 +157,7 @@ def cost(_: dict[str, dict]) -> str:
 
 IN_SHORT = {
     "throughput": throughput,
-    "of the limit, which is PostgreSQL and the disk alone": of_limit,
+    "share of the limit, which is PostgreSQL and the disk alone": of_limit,
     "cold start": cold_start,
     "memory": memory,
     "a million messages cost": cost,
@@ -165,7 +165,7 @@ IN_SHORT = {
 
 
 def summarise(chapters: dict[str, str]) -> str:
-    """How many bars of each chapter are reached, and those that are not; the chapters themselves have all of them."""
+    """Counts the reached bars of each chapter, and lists the missed ones."""
     counts, misses = [], []
     for title, chapter in chapters.items():
         if rows := rows_of_bars(chapter):
@@ -174,13 +174,13 @@ def summarise(chapters: dict[str, str]) -> str:
             misses += [(title, *row[:3]) for row in missed]
     reached = table(("section", "bars reached"), counts)
     if not misses:
-        return f"{reached}\n\nAll are."
+        return f"{reached}\n\nAll bars are reached."
     why = f"Not reached ([what was tried]({REMARKS})):"
     return f"{reached}\n\n{why}\n\n{table(('section', 'what', 'bar', 'measured'), misses)}"
 
 
 def when(sections: list[tuple[ModuleType, dict]]) -> str:
-    """A table of when each section was measured, and of what; its machine too, if they were not all measured on one."""
+    """A table of each section's time, commit and command; with the machine, if there was more than one."""
     machines = {one["machine"]["machine"] for _, one in sections}
     header = ("section", "measured", "commit", "seconds", "by", *(["on"] if len(machines) > 1 else []))
     rows = []
@@ -191,7 +191,7 @@ def when(sections: list[tuple[ModuleType, dict]]) -> str:
 
 
 def anchor(title: str) -> str:
-    """Of a heading, as GitHub makes it."""
+    """A heading's anchor, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
@@ -199,7 +199,7 @@ def anchor(title: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """In Markdown: the first column to the left, the others too, unless all of a column's cells begin with a digit."""
+    """A Markdown table. Columns align right if all their cells begin with a digit, except the first."""
     cells = [[str(cell) for cell in row] for row in rows]
     numbers = [bool(rows) and all(re.match(r"[\d.–<≥≤]", row[column]) for row in cells) for column in range(len(header))]
     rule = ["---:" if number and column else "---" for column, number in enumerate(numbers)]
@@ -207,18 +207,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def bars(rows: Sequence[tuple[str, str, str, bool]]) -> str:
-    """A table of what was to be reached: what, the bar, what was measured, and whether it is reached."""
+    """A table of bars: the figure's name, the bar, the measured value, and whether it is reached."""
     return table(("what", "bar", "measured", ""), [(*row[:3], REACHED if row[3] else MISSED) for row in rows])
 
 
 def rows_of_bars(chapter: str) -> list[tuple[str, ...]]:
-    """The rows of the tables of bars in a chapter."""
+    """The rows of a chapter's tables of bars."""
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in chapter.splitlines() if line.startswith("|")]
     return [row for row in rows if len(row) == 4 and row[3] in (REACHED, MISSED)]
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile; all the same of one sample."""
+    """First quartile, median, third quartile; all equal for a single sample."""
     if len(samples) == 1:
         return samples[0], samples[0], samples[0]
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
@@ -226,7 +226,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def number(value: float) -> str:
-    """With three digits that count."""
+    """Formats with three significant digits."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.{1 if value >= 10 else 2}f}"
@@ -240,11 +240,11 @@ def spread(samples: Sequence[float], form: str | None = None) -> str:
     return f"{median} ({first}–{third})"
 
 
-# What is measured, and where.
+# The machine and the versions.
 
 
 def machine(bench: Bench) -> dict[str, str]:
-    """The machine and the versions of all that is measured, in the words of the page."""
+    """The machine and all versions, worded for the page."""
     with bench.servers.postgres.connect() as connection:
         postgres = connection.execute("show server_version").fetchone()[0].split()[0]
     versions = "import importlib.metadata, json, sys; print(json.dumps({name: importlib.metadata.version(name) for name in sys.argv[1:]}))"
@@ -260,7 +260,7 @@ def machine(bench: Bench) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Its name, where Linux or macOS tell it."""
+    """The processor's name on Linux and macOS, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     if info.exists() and (name := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)):
         return name[1]
@@ -272,7 +272,7 @@ def commit() -> str:
 
 
 def said(*command: str) -> str:
-    """What a program printed, or a dash if it is not there or fails."""
+    """A program's output, or a dash if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=paths.ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

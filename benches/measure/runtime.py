@@ -1,4 +1,4 @@
-"""One process of a function, and the Lambda Runtime API that it talks to, timed."""
+"""Runs and times one process of a function, and serves it the Lambda Runtime API."""
 
 import os
 import selectors
@@ -14,14 +14,14 @@ from measure.bench import ContenderFailed
 NEXT = "GET /2018-06-01/runtime/invocation/next"
 INVOCATION = "POST /2018-06-01/runtime/invocation/"
 PATIENCE_SECONDS = 60
-# Between two looks at whether the process still lives.
+# Between two checks that the process is alive.
 LOOK_SECONDS = 0.2
 INVOCATION_SECONDS = 60
 ARN = "arn:aws:lambda:us-east-1:123456789012:function:login-etl"
 
 
 class Call(NamedTuple):
-    """A request of the process's, and when the last of it arrived (`time.monotonic_ns`)."""
+    """A request of the process, and when its last byte arrived (`time.monotonic_ns`)."""
 
     line: str
     body: bytes
@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 
 class Invocation(NamedTuple):
-    """An event's life: until the answer is there, and until the process asks for the next event, in ns; and the answer."""
+    """An event's ns until the answer arrived and until the process asked for the next event; and the answer."""
 
     answered: int
     ns: int
@@ -37,14 +37,14 @@ class Invocation(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of a process: the most that it has held, and what of it are pages of files, its program's above all."""
+    """A process's peak bytes, and its bytes of file pages, which are mostly its program's."""
 
     most: int
     files: int
 
 
 class Runtime:
-    """Owns a process from its spawn until `end`, and serves it; all in the thread of the caller, who waits for nothing else."""
+    """Owns a process from its spawn until `end`, and serves it in the caller's thread."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path):
         self._log = log
@@ -62,7 +62,7 @@ class Runtime:
         ]
         environment = environment | {"AWS_LAMBDA_RUNTIME_API": address}
         self.spawned = time.monotonic_ns()
-        # Python ignores SIGPIPE, and a child would inherit that.
+        # Python ignores SIGPIPE, and a child would inherit this.
         self.pid = os.posix_spawn(command[0], command, environment, file_actions=files, setpgroup=0, setsigdef=[signal.SIGPIPE])
 
     def __enter__(self) -> "Runtime":
@@ -76,7 +76,7 @@ class Runtime:
         return self._next().at - self.spawned
 
     def invoke(self, event: bytes) -> Invocation:
-        """Hands an event over to a process that waits for it. Raises `ContenderFailed`, also for an answer that is an error."""
+        """Sends an event to the waiting process. Raises `ContenderFailed`, also if the answer is an error."""
         head = (
             "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
             f"Lambda-Runtime-Aws-Request-Id: {uuid.uuid4()}\r\n"
@@ -89,19 +89,19 @@ class Runtime:
         try:
             self._waiting.sendall(head.encode() + event)
         except OSError as error:
-            raise self._failed(f"it takes no event: {error}") from None
+            raise self._failed(f"it does not accept the event: {error}") from None
         answer = self._call()
         if not (answer.line.startswith(INVOCATION) and answer.line.endswith("/response")):
             raise self._failed(f"{answer.line}: {answer.body.decode(errors='replace')}")
         return Invocation(answer.at - began, self._next().at - began, answer.body)
 
     def memory(self) -> Memory:
-        """What the process has held at most so far, and holds of files now."""
+        """The process's peak memory so far, and its file pages now."""
         fields = dict(line.split(":") for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
         return Memory(*(int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssFile")))
 
     def end(self) -> int:
-        """Kills the process, if it still lives, and returns the CPU that it took in all, user and system, in ns."""
+        """Kills the process if it is alive, and returns its total CPU time, user and system, in ns."""
         if self._cpu_ns is None:
             os.kill(self.pid, signal.SIGKILL)
             self._reap(0)
@@ -111,7 +111,7 @@ class Runtime:
         return self._cpu_ns
 
     def _reap(self, options: int) -> bool:
-        """Whether the process has ended; keeps what CPU it took."""
+        """Whether the process has ended; saves its CPU time."""
         pid, _, usage = os.wait4(self.pid, options)
         if pid:
             self._cpu_ns = int(1e9 * (usage.ru_utime + usage.ru_stime))
@@ -124,7 +124,7 @@ class Runtime:
         return call
 
     def _call(self) -> Call:
-        """The next request; one for an event is left without an answer, all others are accepted."""
+        """The next request. Answers all requests with 202, except requests for an event, which stay open."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             for key, _ in self._selector.select(LOOK_SECONDS):
@@ -137,7 +137,7 @@ class Runtime:
                     return call
             if self._reap(os.WNOHANG):
                 raise self._failed("it ended")
-        raise self._failed(f"nothing for {PATIENCE_SECONDS} s")
+        raise self._failed(f"no request for {PATIENCE_SECONDS} s")
 
     def _read(self, connection: socket.socket) -> Call | None:
         unread = self._unread[connection]

@@ -1,4 +1,4 @@
-"""A Secrets Manager that answers at once, so that a cold start's time is the function's own."""
+"""A stand-in for Secrets Manager that answers at once, so that a cold start's time is the function's own."""
 
 import contextlib
 import json
@@ -11,11 +11,11 @@ READ = "secretsmanager.GetSecretValue"
 
 
 class SecretsManager:
-    """Owns a server on loopback that hands out given secrets, with TLS or without; a thread of this process serves each connection."""
+    """Owns a server on loopback that returns the given secrets, with TLS or without; one thread per connection."""
 
     def __init__(self, secrets: dict[str, str], tls: ssl.SSLContext | None):
         self._secrets, self._tls = secrets, tls
-        # What it took to answer a request, from its last byte on, in ns.
+        # The ns from a request's last byte to the end of the answer.
         self.service_ns: list[int] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._connections: set[socket.socket] = set()
@@ -25,7 +25,7 @@ class SecretsManager:
         return self
 
     def __exit__(self, *_) -> None:
-        # What wakes `accept` up; closing does not.
+        # Wakes `accept` up; closing does not.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -35,7 +35,7 @@ class SecretsManager:
 
     @property
     def endpoint(self) -> str:
-        """Under the one name that the certificate has."""
+        """The URL, with the only name in the certificate."""
         return f"{'https' if self._tls else 'http'}://localhost:{self._listener.getsockname()[1]}"
 
     def _accept(self) -> None:

@@ -1,30 +1,31 @@
-"""A memory size of Lambda's, and the share of a core that comes with it, by Linux's control groups."""
+"""Limits a process to a Lambda memory size and its share of a core, with Linux control groups."""
 
 import contextlib
 import os
 from pathlib import Path
 
 MOUNT = Path("/sys/fs/cgroup")
-# At this memory a function has one core: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
+# With this memory a function has one core: https://docs.aws.amazon.com/lambda/latest/dg/configuration-memory.html
 ONE_CORE_MB = 1769
-# Lambda's own is not published. It moves single durations, and hardly their mean.
+# Lambda's own period is not published. It changes single durations, but hardly their mean.
 PERIOD_US = 20_000
 
 
 class NoShare(Exception):
-    """Nothing can be held to a share here; the text says why."""
+    """A process cannot be limited to a share here; the text has the reason."""
 
 
 class Share:
-    """Owns the control groups for one process, which is held to the memory from its start on, and to the share of a core when told."""
+    """Owns the control groups of one process. The memory limit holds from its start, the CPU limit from `throttle` on."""
 
     def __init__(self, memory_mb: int):
-        """Raises `NoShare` where control groups cannot be made, as without root's rights."""
+        """Raises `NoShare` if control groups cannot be made, for example without root's rights."""
         self._memory_mb = memory_mb
         name = f"login-etl-bench-{os.getpid()}"
         try:
             self._one = not (MOUNT / "cgroup.controllers").exists()
-            # Within our own groups, whose limits still hold; version 2 lets no group with processes in it have limited ones beside them.
+            # Version 1: within our own groups, whose limits still hold. Version 2: at the top, because a group with processes cannot have limited
+            # children.
             self._cpu, self._memory = (own("cpu") / name, own("memory") / name) if self._one else (MOUNT / name, MOUNT / name)
             self._groups = {self._cpu, self._memory}
         except OSError as error:
@@ -50,16 +51,16 @@ class Share:
                 group.rmdir()
 
     def command(self, program: str) -> list[str]:
-        """Runs a program within the groups, in the process that is started."""
+        """A command that joins the groups and then becomes the program."""
         joining = "; ".join(f'echo $$ > "{group}/cgroup.procs"' for group in self._groups)
         return ["/bin/sh", "-c", f'set -e; {joining}; exec "$0"', program]
 
     def throttle(self) -> None:
-        """From now on it has the share of a core, and no longer a whole one."""
+        """Limits the process to its share of a core from now on."""
         self._set(PERIOD_US * self._memory_mb // ONE_CORE_MB)
 
     def killed(self) -> int:
-        """How many processes were killed for want of memory."""
+        """The number of processes killed because they ran out of memory."""
         file = self._memory / ("memory.oom_control" if self._one else "memory.events")
         return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
 
@@ -72,7 +73,7 @@ class Share:
 
 
 def own(controller: str) -> Path:
-    """Our own group of a controller, in version 1."""
+    """This process's own group of a controller, in version 1."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):

@@ -1,12 +1,12 @@
-"""The best Python that we could write for this: nothing is done for each message that can be done once for its batch.
+"""The best Python that we could write for this: whatever can be done once for a batch is not done for each message.
 
-- msgspec decodes events and bodies into what is needed of them, types and lengths checked, and skips the rest, which others build.
-- Masks are made in one go: with one IV for all, CBC of a value that fits one block is ECB of that value xored with the IV.
+- msgspec decodes only the needed fields of events and bodies, checks their types and lengths, and skips the rest.
+- All masks are made at once: with one IV for all, CBC of a value that fits one block equals ECB of that value xored with the IV.
 - libpq is called directly, as psycopg's cursors take a fifth of a small batch's time.
-- A statement alone is a transaction: a few rows are one prepared INSERT, which is one round trip, and more are a COPY, which is two. COPY's
-  binary format is no faster than its text, and more to write.
+- A single statement is a transaction. A few rows are one prepared INSERT, in one round trip; more rows are a COPY, in two. COPY's binary
+  format is no faster than its text format, and more to write.
 
-Nothing keeps a message that comes again from becoming another row.
+A redelivered message becomes another row: nothing prevents it.
 """
 
 from binascii import b2a_base64
@@ -23,11 +23,11 @@ from msgspec import Meta, Struct, json
 from psycopg.pq import ExecStatus, PGresult
 
 BLOCK = 16
-# What PKCS #7 appends to a value, by the value's length.
+# The padding that PKCS #7 appends to a value, by the value's length.
 PADDING = [chr(BLOCK - length) * (BLOCK - length) for length in range(BLOCK)]
-# Most bytes of a value of which the mask fits its column.
+# Most bytes of a value whose mask fits its column.
 MASKABLE = 191
-# From so many rows on a COPY is faster; on loopback it is as fast from 20 on, over a network later.
+# From this many rows on, a COPY is faster. On loopback it is as fast from 20 rows on, over a network from more.
 MANY = 50
 
 COLUMNS = ("user_id", "device_type", "masked_ip", "masked_device_id", "locale", "app_version", "create_date")
@@ -36,7 +36,7 @@ COPY = f"copy user_logins ({', '.join(COLUMNS)}) from stdin".encode()
 COPY_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
-# `gc=False`: they refer to texts only, so the garbage collector need not look at them.
+# `gc=False`: these hold no reference cycles, so the garbage collector need not track them.
 class Record(Struct, gc=False):
     messageId: str
     body: str
@@ -79,7 +79,7 @@ def handle(event: bytes) -> bytes:
     for record in decode_event(event).Records:
         try:
             logins.append(parse(record.body))
-        except Exception:  # nothing but the message is touched here, so it is at fault whatever is raised
+        except Exception:  # only the message is read here, so any error is its fault
             failures.append(record.messageId)
     if logins:
         load(logins)
@@ -104,7 +104,7 @@ def digits(version: str) -> str:
 
 
 def check(login: Login) -> None:
-    """What only characters outside of ASCII and escaped ones can break."""
+    """Checks the rules that only non-ASCII and escaped characters can break."""
     if "\0" in "".join((login.user_id, login.device_type, login.ip, login.device_id, login.locale or "")):
         raise ValueError("a field contains a NUL character")
     if max(len(login.ip.encode()), len(login.device_id.encode())) > MASKABLE:
@@ -151,7 +151,7 @@ def mask(value: str) -> str:
 
 
 def texts(column: list[str | None]) -> list[str]:
-    """A column's values as COPY's text format has them."""
+    """A column's values in COPY's text format."""
     joined = "".join(filter(None, column))
     if any(escaped in joined for escaped in "\\\t\n\r"):
         column = [value and value.translate(COPY_ESCAPES) for value in column]

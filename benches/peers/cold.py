@@ -1,6 +1,6 @@
-"""A function in Python with the original's dependencies, from its process's start to its first request for an event; then it ends.
+"""A Python function with the original's dependencies, from its process's start to its first request for an event. Then it ends.
 
-`--hello` asks for the event alone, with nothing to do before.
+With `--hello` it only requests the event, without any initialisation.
 """
 
 import http.client
@@ -9,7 +9,7 @@ import sys
 
 
 def initialise() -> object:
-    """Reads both secrets, parses the key, and connects to the database. What it imports is part of what it costs."""
+    """Reads both secrets, parses the key, and connects to the database. The imports are part of the cost."""
     import peer
     import psycopg2
     from Crypto.Cipher import AES
@@ -23,7 +23,7 @@ connection = None if sys.argv[1:] == ["--hello"] else initialise()
 runtime = http.client.HTTPConnection(os.environ["AWS_LAMBDA_RUNTIME_API"])
 runtime.request("GET", "/2018-06-01/runtime/invocation/next")
 try:
-    # The benchmark has seen the request, which is all that it waits for, so it may close the connection.
+    # The benchmark waits only for the request, so it may close the connection now.
     runtime.getresponse()
 except (ConnectionError, http.client.HTTPException):
     pass

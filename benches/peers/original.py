@@ -1,6 +1,6 @@
-"""The original's design, as a batch's handler: one message after the other, PyCryptodome for each value, psycopg2's `execute_values`.
+"""The original's design as a batch handler: one message after the other, PyCryptodome for each value, psycopg2's `execute_values`.
 
-Nothing keeps a message that comes again from becoming another row.
+A redelivered message becomes another row: nothing prevents it.
 """
 
 import base64
@@ -20,7 +20,7 @@ connection = psycopg2.connect(**peer.database(peer.secret("DATABASE_SECRET_ID"))
 
 
 def mask(value: str) -> str:
-    # A CBC cipher is spent by one value: it goes on from its last block.
+    # A new cipher for each value: a CBC cipher continues from its last block.
     masked = base64.b64encode(AES.new(KEY, AES.MODE_CBC, IV).encrypt(pad(value.encode(), AES.block_size))).decode()
     if len(masked) > peer.MASKED_MAX:
         raise ValueError("the mask does not fit its column")
@@ -45,7 +45,7 @@ def handle(event: bytes) -> bytes:
     for record in json.loads(event)["Records"]:
         try:
             rows.append(row(record["body"]))
-        except Exception:  # nothing but the message is touched here, so it is at fault whatever is raised
+        except Exception:  # only the message is read here, so any error is its fault
             failures.append(record["messageId"])
     if rows:
         # Commits at its end.

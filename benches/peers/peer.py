@@ -1,7 +1,7 @@
 """What the Python contenders share: their settings, a login's validation, and the benchmark's protocol.
 
-`best.py` has a validation of its own, with the same outcome. Addresses are masked as they are spelt, unlike the function's, which has one
-spelling for each; IPv4 has no other.
+`best.py` has a validation of its own, with the same outcome. Addresses are masked as they are spelt. The function normalises them first,
+which makes no difference for IPv4.
 """
 
 import json
@@ -14,10 +14,10 @@ from functools import cache
 
 import boto3
 
-# Lambda sets both; boto3 heeds only this one.
+# Lambda sets both; boto3 reads only this one.
 os.environ.setdefault("AWS_DEFAULT_REGION", os.environ["AWS_REGION"])
 
-# Most characters of each field that must be there, the widths of the columns; a mask's own length is checked once it is made.
+# Most characters of each required field: the width of its column. A mask's own length is checked after masking.
 REQUIRED = {"user_id": 128, "app_version": 256, "device_type": 32, "ip": 256, "device_id": 256}
 LOCALE_MAX = 32
 MASKED_MAX = 256
@@ -25,7 +25,7 @@ INTEGER_MAX = 2**31 - 1
 VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 
-# The settings, which are the function's.
+# The settings, the same as the function's.
 
 
 @cache
@@ -34,17 +34,17 @@ def secrets():
 
 
 def secret(name: str) -> dict:
-    """The secret that the variable `name` names."""
+    """Reads the secret that the variable `name` names."""
     return json.loads(secrets().get_secret_value(SecretId=os.environ[name])["SecretString"])
 
 
 def key_and_iv(keyring: dict) -> tuple[bytes, bytes]:
-    """Of a keyring with the original's one key."""
+    """The key and IV of a keyring with the original's one key."""
     return bytes.fromhex(keyring["key"]), bytes.fromhex(keyring["iv"])
 
 
 def database(credentials: dict) -> dict[str, str]:
-    """Where the database is, in libpq's words."""
+    """The connection's parameters, for libpq."""
     where = {
         "host": os.environ["DATABASE_HOST"],
         "port": os.environ["DATABASE_PORT"],
@@ -62,7 +62,7 @@ def database(credentials: dict) -> dict[str, str]:
 
 
 def login(body: str) -> dict:
-    """The login in a message's body, its `app_version` an integer; raises `ValueError` if it is none, which is the message's fault."""
+    """The login in a message's body, with `app_version` as an integer. Raises `ValueError` if the body is not a login."""
     login = json.loads(body)
     if not isinstance(login, dict):
         raise ValueError("body is not a JSON object")
@@ -83,12 +83,12 @@ def login(body: str) -> dict:
 def check(field: str, value: object, longest: int, shortest: int = 1) -> None:
     if not isinstance(value, str) or not shortest <= len(value) <= longest or "\0" in value:
         raise ValueError(f"{field} is missing, or no text that fits its column")
-    # PostgreSQL's text has no half of a surrogate pair, which JSON's escapes can make; encoding it raises a `ValueError`.
+    # JSON's escapes can make half of a surrogate pair, which PostgreSQL's text cannot hold; encoding it raises a `ValueError`.
     value.encode()
 
 
 def response(failures: list[str]) -> dict:
-    """What Lambda is told of the messages that failed, by their ids."""
+    """The response that reports these message ids as failed."""
     return {"batchItemFailures": [{"itemIdentifier": message_id} for message_id in failures]}
 
 
@@ -96,7 +96,7 @@ def response(failures: list[str]) -> dict:
 
 
 def serve(handle: Callable[[bytes], bytes]) -> None:
-    """Handles the events of each file that a line of standard input names, and answers with the time that each took, until the input ends.
+    """Reads paths of event files, a line each, until standard input ends. Handles each file's events and reports their times.
 
     `handle` takes an event as Lambda's runtime delivers it, and returns the response, both JSON.
     """
@@ -112,7 +112,7 @@ def serve(handle: Callable[[bytes], bytes]) -> None:
 
 
 def run(handle: Callable[[bytes], bytes], path: str) -> dict:
-    """Handles the events of one file: each is its length (64 bits, little-endian), and then so many bytes."""
+    """Handles the events of one file. Each event follows its length in bytes (64 bits, little-endian)."""
     with open(path, "rb") as file:
         content = file.read()
     times, cpu, failures, start = [], 0, 0, 0

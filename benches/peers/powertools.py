@@ -1,8 +1,8 @@
 """Powertools for AWS Lambda (Python), as its documentation shows it: a `BatchProcessor` and a handler of one record, which inserts one row.
 
-Each record commits by itself: the processor reports a record as done when its handler returns, and goes on after one that failed, which
-would spoil a transaction shared by all. The idempotency utility, which keeps its own record of each message in DynamoDB, is left out, and
-with it what keeps a message that comes again from becoming another row.
+Each record commits by itself: the processor reports a record as done when its handler returns, and goes on after a failed record, which
+would abort a shared transaction. The idempotency utility, which records each message in DynamoDB, is left out. So a redelivered message
+becomes another row.
 """
 
 import base64
@@ -29,7 +29,7 @@ def secret(name: str) -> dict:
     return parameters.get_secret(os.environ[name], transform="json")
 
 
-# By default an event of which every record fails raises; that is a batch of one with a bad message, and here no error of the function.
+# By default an event raises if all of its records fail. A batch of one bad message does, which is no error of the function here.
 processor = BatchProcessor(event_type=EventType.SQS, raise_on_entire_batch_failure=False)
 key, iv = peer.key_and_iv(secret("MASKING_SECRET_ID"))
 cipher = Cipher(algorithms.AES(key), modes.CBC(iv))

@@ -1,4 +1,4 @@
-//! The contenders' common part: event files in, times out.
+//! What the contenders share: reading event files and reporting times.
 
 use std::{
     error::Error,
@@ -12,7 +12,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 pub mod sample;
 
-/// Events as the runtime delivers them, from a file: each behind its length, a little-endian `u64`.
+/// Reads events, as the runtime delivers them, from a file. Each follows its length, a little-endian `u64`.
 ///
 /// # Errors
 /// When the file cannot be read, or ends within an event.
@@ -29,7 +29,7 @@ pub fn events(path: &str) -> Result<Vec<Bytes>, Box<dyn Error>> {
     Ok(events)
 }
 
-/// Whom a contender tells its times: the pipe that `BENCH_ANSWERS` names.
+/// The pipe to which a contender reports its times; `BENCH_ANSWERS` names it.
 #[derive(Debug)]
 pub struct Answers(File);
 
@@ -38,24 +38,24 @@ pub struct Answers(File);
 pub struct Answer {
     /// How long each event took.
     pub times: Vec<Duration>,
-    /// CPU time of the process, all in all.
+    /// Total CPU time of the process.
     pub cpu: Duration,
     /// Batch item failures.
     pub failures: usize,
 }
 
 impl Answers {
-    /// Opens the pipe and says that the contender is ready.
+    /// Opens the pipe and reports that the contender is ready.
     ///
     /// # Errors
-    /// When there is none.
+    /// When `BENCH_ANSWERS` is not set, or its pipe cannot be opened.
     pub fn open() -> Result<Self, Box<dyn Error>> {
         let mut pipe = OpenOptions::new().write(true).open(std::env::var("BENCH_ANSWERS")?)?;
         pipe.write_all(b"ready\n")?;
         Ok(Self(pipe))
     }
 
-    /// Tells the times of a file.
+    /// Reports the times of a file.
     ///
     /// # Errors
     /// When nobody reads them.
@@ -66,18 +66,18 @@ impl Answers {
     }
 }
 
-/// The paths of the files to work on, as they come.
+/// The paths of the event files, as they arrive on standard input.
 pub fn files() -> impl Iterator<Item = io::Result<String>> {
     io::stdin().lock().lines()
 }
 
-/// CPU time of this process so far, its own and the kernel's for it.
+/// CPU time of this process so far, user and system.
 pub fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Measures what `work` takes.
+/// Runs `work`, and appends how long it took to `times`.
 pub fn timed<T>(times: &mut Vec<Duration>, work: impl FnOnce() -> T) -> T {
     let started = Instant::now();
     let result = work();

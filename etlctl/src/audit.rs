@@ -1,4 +1,4 @@
-//! Who recovered what, and why: one row for each time, committed before anything is shown.
+//! Audit records: who recovered what, and why. Each is committed before anything is shown.
 
 use std::collections::BTreeSet;
 
@@ -10,15 +10,15 @@ use crate::{
     settings::Settings,
 };
 
-/// Most masks that a row lists.
+/// Above this number of masks, a record lists none of them.
 const MASKS_MAX: usize = 1000;
 
-/// What is recorded of a recovery.
+/// The record of a recovery.
 #[derive(Debug)]
 pub struct Record<'a> {
     /// `recover`, `reveal` or `export`.
     pub action: &'static str,
-    /// Why, as the person says.
+    /// Why, in the operator's words.
     pub reason: &'a str,
     /// Where the masks came from.
     pub source: &'a str,
@@ -26,13 +26,13 @@ pub struct Record<'a> {
     pub requested: usize,
     /// How many were shown.
     pub recovered: usize,
-    /// The masks that were recovered, and so are none of what else may have been given by mistake.
+    /// The masks that were recovered. Other input is left out, as it may be a plain value given by mistake.
     pub masks: &'a [&'a str],
 }
 
-/// A reason there must be.
+/// Fails if the reason is blank.
 pub fn check_reason(reason: &str) -> Result<(), Failure> {
-    if reason.trim().is_empty() { Err(Failure::Usage("--reason says nothing".to_owned())) } else { Ok(()) }
+    if reason.trim().is_empty() { Err(Failure::Usage("--reason is blank".to_owned())) } else { Ok(()) }
 }
 
 /// Writes the record, and returns once the server has it on disk.
@@ -41,11 +41,11 @@ pub async fn write(client: &mut Client, settings: &Settings, record: &Record<'_>
     let keys: BTreeSet<&str> = record.masks.iter().map(|masked| login_etl::keyring::key_id(masked)).collect();
     let keys: Vec<&str> = keys.into_iter().collect();
     let masks = (record.masks.len() <= MASKS_MAX).then_some(record.masks);
-    let number = |count: usize| i32::try_from(count).map_err(|_| failed("that many values cannot be recorded"));
+    let number = |count: usize| i32::try_from(count).map_err(|_| failed("too many values for one record"));
     let what = || sql("record this in etl_audit, so nothing is shown");
 
     let transaction = client.transaction().await.map_err(what())?;
-    // The server may be set to answer before it has written.
+    // The server may be configured to confirm a commit before it is on disk.
     transaction.batch_execute("set local synchronous_commit = on").await.map_err(what())?;
     let insert = format!(
         "insert into {}.etl_audit (operator, action, reason, source, requested, recovered, key_ids, masks) \
@@ -64,12 +64,12 @@ pub async fn write(client: &mut Client, settings: &Settings, record: &Record<'_>
     ];
     let written = transaction.execute_typed(&insert, &parameters).await.map_err(what())?;
     if written != 1 {
-        return Err(failed("etl_audit swallows what is written to it, by a rule or a trigger, so nothing is shown"));
+        return Err(failed("a rule or trigger of etl_audit dropped the record, so nothing is shown"));
     }
     transaction.commit().await.map_err(what())
 }
 
-/// Who runs this: the AWS identity, which AWS vouches for, and the user and host, which nobody does.
+/// Who runs this: the AWS identity, which AWS has verified, and the user and host, which nobody has.
 pub async fn operator(aws: &SdkConfig) -> String {
     let identity = aws_sdk_sts::Client::new(aws).get_caller_identity().send().await;
     let arn = identity.ok().and_then(|identity| identity.arn).unwrap_or_else(|| "unknown to AWS".to_owned());

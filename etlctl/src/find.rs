@@ -1,4 +1,4 @@
-//! From a value to its masks, and to the rows that have one of them.
+//! `mask` and `find`: a value's masks, and the rows that have one of them.
 
 use std::{borrow::Cow, collections::BTreeSet, io};
 
@@ -39,25 +39,26 @@ pub async fn mask(settings: &Settings, options: &cli::Mask) -> Result<Reply, Fai
     Ok(Reply::new(text, json.collect()))
 }
 
-/// A person, or whoever shares a value: the rows that have one of `values` in a column.
+/// A person, identified by a value. Their rows have one of `values` in `column`.
 pub struct Person<'a> {
     pub column: &'a Column,
     pub field: &'a Field,
-    /// As it was given, and in the field's one spelling.
+    /// The value as it was given, and normalized.
     pub spellings: Vec<Zeroizing<String>>,
-    /// What the column has: masks, or the spellings.
+    /// What to look for in the column: masks, or the spellings.
     pub values: Vec<String>,
 }
 
 impl<'a> Person<'a> {
-    /// The person with a value in a field: the mapping's subject, if none is named, or a masked one. `given` may be `-`.
+    /// The person with a value in `field`: a masked field, or the mapping's subject if none is named. With `-` as `given`, the
+    /// value is read from standard input.
     pub async fn new(settings: &'a Settings, field: Option<&str>, given: &str) -> Result<Self, Failure> {
         let (column, field) = settings.person_field(field)?;
         let given = value(given)?;
         if given.is_empty() {
             return Err(Failure::Usage("the value is empty".to_owned()));
         }
-        // PostgreSQL's log would quote it.
+        // PostgreSQL would quote such a value in its log.
         if field.masked.is_none() && !fits(column.column_type, &given) {
             let column_type = column.column_type.name();
             return Err(failed(format!("the value is not of type {column_type}, so no row has it")));
@@ -65,7 +66,7 @@ impl<'a> Person<'a> {
         let values = if field.masked.is_some() {
             let keyring = settings.keyring().await?;
             let masks = masks(&keyring, field, &given)?;
-            // Rows from before values were normalized have the mask of the spelling that was sent.
+            // Rows written before values were normalized have the mask of the value as it was sent.
             let as_given = keyring.mask_under_all(field.masked.unwrap_or(Mask::Recoverable), &field.path, &given);
             let as_given = as_given.iter().map(|(_, masked)| masked.as_str().to_owned());
             masks.into_iter().map(|(_, masked)| masked).chain(as_given).collect()
@@ -76,7 +77,7 @@ impl<'a> Person<'a> {
         Ok(Self { column, field, spellings: vec![given, spelling], values: values.into_iter().collect() })
     }
 
-    /// The condition that a row is theirs, of the column's type; `$1` is [`values`](Self::values).
+    /// The SQL condition for the person's rows; `$1` is [`values`](Self::values).
     pub fn condition(&self) -> String {
         format!("{} = any ($1::text[]::{}[])", quoted(&self.column.name), self.column.column_type.name())
     }
@@ -91,18 +92,18 @@ pub async fn find(settings: &Settings, options: &cli::Find) -> Result<Reply, Fai
     rows(settings, &Person::new(settings, Some(name), given).await?, options.since, options.limit).await
 }
 
-/// The latest rows of a person, and how many there are.
+/// The person's latest rows, and how many there are in all.
 pub async fn rows(settings: &Settings, person: &Person<'_>, since: Option<Date>, limit: u32) -> Result<Reply, Failure> {
     let mapping = &settings.mapping;
     let since = since.map(|day| day.to_string());
     let day = mapping.day().map(|day| quoted(&day.name));
     if day.is_none() && since.is_some() {
-        return Err(Failure::Usage("no column of the mapping has a row's day, which --since asks for".to_owned()));
+        return Err(Failure::Usage("--since needs a date column, and the mapping has none".to_owned()));
     }
     let since_day = day.as_ref().map_or("true".to_owned(), |day| format!("{day} >= $2::text::date"));
     let matching =
         format!("from {} where {} and ($2::text is null or {since_day})", mapping.table(), person.condition());
-    // Without such a column, nothing is counted or sorted by it.
+    // Without a date column, rows are not sorted, and there is no first and last day.
     let day = day.unwrap_or("null::date".to_owned());
     let subject = mapping.subject().map_or("null".to_owned(), |subject| quoted(&subject.name));
 
@@ -116,7 +117,7 @@ pub async fn rows(settings: &Settings, person: &Person<'_>, since: Option<Date>,
     let rows = connection.client.query_typed(&query, &parameters).await.map_err(sql("look for rows"))?;
     let rows = rows.iter().map(|row| serde_json::from_str(row.get(0)));
     let rows: Vec<Value> =
-        rows.collect::<Result<_, _>>().map_err(|_| failed("a row's jsonb is nested too deep to be shown"))?;
+        rows.collect::<Result<_, _>>().map_err(|_| failed("a row's jsonb is nested too deep to show"))?;
     let counted = format!("select count(*), count(distinct {subject}), min({day})::text, max({day})::text {matching}");
     let total = connection.client.query_typed(&counted, &parameters[..2]).await.map_err(sql("count rows"))?;
     let total = total.first().ok_or_else(|| failed("cannot count rows: no answer"))?;
@@ -143,7 +144,7 @@ pub async fn rows(settings: &Settings, person: &Person<'_>, since: Option<Date>,
     Ok(Reply::new(text, json))
 }
 
-/// Rows of one shape, as a table.
+/// Rows with the same columns, as a table.
 fn row_table(rows: &[Value]) -> String {
     let fields = rows.first().and_then(Value::as_object);
     let names: Vec<&str> = fields.into_iter().flat_map(|fields| fields.keys()).map(String::as_str).collect();
@@ -158,13 +159,13 @@ fn cell(value: &Value) -> String {
     }
 }
 
-/// The masks of a value, each under a key of the ring.
+/// The key id and mask of a value, for each key of the keyring.
 fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, String)>, Failure> {
     let value = normalized(field, given)?;
     let way = field.masked.unwrap_or(Mask::Recoverable);
     let masks = keyring.mask_under_all(way, &field.path, &value);
     if masks.is_empty() && way == Mask::OneWay {
-        return Err(failed("the keyring has no hmac-sha256 key, so no row has a one-way mask of its making"));
+        return Err(failed("the keyring has no hmac-sha256 key, so no row has a one-way mask of it"));
     }
     if masks.is_empty() {
         return Err(failed("the value is too long to be masked, so no row has it"));
@@ -172,7 +173,7 @@ fn masks(keyring: &Keyring, field: &Field, given: &str) -> Result<Vec<(String, S
     Ok(masks.into_iter().map(|(id, masked)| (id.to_owned(), masked.as_str().to_owned())).collect())
 }
 
-/// Whether a text is a value of a type, as far as PostgreSQL would refuse it.
+/// Whether PostgreSQL would accept a text as a value of a type.
 fn fits(column_type: ColumnType, text: &str) -> bool {
     match column_type {
         ColumnType::Integer => text.parse::<i32>().is_ok(),
@@ -204,7 +205,7 @@ fn value(given: &str) -> Result<Zeroizing<String>, Failure> {
     Ok(Zeroizing::new(line.trim_end_matches(['\n', '\r']).to_owned()))
 }
 
-/// How a key is called where its id would not show.
+/// A key's id for display: the unnamed key's is empty.
 pub fn key_name(id: &str) -> &str {
     if id.is_empty() { "(unnamed)" } else { id }
 }

@@ -1,4 +1,4 @@
-//! What the function's log says of the last while.
+//! Results of batches and reasons of failures, from the function's log.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -13,18 +13,17 @@ use crate::{
     settings::Settings,
 };
 
-/// Most requests for one kind of line: each searches a part of the log, the latest first, and may find nothing in it.
+/// Maximum number of requests per phrase. Each searches a part of the log, latest first, and may find nothing in it.
 const REQUESTS: usize = 20;
 
-/// The function's lines with `phrase` in them, of the time since then. `whole` is false if there was more to search than
-/// this tool does.
+/// Lines of the function's log. `whole` is false if [`REQUESTS`] were not enough to search all of it.
 #[derive(Debug)]
 struct Lines {
     lines: Vec<Value>,
     whole: bool,
 }
 
-/// What the batches of some time came to.
+/// The results of the batches of a period.
 #[derive(Debug, Default)]
 pub struct Batches {
     pub loaded: u64,
@@ -32,17 +31,17 @@ pub struct Batches {
     pub inserted: u64,
     pub deduplicated: u64,
     pub failed: u64,
-    /// How many messages failed for which reason.
+    /// How many messages failed, by reason.
     pub reasons: BTreeMap<String, u64>,
     /// How many batches failed as a whole, by error type.
     pub batches_failed: BTreeMap<String, u64>,
-    /// Why environments did not start, each once.
+    /// The different reasons why environments did not start.
     pub not_started: BTreeSet<String>,
-    /// Whether all of the log was searched.
+    /// Whether all of the period's log was searched.
     pub whole: bool,
 }
 
-/// Counts the batches since then.
+/// The results of the batches of the last `since`.
 pub async fn batches(settings: &Settings, since: Duration) -> Result<Batches, Failure> {
     let loaded = lines(settings, "batch loaded", since).await?;
     let broken = lines(settings, "batch failed", since).await?;
@@ -69,12 +68,12 @@ pub async fn batches(settings: &Settings, since: Duration) -> Result<Batches, Fa
     })
 }
 
-/// Why messages last failed, by message id; and whether all of the log was searched.
+/// The reason of each message's last failure, by message id; and whether all of the log was searched.
 pub async fn reasons(settings: &Settings, since: Duration) -> Result<(HashMap<String, String>, bool), Failure> {
     let Lines { mut lines, whole } = lines(settings, "message failed", since).await?;
     lines.sort_by(|one, other| one["timestamp"].as_str().cmp(&other["timestamp"].as_str()));
     let text = |line: &Value, name: &str| line[name].as_str().map(ToOwned::to_owned);
-    // What is collected last stays.
+    // Of several lines with one id, the last stays.
     let reasons = lines.iter().filter_map(|line| Some((text(line, "message_id")?, text(line, "reason")?)));
     Ok((reasons.collect(), whole))
 }

@@ -1,20 +1,19 @@
-//! `etlctl`: what the owners of a login-etl pipeline do to it by hand.
+//! `etlctl`: operates a login-etl pipeline from the command line.
 //!
 //! ```text
-//! cli       what can be asked for, and its help
+//! cli       commands, options and help texts
 //! settings  flags, stack, environment → clients and connections
 //! output    a command's reply, as text or JSON; tables, questions, progress
 //!
 //! init      a mapping and settings from samples
-//! migrate   schema and table into the database find     values to masks, and the rows that have them
-//! doctor    is all of it set up right?         recover  masks to values, behind the audit
-//! status    one screen of what goes on         keys     the keyring's keys, and rows from one to the next
+//! migrate   the database's schema and table    find     values to masks, and the rows that have them
+//! doctor    checks of the whole setup          recover  masks to values, on record
+//! status    the pipeline on one screen         keys     the keyring's keys, and re-masking of rows
 //! mapping   which fields become which columns  dlq      the dead letters
 //! subject   a person's rows: found, exported, erased
 //! ```
 //!
-//! A command returns its [`Reply`] and prints nothing itself, so whatever it has to write down first,
-//! an audit above all, is written before anybody sees anything.
+//! A command returns its [`Reply`] and prints nothing itself, so that its audit record is committed before anything is shown.
 
 mod audit;
 mod cli;
@@ -47,7 +46,7 @@ fn main() -> ExitCode {
         return printed.map_or_else(|failure| failure.report(), |()| ExitCode::SUCCESS);
     }
     let json = cli.global.json;
-    // Before there are threads, as it sets environment variables.
+    // It sets environment variables, so it runs before there are threads.
     let result = settings::load_env_file(cli.global.env_file.as_deref()).and_then(|()| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(run(cli))

@@ -1,4 +1,4 @@
-//! The schema: what of it the database has, and the rest of it applied.
+//! `migrate`: applies what the database lacks of the schema.
 
 use std::borrow::Cow;
 
@@ -13,20 +13,20 @@ use crate::{
     settings::Settings,
 };
 
-/// What every mapping needs of `schema/`, in order. The mapping's table comes after.
+/// The files of `schema/` that every mapping needs, in order. The mapping's table is applied after them.
 const FILES: [(&str, &str); 4] = [
     ("001_ledger", include_str!("../../schema/001_ledger.sql")),
     ("002_roles", include_str!("../../schema/002_roles.sql")),
     ("003_audit", include_str!("../../schema/003_audit.sql")),
     ("004_privacy", include_str!("../../schema/004_privacy.sql")),
 ];
-/// What may be recorded besides: by versions from before there were mappings. The files above begin with what those left.
+/// Files of versions before mappings, which may be recorded, too. The files above upgrade the schema that those left.
 const BEFORE_THE_MAPPING: [&str; 6] =
     ["001_user_logins", "002_ledger", "003_duplicates", "004_role", "005_audit", "006_open_transactions"];
-/// How the record of a mapping's table begins.
+/// The prefix of the record of a mapping's table.
 pub const TABLE: &str = "table ";
 
-/// Held while migrating. The number is this tool's, made up.
+/// The advisory lock that is held while migrating: "loginetl" in ASCII.
 const LOCK: i64 = 0x6c6f_6769_6e65_746c;
 
 const RECORDS: &str = "
@@ -46,12 +46,12 @@ struct Migration {
 enum State {
     Applied,
     Pending,
-    /// The file is not what was applied under its name.
+    /// A file of this name with another content was applied.
     Changed,
 }
 
 impl Migration {
-    /// The table of a mapping may change, and its SQL can be run again.
+    /// Whether it is a mapping's table, whose SQL may change and can be run again.
     fn is_table(&self) -> bool {
         self.name.starts_with(TABLE)
     }
@@ -100,16 +100,16 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
         _ => format!("{GOOD}Applied:{GOOD:#} {}\n", applied.join(", ")),
     };
     if applied.iter().any(|name| name == FILES[1].0) {
-        text += "If they are new: login_etl, the function's user, has no password yet (`\\password login_etl` in psql); and give\n\
-                 those who operate the pipeline their rights (`grant login_etl_operator to NAME`).\n";
+        text += "If the roles are new, give login_etl, the function's user, a password (`\\password login_etl` in psql), and\n\
+                 give operators their rights (`grant login_etl_operator to NAME`).\n";
     }
     if options.iam {
-        text += "login_etl signs in with IAM's tokens: deploy with DatabaseAuth=iam.\n";
+        text += "login_etl signs in with IAM tokens: deploy with DatabaseAuth=iam.\n";
     }
     Ok(Reply::new(text, json!({ "applied": applied })))
 }
 
-/// From then on RDS takes no password of the function's user: so nobody gets it who did not ask.
+/// Lets login_etl sign in with tokens. RDS then refuses its password, so this is done only on request.
 async fn grant_iam(client: &Client) -> Result<(), Failure> {
     let has_role = client.query_one("select to_regrole('rds_iam') is not null", &[]).await;
     if !has_role.map_err(sql("look for the role rds_iam"))?.get::<_, bool>(0) {
@@ -120,7 +120,7 @@ async fn grant_iam(client: &Client) -> Result<(), Failure> {
     client.batch_execute("grant rds_iam to login_etl").await.map_err(sql("grant rds_iam"))
 }
 
-/// Tables of the same pipeline in two schemas would be worse than none: the function would find the ones or the others.
+/// Refuses to make tables if another schema already has them, unless the schema is named: the function might use the others.
 async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failure> {
     let query = "select to_regnamespace($1) is not null, (
         select string_agg(relnamespace::regnamespace::text, ', ') from pg_class
@@ -133,7 +133,7 @@ async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failur
     }
     match others.filter(|_| settings.get("DATABASE_SCHEMA").is_none()) {
         Some(others) => Err(failed(format!(
-            "the tables are in the schema {others}: name it with --database-schema, or say --database-schema {schema} to have others there"
+            "the tables are in the schema {others}: name it with --database-schema, or make new ones with --database-schema {schema}"
         ))),
         None => Ok(()),
     }
@@ -180,12 +180,12 @@ async fn check(settings: &Settings, client: &Client) -> Result<Reply, Failure> {
 
 fn changed_text(name: &str) -> String {
     format!(
-        "{name} was applied with another content than this etlctl has: use the etlctl of the version that is deployed, or \
-         put the difference into a new file"
+        "{name} was applied with another content than this etlctl has: use the etlctl of the deployed version, or put the \
+         difference into a new file"
     )
 }
 
-/// The migrations that are not in the database as this tool has them.
+/// The names of the migrations that are missing in the database, or differ there.
 pub async fn outstanding(settings: &Settings, client: &impl GenericClient) -> Result<Vec<String>, Failure> {
     let migrations = migrations(settings, client).await?.into_iter();
     let outstanding = migrations.filter(|migration| !matches!(migration.state, State::Applied));
@@ -207,7 +207,7 @@ async fn migrations(settings: &Settings, client: &impl GenericClient) -> Result<
     });
     if let Some(name) = unknown.next() {
         return Err(failed(format!(
-            "the database is ahead of this etlctl, which does not know {name}: use a newer one"
+            "the database is newer than this etlctl, which does not know {name}: use a newer etlctl"
         )));
     }
     let files = FILES.map(|(name, text)| (Cow::from(name), Cow::from(text)));
@@ -228,7 +228,7 @@ async fn migrations(settings: &Settings, client: &impl GenericClient) -> Result<
     Ok(migrations.collect())
 }
 
-/// How the SQL of a mapping's table is recorded.
+/// The name under which a mapping's table is recorded.
 pub fn table_record(mapping: &Mapping) -> String {
     format!("{TABLE}{}", mapping.table().plain())
 }
@@ -237,7 +237,7 @@ fn checksum(text: &str) -> String {
     hex::encode(Sha256::digest(text))
 }
 
-/// Where the table's columns would not take what the function writes, each with what to do. `None` if there is no table.
+/// Why the table does not accept what the function writes, with what to do about each column. `None` if there is no table.
 pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<Option<Vec<String>>, Failure> {
     let query = "select attname::text, format_type(atttypid, atttypmod), attnotnull, attnotnull and not atthasdef and attidentity = '' \
                  from pg_attribute where attrelid = to_regclass($1) and attnum > 0 and not attisdropped";
@@ -254,17 +254,18 @@ pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<O
         match found(name).map(|column| column.get::<_, &str>(1)) {
             None => misfits.push(format!("it has no column {name} {wanted}: add it")),
             Some(found) if fits(found, &wanted) => {}
-            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}. The view of its duplicates is in the way: drop that first, and run `etlctl mapping ddl` into psql after")),
+            Some(found) => misfits.push(format!("its column {name} is {found}: make it {wanted}. First drop the view of its duplicates; afterwards `etlctl mapping ddl | psql` makes it again")),
         }
     }
     for column in &columns {
         let (name, not_null, needs_value): (&str, bool, bool) = (column.get(0), column.get(2), column.get(3));
         match mapping.columns().iter().find(|column| column.name == name) {
             Some(column) if column.optional && not_null => {
-                misfits.push(format!("its column {name} takes no null, which the function writes: drop that"));
+                misfits
+                    .push(format!("its column {name} is not null, but the function writes nulls: drop the constraint"));
             }
             None if needs_value => {
-                misfits.push(format!("its column {name} takes no null, and is not written: give it a default"));
+                misfits.push(format!("its column {name} is not null, and is not written: give it a default"));
             }
             _ => {}
         }
@@ -272,7 +273,7 @@ pub async fn misfits(mapping: &Mapping, client: &impl GenericClient) -> Result<O
     Ok(Some(misfits))
 }
 
-/// The type that a column should have, as SQL has it.
+/// The SQL type that a column should have.
 pub fn sql_type(column: &Column) -> String {
     match (column.column_type, column.max_length) {
         (ColumnType::Text, Some(max_length)) => format!("varchar({max_length})"),
@@ -281,7 +282,7 @@ pub fn sql_type(column: &Column) -> String {
     }
 }
 
-/// Whether a column of type `found`, as `format_type` says it, takes whatever one of type `wanted` would.
+/// Whether a column of type `found`, in `format_type`'s words, accepts every value of type `wanted`.
 fn fits(found: &str, wanted: &str) -> bool {
     let width = |kind: &str| kind.split_once('(').and_then(|(_, rest)| rest.trim_end_matches(')').parse::<u32>().ok());
     if !wanted.starts_with("varchar") {
@@ -311,7 +312,21 @@ mod tests {
         assert_eq!(files, names.map(|name| format!("{name}.sql")).collect::<Vec<_>>());
     }
 
-    /// `etlctl mapping ddl > schema/user_logins.sql` brings the file there.
+    /// Databases record a file's checksum when they apply it. A change belongs into a new file.
+    #[test]
+    fn released_files_are_unchanged() {
+        let released = [
+            ("001_ledger", "fff27d604e34e70044080d2b4630c8d1d40c11e35538cfef9053af0ce7e78b5a"),
+            ("002_roles", "636485a3e503de1943bef970a97cd5ff342a81d0a0685272b1bf8dfcd1ffcb78"),
+            ("003_audit", "59a5c4122b49e876bb727367b216dca29fa2e6dc2c72c9a44c52f9765a13a9d5"),
+        ];
+        assert_eq!(
+            FILES.map(|(name, text)| (name, checksum(text)))[..3],
+            released.map(|(name, sum)| (name, sum.to_owned()))
+        );
+    }
+
+    /// If it fails: `etlctl mapping ddl > schema/user_logins.sql`.
     #[test]
     fn the_schema_has_the_table_of_the_mapping_that_ships() {
         assert_eq!(include_str!("../../schema/user_logins.sql"), mapping::ddl(&Mapping::built_in().unwrap()));

@@ -1,4 +1,4 @@
-//! What a command says: its reply as text or JSON, tables, questions, progress; and why it could not.
+//! Output of commands: replies as text or JSON, tables, questions, progress and errors.
 
 use std::{
     fmt::Display,
@@ -15,7 +15,7 @@ use login_etl::{secrets::SecretError, store::StoreError};
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-/// What stands out: headings of tables and screens.
+/// Headings of tables and screens.
 pub const BOLD: Style = Style::new().bold();
 /// All is well.
 pub const GOOD: Style = AnsiColor::Green.on_default();
@@ -23,15 +23,15 @@ pub const GOOD: Style = AnsiColor::Green.on_default();
 pub const WARNING: Style = AnsiColor::Yellow.on_default();
 /// Somebody has to act.
 pub const BAD: Style = AnsiColor::Red.on_default().bold();
-/// What can be skipped in reading.
+/// Remarks that need not be read.
 pub const FAINT: Style = Style::new().dimmed();
 
-/// What a command found, in both forms. Colours go in regardless; they come off where it is no terminal that is written to.
+/// A command's result, as text and as JSON. The text has colours, which are removed unless it is written to a terminal.
 #[derive(Debug, Default)]
 pub struct Reply {
     /// For people.
     pub text: String,
-    /// Data, instead of the text: printed as it is.
+    /// Data to print unchanged, instead of the text.
     pub data: Option<Zeroizing<String>>,
     /// For programs.
     pub json: Value,
@@ -40,7 +40,7 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A reply that says yes.
+    /// A reply whose answer is yes.
     pub fn new(text: String, json: Value) -> Self {
         Self { text, json, ..Self::default() }
     }
@@ -61,13 +61,13 @@ fn print(mut to: impl Write, text: &str) -> Result<(), Failure> {
     Ok(to.flush()?)
 }
 
-/// A document as text, in which a terminal finds nothing to obey: JSON's own rules let some such characters through.
+/// A JSON document as text that cannot steer a terminal: JSON itself leaves some harmful characters unescaped.
 pub fn json_text(json: &Value) -> Zeroizing<String> {
     let text = Zeroizing::new(format!("{json:#}\n"));
     let mut shown = Zeroizing::new(String::with_capacity(text.len()));
     for character in text.chars() {
         if character != '\n' && is_harmful(character) {
-            // All of them are below U+10000, and only within strings.
+            // They are all below U+10000, and occur only within strings.
             shown.push_str(&format!("\\u{:04x}", u32::from(character)));
         } else {
             shown.push(character);
@@ -76,14 +76,14 @@ pub fn json_text(json: &Value) -> Zeroizing<String> {
     shown
 }
 
-/// Why a command did not do what it was asked to.
+/// Why a command failed.
 #[derive(Debug)]
 pub enum Failure {
-    /// It was asked in a wrong way. Exit status 2.
+    /// Wrong usage. Exit status 2.
     Usage(String),
-    /// A setting, AWS or the database kept it from it. Exit status 3.
+    /// A setting, AWS or the database prevented it. Exit status 3.
     Failed(String),
-    /// Nobody reads on.
+    /// The reader closed the pipe. Exit status 0.
     BrokenPipe,
 }
 
@@ -93,7 +93,7 @@ pub fn failed(text: impl Into<String>) -> Failure {
 }
 
 impl Failure {
-    /// What it says; nothing, if nobody reads on.
+    /// The error text; empty for a broken pipe.
     pub fn why(&self) -> &str {
         match self {
             Self::Usage(text) | Self::Failed(text) => text,
@@ -101,7 +101,7 @@ impl Failure {
         }
     }
 
-    /// Says it on standard error, and gives its exit status.
+    /// Prints the error to standard error, and returns the exit status.
     pub fn report(&self) -> ExitCode {
         let (text, status) = match self {
             Self::Usage(text) => (text, 2),
@@ -109,7 +109,7 @@ impl Failure {
             Self::BrokenPipe => return ExitCode::SUCCESS,
         };
         let mut stderr = anstream::stderr().lock();
-        // There is nobody left to tell if this fails.
+        // If this fails, there is no way left to report it.
         drop(writeln!(stderr, "{BAD}error:{BAD:#} {}", printable_lines(text)));
         ExitCode::from(status)
     }
@@ -125,7 +125,7 @@ impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let hint = match error {
             StoreError::CaFile { .. } => {
-                "; the function's path is its own: name your copy of the file with --database-ca"
+                "; that is the function's path: name your own copy of the file with --database-ca"
             }
             StoreError::NoHost => "; or name it with --database-host",
             _ => "",
@@ -136,7 +136,7 @@ impl From<StoreError> for Failure {
 
 impl From<SecretError> for Failure {
     fn from(error: SecretError) -> Self {
-        // Its own hints are for the function's role and network.
+        // The error's own hints are about the function's role and network.
         let SecretError::Read { id, code } = error else { return Self::Failed(error.to_string()) };
         let hint = match code.as_str() {
             "AccessDeniedException" => {
@@ -144,7 +144,7 @@ impl From<SecretError> for Failure {
             }
             "ResourceNotFoundException" => "no secret of that name in this account and region, or it has no value yet",
             "TimeoutError" | "DispatchFailure" => NO_ANSWER,
-            _ => "see what AWS says of that",
+            _ => "look this error up at AWS",
         };
         Self::Failed(format!("cannot read the secret {id:?} ({code}): {hint}"))
     }
@@ -163,36 +163,36 @@ where
             (Some(code), None) => code.to_owned(),
             _ => match &error {
                 SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => NO_ANSWER.to_owned(),
-                _ => "AWS gave an answer that cannot be read".to_owned(),
+                _ => "AWS sent an unreadable answer".to_owned(),
             },
         };
         failed(format!("cannot {what} ({why})"))
     }
 }
 
-/// Turns an error of the database into a failure to do `what`. The server's details, which quote rows, stay out.
+/// Turns a database error into a failure to do `what`, without the server's details, which quote rows.
 pub fn sql(what: impl Display) -> impl FnOnce(tokio_postgres::Error) -> Failure {
     move |error| failed(format!("cannot {what}: {}", sql_reason(&error)))
 }
 
-/// What the server said, and what to do about it where that is known.
+/// The server's message, with advice if there is any.
 pub fn sql_reason(error: &tokio_postgres::Error) -> String {
     let Some(answer) = error.as_db_error() else { return error.to_string() };
     let code = answer.code().code();
-    // Of what is wrong with a value (classes 22 and 23), the message quotes the value.
+    // The messages of classes 22 and 23 quote the value.
     if code.starts_with("22") || code.starts_with("23") {
-        return format!("a value does not do (SQLSTATE {code})");
+        return format!("invalid value (SQLSTATE {code})");
     }
     let hint = match code {
-        "42P01" => "; is the schema applied? `etlctl migrate` does it",
-        "42501" => "; your database user needs the role login_etl_operator, and `etlctl migrate` the tables' owner",
-        "42883" => "; is the schema up to date? `etlctl migrate` brings it there",
+        "42P01" => "; if the schema is not applied, run `etlctl migrate`",
+        "42501" => "; your database user needs the role login_etl_operator; `etlctl migrate` needs the tables' owner",
+        "42883" => "; if the schema is out of date, run `etlctl migrate`",
         _ => "",
     };
     format!("{} (SQLSTATE {}){hint}", answer.message(), code)
 }
 
-/// Characters that would move the cursor, change colours or reorder text are shown as escapes.
+/// Escapes characters that would move the cursor, change colours or reorder text.
 pub fn printable(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut shown, character| {
         if is_harmful(character) {
@@ -204,7 +204,7 @@ pub fn printable(text: &str) -> String {
     })
 }
 
-/// Control characters, and those that set the direction of text.
+/// Whether it is a control character, or one that sets the direction of text.
 fn is_harmful(character: char) -> bool {
     let directs =
         matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
@@ -215,7 +215,7 @@ fn printable_lines(text: &str) -> String {
     text.lines().map(printable).collect::<Vec<_>>().join("\n")
 }
 
-/// Rows under headings, which may be empty; whatever a sender put into a cell is made harmless.
+/// A table of rows under headings, which may be empty. Cells are escaped, as they may hold what a sender chose.
 pub fn table<C: AsRef<str>>(headings: &[&str], rows: impl IntoIterator<Item = Vec<C>>) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
@@ -239,13 +239,13 @@ pub fn table<C: AsRef<str>>(headings: &[&str], rows: impl IntoIterator<Item = Ve
     shown
 }
 
-/// Asks before something that cannot be taken back. Without a terminal there is nobody to ask, and `yes` must be given.
+/// Asks before something irreversible. Without a terminal, it cannot ask, and fails unless `yes` is set.
 pub fn confirm(question: &str, yes: bool) -> Result<(), Failure> {
     if yes {
         return Ok(());
     }
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
-        return Err(Failure::Usage(format!("{question} Nobody can be asked here: confirm with --yes")));
+        return Err(Failure::Usage(format!("{question} There is no terminal to ask on: confirm with --yes")));
     }
     write!(anstream::stderr(), "{WARNING}{question}{WARNING:#} [y/N] ")?;
     let mut answer = String::new();
@@ -257,7 +257,7 @@ pub fn confirm(question: &str, yes: bool) -> Result<(), Failure> {
     }
 }
 
-/// Progress on standard error, where that is a terminal.
+/// A progress bar on standard error, if that is a terminal.
 pub fn progress(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
     bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -265,7 +265,7 @@ pub fn progress(length: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// That something goes on, for as long as what is returned lives.
+/// Shows that something is going on, until the returned value is dropped.
 pub fn spinner(what: impl Into<String>) -> Spinner {
     let bar = ProgressBar::new_spinner();
     bar.set_message(what.into());
@@ -299,12 +299,12 @@ pub fn duration(duration: Duration) -> String {
     if shown.is_empty() { "0 s".to_owned() } else { shown }
 }
 
-/// A time for programs: always as long, so that it sorts as text.
+/// A time for programs, of fixed length, so that it sorts as text.
 pub fn time(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%S.%3fZ").to_string()
 }
 
-/// Bytes in the unit that suits them.
+/// A number of bytes, in the largest unit that leaves it at least 1.
 pub fn bytes(count: i64) -> String {
     let (mut amount, mut unit) = (count as f64, "B");
     for larger in ["kB", "MB", "GB", "TB"] {

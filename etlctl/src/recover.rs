@@ -1,4 +1,4 @@
-//! From masks back to values: audited first, shown then.
+//! `recover`: from masks back to values. The audit record is committed before a value is shown.
 
 use std::{
     fs::{File, OpenOptions},
@@ -23,9 +23,9 @@ use crate::{
     settings::Settings,
 };
 
-/// What is to be recovered.
+/// The masks to recover.
 enum Source<'a> {
-    /// Masks of one field, one an output line.
+    /// Masks of one field. Each becomes one line of output.
     Masks(&'a Field, Vec<String>),
     /// Rows under headings; some columns hold masks.
     Table { headings: csv::StringRecord, rows: Vec<csv::StringRecord>, masked: Vec<(usize, &'a Field)> },
@@ -43,11 +43,11 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     if !one_by_hand {
         confirm(&format!("Recover {} ({origin})?", count(masks.len() as i128, "value")), options.yes)?;
     }
-    // Whatever could go wrong with it should do so before somebody's reason is on record.
+    // Created before the record is written, so that a failure here leaves no record.
     let mut output = options.output.as_deref().map(create).transpose()?;
 
     let keyring = settings.keyring().await;
-    // An attempt without a keyring is an attempt, and goes on record as one that recovered nothing.
+    // Without a keyring, the attempt is recorded as one that recovered nothing.
     let recover = |(field, masked): &(&Field, &str)| keyring.as_ref().ok()?.recover(&field.path, masked).ok();
     let values: Vec<Option<Zeroizing<String>>> = masks.iter().map(recover).collect();
     let recovered: Vec<&str> =
@@ -64,7 +64,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     let written = audit::write(&mut connection.client, settings, &record).await;
     let ready = written.and(keyring.map(drop));
     if let (Err(_), Some(path)) = (&ready, &options.output) {
-        // Empty, and ours.
+        // This run created the file, and it is still empty.
         drop(std::fs::remove_file(path));
     }
     ready?;
@@ -81,7 +81,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
             reply.json = json!({"recovered": recovered.len(), "lost": lost, "output": path});
         }
         None => {
-            // The values are whatever the senders of the messages chose.
+            // The senders of the messages chose the values.
             let to_terminal = io::stdout().is_terminal();
             let made_harmless = || Zeroizing::new(text.lines().map(|line| printable(line) + "\n").collect());
             reply.data = Some(if to_terminal { made_harmless() } else { text });
@@ -95,7 +95,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     Ok(reply)
 }
 
-/// The source, and what to call it in the audit.
+/// The source, and its name in the audit.
 async fn read<'a>(settings: &'a Settings, options: &Recover, client: &Client) -> Result<(Source<'a>, String), Failure> {
     let mapping = &settings.mapping;
     let field = options.field.as_deref().map(|name| settings.masked_field(name)).transpose()?.map(|(_, field)| field);
@@ -134,11 +134,11 @@ fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
     Ok(text)
 }
 
-/// The rows of one statement, as CSV. It is one part of a statement of ours and runs in a read-only transaction, so it
-/// cannot change anything.
+/// The rows of one query, as CSV. The query cannot change anything: it runs within a `copy` statement, in a read-only
+/// transaction.
 async fn run_query(client: &Client, query: &str) -> Result<Vec<u8>, Failure> {
     let _spinner = spinner("Running the query");
-    // It names tables as everybody's session does.
+    // The query finds tables as in the user's own sessions.
     client
         .batch_execute("begin read only; set local search_path to default")
         .await
@@ -162,8 +162,8 @@ impl<'m> Source<'m> {
     ) -> Result<Self, Failure> {
         let not_csv = |error: csv::Error| match error.position() {
             // The error itself may quote the line.
-            Some(position) => failed(format!("line {} is not CSV like those before it", position.line())),
-            None => failed("this is not CSV"),
+            Some(position) => failed(format!("line {} is not CSV, or its number of fields differs", position.line())),
+            None => failed("the input is not CSV"),
         };
         let mut reader = csv::Reader::from_reader(text);
         let headings = reader.headers().map_err(not_csv)?.clone();
@@ -187,7 +187,7 @@ impl<'m> Source<'m> {
         Ok(Self::Table { headings, rows, masked })
     }
 
-    /// All masks, in order. An empty cell is a null, and stays one.
+    /// All masks, in order. Empty cells are nulls, and are left out.
     fn masks(&self) -> Vec<(&'m Field, &str)> {
         match self {
             Self::Masks(field, masks) => masks.iter().map(|masked| (*field, masked.as_str())).collect(),
@@ -199,14 +199,14 @@ impl<'m> Source<'m> {
         }
     }
 
-    /// The headings and rows with each recovered value behind its mask's row.
+    /// The headings and rows, with the recovered values in further columns.
     fn extended<'a>(
         headings: &'a csv::StringRecord,
         rows: &'a [csv::StringRecord],
         masked: &'a [(usize, &'m Field)],
         values: &'a [Option<Zeroizing<String>>],
     ) -> (Vec<String>, impl Iterator<Item = Vec<&'a str>>) {
-        // One of that name may be there already.
+        // A column of that name may be there already.
         let name = |field: &Field| match headings.iter().any(|heading| heading == &*field.path) {
             false => field.path.to_string(),
             true => format!("recovered_{}", field.path),
@@ -223,7 +223,7 @@ impl<'m> Source<'m> {
         (headings, rows)
     }
 
-    /// A value a line, line breaks in it as escapes; or CSV with the values in columns of their own, called as the fields are.
+    /// One value per line, with line breaks escaped; for a table, CSV with the values in columns named after the fields.
     fn text(&self, values: &[Option<Zeroizing<String>>]) -> Result<Zeroizing<String>, Failure> {
         let Self::Table { headings, rows, masked } = self else {
             let values = values.iter().map(|value| value.as_ref().map_or("", |value| value.as_str()));
@@ -263,7 +263,7 @@ fn one_line(value: &str) -> String {
     value.replace('\n', r"\u{a}").replace('\r', r"\u{d}")
 }
 
-/// A file that was not there, for its owner alone.
+/// Creates a file that only its owner can read. Fails if the path exists.
 pub fn create(path: &Path) -> Result<File, Failure> {
     let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     created.map_err(|error| failed(format!("cannot create {}: {error}", path.display())))

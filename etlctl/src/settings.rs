@@ -1,4 +1,4 @@
-//! Where the pipeline is: from flags, a stack, the environment and `.env`; and the clients and connections that lead there.
+//! Settings from flags, a stack, the environment and `.env`; and the clients and connections made from them.
 
 use std::{
     collections::HashMap,
@@ -26,30 +26,30 @@ use crate::{
 #[derive(Debug)]
 pub struct Settings {
     global: Global,
-    /// By variable name: the stack's outputs and its function's variables.
+    /// The stack's outputs and its function's variables, by variable name.
     stack: HashMap<String, String>,
-    /// The AWS SDK's.
+    /// The AWS SDK's configuration.
     pub aws: SdkConfig,
-    /// The pipeline's, as the function has it.
+    /// The mapping, as the function has it.
     pub declared: Mapping,
-    /// The same, its table with the schema that it is in.
+    /// The same mapping, with the schema of its table.
     pub mapping: Mapping,
-    /// The schema of the ledger, the audit and the records of migrations, quoted.
+    /// The quoted name of the schema that has the ledger, the audit and the records of migrations.
     pub schema: String,
 }
 
-/// Not a flag: everybody on the machine can read those.
+/// Not a flag, as everybody on the machine can read a process's flags.
 const PASSWORD: &str = "DATABASE_PASSWORD";
 
-/// How the function signs in, as a stack says it. Of the same names in the environment are one's own.
+/// Variables that the function and the operator both have, and the names under which the function's are kept here.
 const OF_FUNCTION: [(&str, &str); 2] =
     [("DATABASE_AUTH", "FUNCTION_DATABASE_AUTH"), ("DATABASE_USER", "FUNCTION_DATABASE_USER")];
 
-/// This tool names every table's schema, and calls PostgreSQL's own functions alone: what somebody made in a schema that is
-/// looked into first is not taken for it.
+/// Statements name each table's schema and call only PostgreSQL's own functions. With this path, objects of the same name in
+/// other schemas are never used instead.
 const SEARCH_PATH: &str = "set search_path = pg_catalog, pg_temp";
 
-/// Sets the variables of the file, or of `.env` here if there is one, that are not set yet.
+/// Sets the variables of the file that are not set yet. Without a file, reads `.env` in this directory, if it exists.
 pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
     let result = match file {
         Some(file) => dotenvy::from_path(file),
@@ -64,7 +64,7 @@ pub fn load_env_file(file: Option<&Path>) -> Result<(), Failure> {
     }
 }
 
-/// The file of the mapping, if one is named.
+/// The file of the mapping, if a flag or variable names one.
 pub fn mapping_file(global: &Global) -> Option<PathBuf> {
     let variable = || std::env::var_os("MAPPING_FILE").filter(|file| !file.is_empty()).map(PathBuf::from);
     global.settings.get("MAPPING_FILE").map(PathBuf::from).or_else(variable)
@@ -75,7 +75,7 @@ fn shown(file: Option<&Path>) -> String {
 }
 
 impl Settings {
-    /// Asks CloudFormation and Lambda, if a stack is named.
+    /// Reads the settings; if a stack is named, from CloudFormation and Lambda.
     pub async fn new(global: Global) -> Result<Self, Failure> {
         let aws = config::sdk_config(roots::of_system()).await;
         let declared = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
@@ -109,7 +109,7 @@ impl Settings {
             ("MaskingSecretArn", "MASKING_SECRET_ID"),
         ] {
             let value = outputs.get(output).ok_or_else(|| {
-                failed(format!("the stack {name:?} has no output {output}: is it one of login-etl's template?"))
+                failed(format!("the stack {name:?} has no output {output}: name one of login-etl's template"))
             })?;
             values.insert(variable.to_owned(), (*value).to_owned());
         }
@@ -121,7 +121,7 @@ impl Settings {
         Ok(values)
     }
 
-    /// What Lambda knows of a function.
+    /// A function's configuration in Lambda.
     pub async fn function_configuration(&self, name: &str) -> Result<GetFunctionConfigurationOutput, Failure> {
         let client = aws_sdk_lambda::Client::new(&self.aws);
         let configuration = client.get_function_configuration().function_name(name).send().await;
@@ -133,24 +133,25 @@ impl Settings {
         Ok(configuration.environment.and_then(|environment| environment.variables).unwrap_or_default())
     }
 
-    /// A setting by its variable's name: its flag, else the stack's, or the environment's if no stack is named.
+    /// A setting by its variable's name: from its flag, else the stack, else the environment. If a stack is named, the
+    /// environment counts for personal settings only.
     pub fn get(&self, variable: &str) -> Option<String> {
         let setting = SETTINGS.iter().find(|setting| setting.variable == variable);
-        // Half of one pipeline and half of another would do harm: beside a stack, only who asks is of the environment.
-        let is_ones_own =
-            self.global.stack.is_none() || variable == PASSWORD || setting.is_some_and(|setting| setting.is_ones_own);
-        let environment = || std::env::var(variable).ok().filter(|_| is_ones_own);
+        // Settings of two pipelines must not be mixed.
+        let is_personal =
+            self.global.stack.is_none() || variable == PASSWORD || setting.is_some_and(|setting| setting.is_personal);
+        let environment = || std::env::var(variable).ok().filter(|_| is_personal);
         let flag = self.global.settings.get(variable);
         flag.or_else(|| self.stack.get(variable)).cloned().or_else(environment).filter(|value| !value.is_empty())
     }
 
-    /// A setting that there must be.
+    /// A setting, or an error that names its flag. Fails without an AWS region, too.
     pub fn require(&self, variable: &str) -> Result<String, Failure> {
         self.need_region()?;
         self.get(variable).ok_or_else(|| {
             let setting = SETTINGS.iter().find(|setting| setting.variable == variable);
             let flag = setting.map(|setting| format!(" (--{})", setting.flag)).unwrap_or_default();
-            failed(format!("{variable} is not known: name the stack with --stack, or set it{flag}"))
+            failed(format!("{variable} is not set: name the stack with --stack, or set it{flag}"))
         })
     }
 
@@ -161,10 +162,10 @@ impl Settings {
         }
     }
 
-    /// The function's settings, as it reads them itself.
+    /// The function's settings, parsed by its own code.
     pub fn function(&self) -> Result<Config, Failure> {
         Config::from_variables(|name| {
-            // Not every command needs them; those that do require them by name.
+            // Not every command needs these; the commands that do call `require`.
             let optional_here = matches!(name, "MASKING_SECRET_ID" | "DATABASE_SECRET_ID");
             let name = OF_FUNCTION.iter().find(|(variable, _)| *variable == name).map_or(name, |(_, name)| name);
             self.get(name).or_else(|| optional_here.then(|| "unknown".to_owned()))
@@ -172,19 +173,19 @@ impl Settings {
         .map_err(|error| failed(error.to_string()))
     }
 
-    /// The masked column of a field, which may be given as `device-id`, too.
+    /// The masked column of a field. `device-id` also finds `device_id`.
     pub fn masked_field(&self, name: &str) -> Result<(&Column, &Field), Failure> {
         let found = self.mapping.masked_field(name).or_else(|| self.mapping.masked_field(&name.replace('-', "_")));
         found.ok_or_else(|| {
             let names: Vec<_> = self.mapping.masked().map(|(_, field)| &*field.path).collect();
             Failure::Usage(format!(
-                "no masked field is called {name:?}: there is {} (for more, try --help)",
+                "no masked field is called {name:?}: the mapping has {} (for more, try --help)",
                 names.join(", ")
             ))
         })
     }
 
-    /// The column by which a person is found: the subject's, if no field is named, or a masked field's.
+    /// The column by which a person is found: a masked field's, or the subject's if no field is named.
     pub fn person_field(&self, name: Option<&str>) -> Result<(&Column, &Field), Failure> {
         let subject = self.mapping.subject().and_then(|column| match &column.source {
             Source::Field(field) => Some((column, field)),
@@ -193,7 +194,7 @@ impl Settings {
         match (name, subject) {
             (None, Some(subject)) => Ok(subject),
             (None, None) => Err(Failure::Usage(
-                "no column of the mapping says `subject = true`: name a masked field with --field".to_owned(),
+                "no column of the mapping has `subject = true`: name a masked field with --field".to_owned(),
             )),
             (Some(name), Some((column, field))) if *field.path == *name || *field.path == name.replace('-', "_") => {
                 Ok((column, field))
@@ -207,12 +208,12 @@ impl Settings {
         Secrets::new(&self.aws)
     }
 
-    /// The keyring. It may lack a key that the mapping asks for and the function would not do without.
+    /// The keyring. Unlike the function, this does not fail if a key that the mapping needs is missing.
     pub async fn keyring(&self) -> Result<login_etl::keyring::Keyring, Failure> {
         Ok(self.secrets().keyring(&self.require("MASKING_SECRET_ID")?, &[]).await?)
     }
 
-    /// How long a running function may use a keyring that has been replaced, as the function itself is set.
+    /// How long a running function may use a keyring that has been replaced: the function's own SECRETS_TTL.
     pub async fn secrets_ttl(&self) -> Result<Duration, Failure> {
         let ttl = match self.get("FUNCTION_NAME") {
             Some(name) => self.function_variables(&name).await?.remove("SECRETS_TTL"),
@@ -225,12 +226,12 @@ impl Settings {
         Ok(config.map_err(|error| failed(error.to_string()))?.secrets_ttl)
     }
 
-    /// The way to the database.
+    /// The connector to the database.
     pub fn connector(&self) -> Result<Connector, Failure> {
         Ok(Connector::new(self.function()?.database, "etlctl")?)
     }
 
-    /// A token for a user of the database, signed with the AWS identity of who asks.
+    /// A token for a database user, signed with the operator's AWS identity.
     async fn token(&self, connector: &Connector, user: String) -> Result<Credentials, Failure> {
         let user = self.located(connector, Credentials::new(user, String::new())).await?;
         let (host, port) = (connector.host(&user)?, connector.port(&user));
@@ -238,7 +239,7 @@ impl Settings {
         Ok(token.map_err(|error| failed(error.to_string()))?.at(&user))
     }
 
-    /// A user, where the function's secret says that the database is, if nothing else does.
+    /// Adds the database's host to a user: from the function's secret, if no setting has it.
     async fn located(&self, connector: &Connector, user: Credentials) -> Result<Credentials, Failure> {
         match self.get("DATABASE_SECRET_ID") {
             Some(id) if connector.host(&user).is_err() => Ok(user.at(&self.secrets().credentials(&id).await?)),
@@ -246,7 +247,7 @@ impl Settings {
         }
     }
 
-    /// The function's credentials, or why they cannot be had.
+    /// The function's credentials.
     pub async fn function_credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
         match self.function()?.database.sign_in {
             SignIn::Password { .. } => Ok(self.secrets().credentials(&self.require("DATABASE_SECRET_ID")?).await?),
@@ -254,25 +255,24 @@ impl Settings {
         }
     }
 
-    /// Who uses this tool: a user of the database's of their own, and where that is.
+    /// The operator's own database credentials, with the database's host.
     pub async fn credentials(&self, connector: &Connector) -> Result<Credentials, Failure> {
         let by_flag = |variable| self.global.settings.contains_key(variable);
         let by_secret = by_flag("ETLCTL_DATABASE_SECRET_ID");
         match self.get("DATABASE_AUTH").as_deref() {
             Some("iam") if !by_secret || by_flag("DATABASE_AUTH") => {
                 let user = self.get("DATABASE_USER");
-                let user =
-                    user.ok_or_else(|| failed("set DATABASE_USER (--database-user), who has a token for a password"))?;
+                let user = user.ok_or_else(|| failed("set DATABASE_USER (--database-user) for the token"))?;
                 return self.token(connector, user).await;
             }
             None | Some("password" | "iam") => {}
             Some(_) => {
-                return Err(Failure::Usage("--database-auth is password or iam (for more, try --help)".to_owned()));
+                return Err(Failure::Usage("--database-auth takes password or iam (for more, try --help)".to_owned()));
             }
         }
         let user = self.get("DATABASE_USER").filter(|_| !by_secret);
         let credentials = if let Some(user) = user {
-            let password = self.get(PASSWORD).ok_or_else(|| failed("set DATABASE_PASSWORD, of DATABASE_USER"))?;
+            let password = self.get(PASSWORD).ok_or_else(|| failed("set DATABASE_PASSWORD for DATABASE_USER"))?;
             Credentials::new(user, password)
         } else if let Some(id) = self.get("ETLCTL_DATABASE_SECRET_ID") {
             self.need_region()?;
@@ -286,7 +286,7 @@ impl Settings {
         self.located(connector, credentials).await
     }
 
-    /// What tries rows as the function's user, by its own credentials.
+    /// A trial of rows as the function's user, with its own credentials.
     pub async fn trial(&self) -> Result<Trial, Failure> {
         let connector = self.connector()?;
         let credentials = self.function_credentials(&connector).await?;
@@ -294,14 +294,14 @@ impl Settings {
         Trial::begin(connection, &self.declared).await.map_err(|error| failed(error.to_string()))
     }
 
-    /// A connection as that user.
+    /// A connection as the operator.
     pub async fn database(&self) -> Result<Connection, Failure> {
         let connector = self.connector()?;
         let credentials = self.credentials(&connector).await?;
         self.connect(&connector, &credentials).await
     }
 
-    /// A connection as this user, for this tool's statements.
+    /// A connection as this user, with the search path of this tool's statements.
     pub async fn connect(&self, connector: &Connector, credentials: &Credentials) -> Result<Connection, Failure> {
         let connection = connect(connector, credentials).await?;
         connection.client.batch_execute(SEARCH_PATH).await.map_err(sql("set the search path"))?;
@@ -309,7 +309,7 @@ impl Settings {
     }
 }
 
-/// Connects as a user, whom an error names.
+/// Connects as a user. An error names the user.
 pub async fn connect(connector: &Connector, credentials: &Credentials) -> Result<Connection, Failure> {
     let connected = connector.connect(credentials).await;
     connected.map_err(|error| {

@@ -1,4 +1,4 @@
-//! The pipeline on one screen. Each part is asked for on its own: one that cannot be had leaves a gap, and says why.
+//! `status`: the pipeline on one screen. Each part is read on its own; a part that cannot be read shows why.
 
 use std::{
     collections::HashMap,
@@ -42,7 +42,7 @@ pub async fn run(settings: &Settings, options: &cli::Status, as_json: bool) -> R
             _ = &mut interrupted => return Ok(Reply::default()),
         };
         if io::stdout().is_terminal() && !as_json {
-            // From the top of an empty screen.
+            // Clears the screen, and moves the cursor to its top.
             write!(io::stdout(), "\x1b[2J\x1b[H")?;
         }
         reply.print(as_json)?;
@@ -107,7 +107,7 @@ impl Screen {
             Ok(part) => show(part),
             Err(failure) => {
                 let why = failure.why();
-                (vec![format!("{WARNING}not known:{WARNING:#} {}", printable(why))], json!({"unknown": why}))
+                (vec![format!("{WARNING}unknown:{WARNING:#} {}", printable(why))], json!({"unknown": why}))
             }
         };
         for (number, line) in lines.iter().enumerate() {
@@ -117,7 +117,7 @@ impl Screen {
     }
 }
 
-/// How full a queue is.
+/// The numbers of messages in a queue.
 struct Depth {
     waiting: u64,
     in_flight: u64,
@@ -146,14 +146,14 @@ async fn queue(settings: &Settings, variable: &str) -> Result<Depth, Failure> {
         delayed: number(QueueAttributeName::ApproximateNumberOfMessagesDelayed),
         oldest: None,
     };
-    // The metric stays where it was for a while when the last message is gone.
+    // The metric keeps its last value for a while after the queue is empty.
     if depth.waiting + depth.in_flight > 0 {
         depth.oldest = oldest(settings, name).await;
     }
     Ok(depth)
 }
 
-/// How long the oldest message waits. Only CloudWatch knows, a minute or two late; LocalStack's does not.
+/// The age of the oldest message. Only CloudWatch has it, a minute or two late; LocalStack's does not.
 async fn oldest(settings: &Settings, queue: &str) -> Option<Duration> {
     let client = aws_sdk_cloudwatch::Client::new(&settings.aws);
     let now = Timestamp::now().as_second();
@@ -189,7 +189,7 @@ fn batch_lines(batches: &Batches) -> Vec<String> {
     let failed = by_count(&batches.reasons).into_iter();
     lines.extend(failed.map(|(number, why)| format!("{WARNING}{number:6}{WARNING:#}  failed: {}", printable(&why))));
     let broken = by_count(&batches.batches_failed).into_iter();
-    lines.extend(broken.map(|(number, why)| format!("{BAD}{number:6}{BAD:#}  batches came back: {}", printable(&why))));
+    lines.extend(broken.map(|(number, why)| format!("{BAD}{number:6}{BAD:#}  batches failed: {}", printable(&why))));
     let stopped = batches.not_started.iter();
     lines.extend(stopped.map(|why| format!("{BAD}        the function did not start:{BAD:#} {}", printable(why))));
     lines
@@ -235,9 +235,9 @@ async fn database(settings: &Settings) -> Result<Database, Failure> {
     let ledger_name = format!("{}.etl_ledger", settings.schema);
     let connection = settings.database().await?;
     let client = &connection.client;
-    // There need be no index for what is counted.
+    // The counts below may have no index to use.
     client.batch_execute("set statement_timeout = '5s'").await.map_err(sql("set a limit"))?;
-    // The planner's figures, of all partitions but not of the whole as well. A table that was never analysed is small, and counted.
+    // The planner's estimates, summed over the partitions without their parents. Small tables without an estimate are counted.
     let sizes = "
         with recursive tree (oid) as (
             select to_regclass($1::text)::oid

@@ -1,5 +1,5 @@
-//! Any body, under the mapping that ships and under one of all types: refused, or a row of all columns; and the same comes of it
-//! however it stands in the event.
+//! Any body, under the mapping that ships and under one of all types, is refused or becomes a row of all columns. The result does
+//! not depend on how the event escapes the body.
 #![no_main]
 
 use std::{sync::LazyLock, time::SystemTime};
@@ -26,7 +26,7 @@ static MAPPINGS: LazyLock<[Mapping; 2]> = LazyLock::new(|| {
 });
 
 fuzz_target!(|text: &str| {
-    // As a body, and as what stands between the quotes of one.
+    // As a body, and as the raw text between a body's quotes.
     for json in [serde_json::to_string(text).expect("a string"), format!("\"{text}\"")] {
         let Ok(body) = serde_json::from_str::<String>(&json) else { continue };
         check(&body, &json);

@@ -1,4 +1,4 @@
-//! Any event: refused, or read; and what is scanned of one that is JSON is what serde_json reads.
+//! Any event is refused or read. From JSON, the scanner reads what serde_json reads.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -12,7 +12,7 @@ fn content<'a>(messages: &'a [Message<'_>]) -> impl Iterator<Item = impl Partial
 }
 
 fuzz_target!(|event: &str| {
-    // Into the list of messages, which chance alone seldom finds.
+    // Also as a message and as a body, which chance alone seldom finds.
     for event in
         [event.to_owned(), format!(r#"{{"Records": [{event}]}}"#), format!(r#"{{"Records": [{{"body": {event}}}]}}"#)]
     {

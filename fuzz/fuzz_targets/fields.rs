@@ -1,4 +1,4 @@
-//! Any body under any small mapping: the row is what serde_json and a few lines make of it, however the body stands in the event.
+//! Any body under any small mapping: the row equals that of a simple model over serde_json, however the event escapes the body.
 #![no_main]
 
 use std::{fmt, sync::LazyLock, time::SystemTime};
@@ -29,7 +29,7 @@ const TYPES: [ColumnType; 6] = [
 
 struct Column {
     path: &'static str,
-    /// `None` is masked.
+    /// `None` if the column is masked.
     column_type: Option<ColumnType>,
     optional: bool,
 }
@@ -48,9 +48,8 @@ fuzz_target!(|input: (&[u8], &str)| {
             queue: None,
             now: SystemTime::UNIX_EPOCH,
         };
-        let expected: Option<Vec<Cell>> = is_object(body)
-            .then(|| columns.iter().map(|column| cell(column, body)).collect())
-            .flatten();
+        let expected: Option<Vec<Cell>> =
+            is_object(body).then(|| columns.iter().map(|column| cell(column, body)).collect()).flatten();
         let mut buffer = BytesMut::new();
         let agrees = |row: Option<Row>| {
             let found: Option<Vec<Cell>> = row.map(|row| row.cells().map(|cell| cell.map(<[u8]>::to_vec)).collect());
@@ -80,11 +79,29 @@ fn toml(columns: &[Column]) -> String {
     format!("table = \"t\"\n{}", columns.iter().enumerate().map(column).collect::<String>())
 }
 
-/// A JSON text that the bytes choose, so that chance need not find brackets that match.
+/// A JSON text chosen by the bytes, so that chance need not find matching brackets.
 fn json_of(bytes: &mut impl Iterator<Item = u8>, depth: usize) -> String {
     const SCALARS: [&str; 20] = [
-        "null", "true", "false", "0", "-0", "17", "-1.5", "2147483648", "9223372036854775808", "1e3", "1e400", r#""""#,
-        r#""x""#, r#""7""#, r#""\u0000""#, r#""\ud800""#, r#""\ud83d\ude00""#, r#""\\u0000""#, r#""ü\n\"""#, r#" "y" "#,
+        "null",
+        "true",
+        "false",
+        "0",
+        "-0",
+        "17",
+        "-1.5",
+        "2147483648",
+        "9223372036854775808",
+        "1e3",
+        "1e400",
+        r#""""#,
+        r#""x""#,
+        r#""7""#,
+        r#""\u0000""#,
+        r#""\ud800""#,
+        r#""\ud83d\ude00""#,
+        r#""\\u0000""#,
+        r#""ü\n\"""#,
+        r#" "y" "#,
     ];
     let choice = bytes.next().unwrap_or(0);
     let several = |bytes: &mut _, element: &mut dyn FnMut(&mut _) -> String| {
@@ -97,7 +114,7 @@ fn json_of(bytes: &mut impl Iterator<Item = u8>, depth: usize) -> String {
             let mut member = |bytes: &mut _| {
                 let key = ["a", "b", "c", "\\u0061", "d", "a.b", "", "\\ud800"];
                 let choice: u8 = Iterator::next(bytes).unwrap_or(0);
-                // The first three most often.
+                // The first three keys most often.
                 let key = key[usize::from(if choice > 64 { choice % 3 } else { choice % 8 })];
                 format!("\"{key}\":{}", json_of(bytes, depth + 1))
             };
@@ -117,7 +134,7 @@ fn is_object(json: &str) -> bool {
     serde_json::from_str::<&RawValue>(json).is_ok_and(|value| value.get().starts_with('{'))
 }
 
-/// The column's cell; `None` where the message is refused.
+/// The column's cell; `None` if the message is refused.
 fn cell(column: &Column, body: &str) -> Option<Cell> {
     let path: Vec<_> = column.path.split('.').collect();
     let Some(json) = value(body.trim(), &path)? else { return column.optional.then_some(None) };
@@ -147,7 +164,7 @@ fn cell(column: &Column, body: &str) -> Option<Cell> {
     Some(Some(cell))
 }
 
-/// The value at the end of a path, `Some(None)` where there is none; `None` where it is ambiguous or cannot be.
+/// The value at the end of a path; `Some(None)` if it is missing, `None` if it is ambiguous or its parent is not an object.
 fn value<'a>(object: &'a str, path: &[&str]) -> Option<Option<&'a str>> {
     let members: Members<'a> = serde_json::from_str(object).ok()?;
     let mut found = members.0.into_iter().filter(|(key, _)| key == path[0]).map(|(_, value)| value.get());
@@ -172,7 +189,7 @@ fn has_nul(json: &str) -> bool {
     }
 }
 
-/// An object's members, repeated ones too.
+/// An object's members, including repeated ones.
 struct Members<'a>(Vec<(String, &'a RawValue)>);
 
 impl<'de> Deserialize<'de> for Members<'de> {

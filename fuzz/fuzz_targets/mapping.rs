@@ -1,4 +1,4 @@
-//! Any text as a mapping: refused, with a place in it, or a mapping whose rows have all of its columns.
+//! Any text as a mapping is refused with a place in it, or is a mapping whose rows have all of its columns.
 #![no_main]
 
 use std::{sync::LazyLock, time::SystemTime};
@@ -20,8 +20,12 @@ fuzz_target!(|input: (&str, &str)| {
     match Mapping::from_toml(text, "fuzz.toml") {
         Ok(mapping) => {
             assert!(!mapping.columns().is_empty());
-            let envelope =
-                Envelope { message_id: "059f36b4-87a3-44ab-83d2-661975830a7d", sent: None, queue: None, now: SystemTime::UNIX_EPOCH };
+            let envelope = Envelope {
+                message_id: "059f36b4-87a3-44ab-83d2-661975830a7d",
+                sent: None,
+                queue: None,
+                now: SystemTime::UNIX_EPOCH,
+            };
             if let Ok(row) = mapping.row(body, &envelope, &KEYRING, &mut BytesMut::new()) {
                 assert_eq!(row.cells().count(), mapping.columns().len());
             }

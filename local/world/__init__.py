@@ -1,1 +1,1 @@
-"""The world that the demo and the tests run in: PostgreSQL and LocalStack, on loopback, without containers."""
+"""The local world of the demo and the tests: PostgreSQL and LocalStack, on loopback, without containers."""

@@ -1,4 +1,4 @@
-"""Runs other programs: output to a log, progress on the terminal, nothing left behind."""
+"""Runs other programs: writes their output to a log, shows progress on the terminal, leaves no process behind."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ from world import paths
 LOG_TICK_SECONDS = 60
 TERMINAL_TICK_SECONDS = 0.5
 TAIL_LINES = 30
-# What cargo itself shows on a terminal, `Building [===> ] 12/345: crate`, and what others say in its way.
+# cargo's progress on a terminal, `Building [===> ] 12/345: crate`, and similar output of other programs.
 COUNTED = re.compile(r"(\d+)/(\d+)")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# cargo counts crates aloud in a log, too.
+# Makes cargo print its progress to a log, too.
 COUNT_ALOUD = {"CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100", "CARGO_TERM_COLOR": "never"}
 
 
@@ -31,11 +31,11 @@ LOCK = threading.Lock()
 
 
 class CommandFailed(Exception):
-    """A program failed; the text says which, shows the end of its output and names the log."""
+    """A program failed; the text has the command, the end of its output and the log's path."""
 
 
 class Interrupted(Exception):
-    """Everything is being stopped."""
+    """`stop_all` was called."""
 
 
 def run(
@@ -48,11 +48,10 @@ def run(
     nice: int = 0,
     directory: Path = paths.ROOT,
 ) -> str:
-    """Runs a program in `directory`, saying `what` it does and how far it is, and gives its output, which is in `log`, too.
+    """Runs a program in `directory` and returns its output, which is also in `log`. Raises `CommandFailed`.
 
-    How far it is, `progress` says, or its own output. `quiet` says nothing. `nice` lowers its priority. Raises `CommandFailed`. If it is
-    interrupted, the program ends with all the programs that it started; so it does in every thread when `stop_all` is called, and `Interrupted`
-    is raised there.
+    Shows `what` and the progress, from `progress` or from the program's output; with `quiet`, shows nothing. `nice` lowers its priority. An
+    exception ends the program and all programs that it started. `stop_all` does the same in every thread, and `Interrupted` is raised there.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -78,7 +77,7 @@ def run(
     if status != 0:
         tail = "\n  ".join(text.splitlines()[-TAIL_LINES:])
         command, *_ = " ".join(map(str, words)).splitlines()
-        raise CommandFailed(f"  {tail}\n`{command[:200]}` failed (status {status}); all of its output is in {shorten(log)}")
+        raise CommandFailed(f"  {tail}\n`{command[:200]}` failed (status {status}); its whole output is in {shorten(log)}")
     if not quiet:
         print(f"{what}: {time.monotonic() - started:.0f} s", flush=True)
     return text
@@ -86,7 +85,7 @@ def run(
 
 @contextlib.contextmanager
 def shown(what: str, quiet: bool):
-    """Gives what shows the progress that a function tells: on one line of a terminal, or on a line a minute in a log."""
+    """Yields a callable that shows progress: on one line of a terminal, or on one line a minute in a log."""
     if quiet:
         yield lambda _: None
     elif sys.stdout.isatty():
@@ -112,7 +111,7 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def start(words: tuple[str | Path, ...], output, environment: dict[str, str], nice: int, directory: Path) -> subprocess.Popen:
-    """Starts a program in a session of its own, so that Ctrl-C in the terminal is for us, who end it in order."""
+    """Starts a program in its own session, so that Ctrl-C in the terminal reaches only us, and we end it in order."""
     with LOCK:
         if STOPPING.is_set():
             raise Interrupted
@@ -132,13 +131,13 @@ def start(words: tuple[str | Path, ...], output, environment: dict[str, str], ni
 
 
 def give_way(pid: int, nice: int) -> None:
-    """Lowers the priority of a session among others: where Linux groups tasks by session, `nice` holds within each alone (sched(7))."""
+    """Lowers the priority of a whole session: if Linux groups tasks by session, `nice` only counts within a session (sched(7))."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def stop_all() -> None:
-    """Ends the programs that other threads run, and lets them start no more."""
+    """Ends the programs that other threads run, and prevents new ones."""
     with LOCK:
         STOPPING.set()
     for process in list(RUNNING):
@@ -146,7 +145,7 @@ def stop_all() -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a program with all those in its session, as a build goes on without the one that began it; one that has servers may stop them first."""
+    """Ends a program and its session, because a build's children outlive it. SIGTERM first, so that a program with servers can stop them."""
     for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -165,7 +164,7 @@ def counted(log: Path) -> str:
 
 
 def without_progress(text: str) -> str:
-    """What is left on a terminal, where a carriage return begins the line again."""
+    """The text as a terminal finally shows it: a carriage return overwrites the line."""
     lines = ESCAPE.sub("", text).replace("\r\n", "\n").split("\n")
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines)
 

@@ -1,4 +1,4 @@
-"""Sending to a queue, reading from it, and handing its messages to the function as SQS would."""
+"""Sends messages to a queue, receives them, and hands them to the function as Lambda's pollers would."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ from world.stack import Stack
 
 
 def send(stack: Stack, bodies: list[str], progress: Callable[[int], None] = lambda sent: None) -> dict[str, str]:
-    """Sends the bodies, ten a request, and returns them by message id."""
+    """Sends the bodies, ten per request, and returns them by message id."""
     sqs = stack.localstack.client("sqs")
     sent = {}
 
@@ -27,7 +27,7 @@ def send(stack: Stack, bodies: list[str], progress: Callable[[int], None] = lamb
 
 
 def receive_all(stack: Stack, queue_url: str) -> list[dict]:
-    """All messages that wait in a queue; they stay in it, out of sight for a while."""
+    """Receives all visible messages of a queue without deleting them."""
     sqs = stack.localstack.client("sqs")
     messages: dict[str, dict] = {}
     while True:
@@ -38,12 +38,12 @@ def receive_all(stack: Stack, queue_url: str) -> list[dict]:
 
 
 def deliver_without_deleting(stack: Stack, invoke: Callable[[dict], dict]) -> set[str]:
-    """Gives up to ten waiting messages to the function and then lets them go, as a poller does that dies before it deletes them.
+    """Hands up to ten waiting messages to the function and does not delete them, like a poller that dies too early.
 
     `invoke` calls the function with an event and returns its answer. Returns the ids of the messages that the function handled.
     """
     sqs = stack.localstack.client("sqs")
-    # A poller that is being stopped may have few messages in hand, and lets them go.
+    # Waits, because a poller that is being stopped may still hold a few messages, which then return to the queue.
     answer = sqs.receive_message(QueueUrl=stack.queue_url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"], WaitTimeSeconds=10)
     if not (received := answer.get("Messages")):
         return set()
@@ -55,7 +55,7 @@ def deliver_without_deleting(stack: Stack, invoke: Callable[[dict], dict]) -> se
 
 
 def record(message: dict) -> dict:
-    """A received message in the form in which Lambda hands it to a function."""
+    """A received message as a record of Lambda's event."""
     return {
         "messageId": message["MessageId"],
         "receiptHandle": message["ReceiptHandle"],

@@ -1,4 +1,4 @@
-"""What ./local/demo does, after its arguments are read."""
+"""Runs ./local/demo."""
 
 import base64
 import json
@@ -21,14 +21,14 @@ from world.postgres import PostgresError
 from world.servers import DATABASE_USER, Servers, alone
 from world.tokens import Tokens
 
-# Beyond it nothing more will come: each bad message is received three times, seconds apart.
+# If nothing changes for this long, nothing more will: each bad message is received three times, seconds apart.
 QUIET_SECONDS = 120
 SHOWN = 5
 LOGINS = "user_logins"
 NEXT = """What to try next
   ./local/demo --keep          leave it running, and look around with psql and etlctl
   ./local/demo --input FILE    send your own messages, one a line; with --mapping FILE, of any kind (docs/mapping.md)
-  ./local/test                 every check and test"""
+  ./local/test                 run every check and test"""
 
 
 def main() -> int:
@@ -52,18 +52,18 @@ def main() -> int:
             signed = cleanup.enter_context(Tokens(servers.postgres, servers.localstack.identities))
             signed.admit(DATABASE_USER)
             signing_in = tokens.PARAMETERS
-            print(f"PostgreSQL lets {DATABASE_USER} in by tokens of IAM's, and by no password")
+            print(f"PostgreSQL lets {DATABASE_USER} sign in with IAM tokens only, not with a password")
         deployed = stack.deploy(servers, build=function, **signing_in)
         adds_up = run(servers, deployed, bodies, table)
         if options.iam:
             heading("Signing in")
-            print(f"  {sum(not verdict.reason for verdict in signed.verdicts):7} tokens accepted, and no secret with a password deployed")
+            print(f"  {sum(not verdict.reason for verdict in signed.verdicts):7} tokens accepted; the stack has no secret with a password")
         if options.keep:
             cleanup.pop_all()
             keep(servers, deployed)
-    heading(f"All of it adds up, after {time.monotonic() - started:.0f} s." if adds_up else "It does not add up.")
+    heading(f"Every message is accounted for, after {time.monotonic() - started:.0f} s." if adds_up else "Not every message is accounted for.")
     if adds_up:
-        print("  Sent through a real queue, masked, written to PostgreSQL once each, though some were delivered twice.\n")
+        print("  Each valid message was masked and written to PostgreSQL once, though some were delivered twice.\n")
         print(NEXT)
     return 0 if adds_up else 1
 
@@ -74,12 +74,12 @@ def read_lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"cannot read {file}: {error}")
     if not bodies:
-        sys.exit(f"{file} holds no message")
+        sys.exit(f"{file} has no message")
     return bodies
 
 
 def map_to_table(servers: Servers, function: Path, mapping: Path | None) -> str:
-    """Puts a mapping beside the function's program, and makes its table; gives the table's name. Without a mapping, the built-in one is used."""
+    """Puts a mapping beside the function's program, and makes its table; returns the table's name. Without a mapping, the built-in one is used."""
     beside = function / "LoginFunction" / "mapping.toml"
     beside.unlink(missing_ok=True)
     if not mapping:
@@ -95,13 +95,13 @@ def map_to_table(servers: Servers, function: Path, mapping: Path | None) -> str:
 
 
 def run(servers: Servers, deployed: stack.Stack, bodies: list[str], table: str) -> bool:
-    """Sends the messages through the stack and shows what became of them; whether it adds up."""
-    # Held back until some messages have been delivered once already.
+    """Sends the messages through the stack and shows the result; returns whether every message is accounted for."""
+    # Off until some messages have been delivered once.
     deployed.enable_mapping(False)
     print(f"Sending {len(bodies)} messages ...")
     sent = delivery.send(deployed, bodies, ticker("sent", len(bodies)))
     twice = delivery.deliver_without_deleting(deployed, lambda event: invoke(deployed, event))
-    print(f"Delivered {len(twice)} of them once, and let SQS deliver them again")
+    print(f"Delivered {len(twice)} of them once without deleting them, so that SQS delivers them again")
     deployed.enable_mapping(True)
     wait_until_empty(deployed)
 
@@ -136,7 +136,7 @@ def invoke(deployed: stack.Stack, event: dict) -> dict:
 
 
 def ticker(what: str, total: int):
-    """Says now and then how far something is."""
+    """Prints the progress every few seconds."""
     shown = time.monotonic()
 
     def tick(done: int) -> None:
@@ -163,17 +163,17 @@ def wait_until_empty(deployed: stack.Stack) -> None:
             raise stack.CommandFailed(f"the queue does not empty; the function's log is under {deployed.localstack.function_logs}")
         if now - shown >= 5:
             shown = now
-            print(f"  ... {waiting} waiting, {in_flight} being handled or tried again later, {dead} dead-lettered")
+            print(f"  ... {waiting} waiting, {in_flight} in flight, {dead} dead-lettered")
         time.sleep(0.25)
 
 
 def show_rows(database, table: str) -> None:
-    heading(f"{table}, {SHOWN} of its rows at most")
+    heading(f"{table}, up to {SHOWN} rows")
     show(database.execute(f"select * from {table} limit {SHOWN}"))
 
 
 def show_duplicates(database) -> None:
-    heading("Addresses and devices that logins share, found through their masks")
+    heading("Addresses and devices shared by several logins, found by their masks")
     columns = "row_count, subject_count as users, first_day, last_day"
     show(
         database.execute(
@@ -185,7 +185,7 @@ def show_duplicates(database) -> None:
 
 
 def show_dead_letters(dead: list[dict], log: list[dict]) -> None:
-    heading("The dead-letter queue, with the function's reasons")
+    heading("The dead-letter queue, with the reasons from the function's log")
     reasons = {line["message_id"]: line["reason"] for line in log if line.get("message") == "message failed"}
     counts = Counter(reasons.get(message["MessageId"], "no reason in the log") for message in dead)
     for reason, count in counts.most_common():
@@ -193,14 +193,14 @@ def show_dead_letters(dead: list[dict], log: list[dict]) -> None:
 
 
 def show_recovery(database, deployed: stack.Stack, sent: dict[str, str]) -> bool:
-    """Recovers an address with the key, and compares it with what was sent."""
+    """Recovers an address with the key, and compares it with the sent one."""
     row = database.execute("select user_id, masked_ip from user_logins limit 1").fetchone()
     if not row:
         return True
     heading("One value recovered with the key")
     user_id, masked_ip = row
     key = deployed.key()
-    # The generated keyring has no IV of its own; the README says how one is derived.
+    # The generated keyring has no IV; docs/settings.md describes how it is derived.
     iv = AES.new(key, AES.MODE_ECB).encrypt(b"login-etl/cbc-iv")
     ip = unpad(AES.new(key, AES.MODE_CBC, iv).decrypt(base64.b64decode(masked_ip)), 16).decode()
     print(f"  {masked_ip} is {ip}")
@@ -208,7 +208,7 @@ def show_recovery(database, deployed: stack.Stack, sent: dict[str, str]) -> bool
 
 
 def tells(body: str, user_id: str, ip: str) -> bool:
-    """Whether a message says that this user came from this address, however it spells it."""
+    """Whether a message has this user and this address, in any spelling."""
     try:
         login = json.loads(body)
         return login["user_id"] == user_id and (login["ip"] == ip or ip_address(login["ip"]) == ip_address(ip))
@@ -217,13 +217,13 @@ def tells(body: str, user_id: str, ip: str) -> bool:
 
 
 def show_function(log: list[dict]) -> None:
-    """What the platform measured of the function."""
+    """Shows the platform's measurements of the function."""
     reports = [line["record"]["metrics"] for line in log if line.get("type") == "platform.report"]
     starts = [report["initDurationMs"] for report in reports if "initDurationMs" in report]
     heading("The function")
-    print(f"  {len(reports)} invocations, {statistics.median(report['durationMs'] for report in reports):.0f} ms in the median")
+    print(f"  {len(reports)} invocations, {statistics.median(report['durationMs'] for report in reports):.0f} ms each (median)")
     print(f"  {max(starts):.0f} ms for a cold start: secrets read, connected to PostgreSQL over TLS")
-    print(f"  {max(report['maxMemoryUsedMB'] for report in reports)} MB of memory at most")
+    print(f"  {max(report['maxMemoryUsedMB'] for report in reports)} MB of memory at its peak")
 
 
 def heading(text: str) -> None:
@@ -240,17 +240,19 @@ def show(cursor) -> None:
 
 
 def keep(servers: Servers, deployed: stack.Stack) -> None:
-    """Writes down how to reach the world, and says it."""
+    """Writes how to reach the world to a file, and prints it."""
     url = servers.postgres.url("postgres", "postgres", servers.postgres.admin_password)
     database_url = f"{url}?sslmode=verify-full&sslrootcert={servers.postgres.ca_file}"
-    settings = servers.environment() | deployed.environment() | {"DATABASE_URL": database_url, "PYTHON": sys.executable}
+    # LOGIN_ETL_WORLD tells tests which servers to use.
+    ours = {"DATABASE_URL": database_url, "PYTHON": sys.executable, "LOGIN_ETL_WORLD": str(paths.WORLD)}
+    settings = servers.environment() | deployed.environment() | ours
     paths.ENV.touch(mode=0o600)
     paths.ENV.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
-    heading("Everything goes on running; ./local/down stops it")
+    heading("Everything is still running; ./local/down stops it")
     print(f"  psql '{database_url}'")
     print(f"  queue              {deployed.queue_url}")
     print(f"  AWS endpoint       {servers.localstack.endpoint}")
-    print(f"  all of it, as dotenv   {paths.ENV.relative_to(paths.ROOT)}")
+    print(f"  all settings       {paths.ENV.relative_to(paths.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ./local/down does: it stops the servers of every local world and deletes their data."""
+"""Runs ./local/down: stops the servers of every local world and deletes their data."""
 
 import contextlib
 import sys
@@ -20,13 +20,13 @@ def main() -> None:
 
 def stop(world: Path) -> None:
     """Stops the servers of one world."""
-    # It says so if none runs.
+    # `attach` raises if none runs.
     with contextlib.suppress(RuntimeError):
         LocalStack.attach(world / "localstack").stop()
         print("LocalStack is stopped")
     postgres = Postgres(world / "postgres")
     was_running = postgres.running
-    # Its data also after a crash, and wherever they are.
+    # Removes the data even if the server is not running.
     postgres.remove()
     if was_running:
         print("PostgreSQL is stopped")
@@ -38,6 +38,6 @@ if __name__ == "__main__":
     try:
         main()
     except PermissionError as error:
-        sys.exit(f"{error.filename} belongs to another user, who has to run this ({error.strerror})")
+        sys.exit(f"{error.filename} belongs to another user: run this as that user ({error.strerror})")
     except PostgresError as error:
         sys.exit(str(error))

@@ -1,7 +1,7 @@
-"""Sees that the local world needs nothing of this machine, and leaves nothing on it, but what is in the checkout.
+"""Checks that the local world works without the machine's own files, and leaves no file outside of the checkout.
 
-It runs in a mount namespace of its own: the home directory, /tmp, /var/tmp and /var/lib are empty there, the last one and all else outside of the
-checkout cannot be written. In it, the stack is deployed, one message is sent, and its row is looked for.
+Runs in its own mount namespace: the home directory, /tmp, /var/tmp and /var/lib are empty there; /var/lib and everything else outside of the
+checkout is read-only. The check deploys the stack, sends one message, and waits for its row.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from world.command import CommandFailed
 from world.servers import Servers
 
 PATIENCE_SECONDS = 60
-CANNOT = "this machine does not let its users make a mount namespace (unshare)"
+CANNOT = "this user may not make a mount namespace on this machine (unshare)"
 
 
 def check() -> str | None:
-    """Why the check could not be made, if it could not. Raises `CommandFailed` if the world does not work there, or left a file outside."""
+    """Returns why the check cannot run here, or None. Raises `CommandFailed` if the world does not work there, or left a file outside."""
     unshare = usable_unshare()
     if not unshare:
         return CANNOT
@@ -32,7 +32,7 @@ def check() -> str | None:
 
 
 def usable_unshare() -> list[str] | None:
-    """The words that begin a command in a mount namespace of its own; None where that is not allowed."""
+    """The command prefix that runs a command in its own mount namespace; None if that is not allowed."""
     words = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-current-user", "--keep-caps", "--mount"]
     with contextlib.suppress(FileNotFoundError):
         if subprocess.run([*words, "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True, cwd="/").returncode == 0:
@@ -42,23 +42,23 @@ def usable_unshare() -> list[str] | None:
 
 def hidden() -> list[Path]:
     home = Path.home()
-    # Some containers run under a number that has no name, nor a home.
+    # In some containers the user id has no name and no home.
     with contextlib.suppress(KeyError):
         home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     places = [path for path in (home.resolve(), Path("/tmp"), Path("/var/tmp"), Path("/var/lib")) if path != Path("/") and path.is_dir()]
-    # What is in another one is hidden with it.
+    # A directory inside another one is hidden with it.
     return [place for place in places if not any(place != other and place.is_relative_to(other) for other in places)]
 
 
 def kept() -> list[Path]:
-    """What is needed although it may lie in a hidden place: the checkout, and the Python that it runs on."""
+    """Directories that stay visible even inside a hidden one: the checkout, and the Python installation."""
     return [paths.ROOT, Path(sys.base_prefix).resolve()]
 
 
 def script(hidden: list[Path], kept: list[Path]) -> str:
-    """What prepares the namespace, starts the world in it, and looks for what it left."""
+    """A shell script that prepares the namespace, starts the world in it, and looks for files that it left."""
     lines = []
-    # What is hidden soon is held by open directories, numbered from 5 on.
+    # Open file descriptors, from 5 on, keep directories reachable after they are hidden.
     held = [path for path in kept if any(path.is_relative_to(place) for place in hidden)]
     for number, path in enumerate(held, 5):
         lines.append(f"exec {number}<{shlex.quote(str(path))}")
@@ -78,7 +78,7 @@ def script(hidden: list[Path], kept: list[Path]) -> str:
     if os.geteuid() != 0:
         world = f"setpriv --inh-caps=-all --ambient-caps=-all {world}"
     lines.append(world)
-    # Directories are what leads to the kept places.
+    # Ignores directories: they lead to the kept places.
     places = " ".join(shlex.quote(str(place)) for place in hidden)
     lines.append(f"left=$(find {places} -xdev ! -type d)")
     lines.append('[ -z "$left" ] || { echo "Files were left outside of the checkout:"; echo "$left"; exit 1; }')
@@ -95,7 +95,7 @@ def inside() -> None:
         with servers.postgres.connect(autocommit=True) as database:
             while database.execute("select count(*) from user_logins").fetchone()[0] != 1:
                 if time.monotonic() > deadline:
-                    raise CommandFailed(f"the message's row is not there after {PATIENCE_SECONDS} s; the function's log:\n{deployed.log_text()[-3000:]}")
+                    raise CommandFailed(f"no row for the message within {PATIENCE_SECONDS} s; the function's log:\n{deployed.log_text()[-3000:]}")
                 time.sleep(0.1)
     print("One message, one row.")
 

@@ -1,4 +1,4 @@
-"""Fuzzes what takes in foreign text, guided by the code that an input reaches."""
+"""Fuzzes the parsers of foreign input, guided by coverage."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from world.command import CommandFailed
 
 TARGETS = ("body", "event", "fields", "keyring", "mapping")
 FUZZ = paths.ROOT / "target" / "fuzz"
-# Longer inputs find nothing more in parsers without length fields, and cost speed.
+# Longer inputs find nothing more in parsers without length fields, and are slower.
 LONGEST_BYTES = 4096
-# It has no deadline; tests that run beside it have.
+# Fuzzing has no deadline, but tests that run beside it have.
 NICE = 15
-# What `cargo fuzz build --sanitizer none` gives the compiler, on x86_64 and arm64: https://github.com/rust-fuzz/cargo-fuzz. Our code has no `unsafe`,
-# so sanitizers, which need a nightly compiler, would watch others' code only.
+# The compiler flags of `cargo fuzz build --sanitizer none`, on x86_64 and arm64: https://github.com/rust-fuzz/cargo-fuzz. Our code has no `unsafe`,
+# so sanitizers, which need a nightly compiler, would only check dependencies.
 COVERAGE = (
     *("--cfg", "fuzzing", "-Cpasses=sancov-module", "-Cllvm-args=-sanitizer-coverage-level=4", "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters"),
     *("-Cllvm-args=-sanitizer-coverage-pc-table", "-Cllvm-args=-sanitizer-coverage-trace-compares", "-Ccodegen-units=1"),
@@ -38,9 +38,9 @@ def check(seconds: int) -> None:
 
 
 def build(quick: bool, quiet: bool) -> Path:
-    """Builds the targets, and gives the directory that they are in."""
+    """Builds the targets, and returns their directory."""
     words = ("cargo", "build", "--manifest-path", paths.ROOT / "fuzz" / "Cargo.toml", "--locked", "--bins", *(() if quick else ("--release",)))
-    # With a target named, build scripts and macros are built without coverage.
+    # With --target, build scripts and macros are built without coverage.
     words += ("--target", host(), "--target-dir", FUZZ)
     environment = os.environ | {"CARGO_ENCODED_RUSTFLAGS": "\x1f".join(COVERAGE), "CARGO_PROFILE_DEV_OPT_LEVEL": "1"}
     log = paths.LOGS / "fuzz-build.log"
@@ -55,7 +55,7 @@ def host() -> str:
 
 
 def run(profile: Path, target: str, seconds: int, quiet: bool) -> str:
-    """Fuzzes one target, and gives how many inputs it was given."""
+    """Fuzzes one target, and returns the number of inputs."""
     corpus, artifacts = FUZZ / "corpus" / target, FUZZ / "artifacts" / target
     corpus.mkdir(parents=True, exist_ok=True)
     artifacts.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The instructions that the function's own work takes, counted by callgrind, against the ceilings in benches/instructions/ceilings.json."""
+"""Counts the instructions of the function's own work with callgrind, and compares them with benches/instructions/ceilings.json."""
 
 import json
 import re
@@ -10,12 +10,12 @@ CEILINGS = paths.ROOT / "benches" / "instructions" / "ceilings.json"
 PACKAGE = "login-etl-instructions"
 MESSAGES = 1000
 NICE = 15
-# Between counts of one program there is no difference; a ceiling this much above the count lets other versions of Rust in.
+# Counts of the same program are equal. The headroom allows for other versions of Rust.
 HEADROOM = 1.03
 
 
 class TooMany(Exception):
-    """A stage takes more instructions than its ceiling; the text says how to go on."""
+    """A stage takes more instructions than its ceiling; the text explains what to do."""
 
 
 def check() -> None:
@@ -28,24 +28,24 @@ def check() -> None:
             over.append(f"{stage} by {counts[stage] / ceiling - 1:.1%}")
     if over:
         raise TooMany(
-            f"Over the ceiling: {', '.join(over)}. Something that every message pays for has become more costly.\n"
-            "If `git stash` brings the count down, it is your change: see what it costs (`./local/bench --quick`,\n"
-            "`cargo bench -p login-etl-benches`), and make it cheaper, or find that it is worth it. If it does not, it is another\n"
-            "version of Rust or of a library. In both last cases raise the ceilings, and give counts and reason in the commit:\n"
+            f"Over the ceiling: {', '.join(over)}. Handling a message has become more costly.\n"
+            "If `git stash` lowers the count, your change is the cause: measure its cost (`./local/bench --quick`,\n"
+            "`cargo bench -p login-etl-benches`), and make it cheaper, or accept the cost. Otherwise the cause is another version of\n"
+            "Rust or of a library. If you accept the cost or the version, raise the ceilings, and put counts and reason in the commit:\n"
             "  PYTHONPATH=local target/local/venv/bin/python -m world.instructions --record"
         )
 
 
 def record() -> None:
-    """Makes what the stages take now their ceilings."""
+    """Sets the ceilings from the current counts."""
     counts = count(list(json.loads(CEILINGS.read_text())))
     CEILINGS.write_text(json.dumps({stage: round(taken * HEADROOM) for stage, taken in counts.items()}, indent=2) + "\n")
     print(f"{CEILINGS.relative_to(paths.ROOT)}: {CEILINGS.read_text()}")
 
 
 def count(stages: list[str]) -> dict[str, int]:
-    """Instructions a message of each stage of a batch."""
-    # Debug information of dependencies would be valgrind's to read, which takes it minutes.
+    """Instructions per message of each stage of a batch."""
+    # Without dependencies' debug information, which takes valgrind minutes to read.
     build = ["cargo", "build", "--release", "--locked", "--message-format", "json-render-diagnostics", "--package", PACKAGE]
     output = command.run(*build, what="Building what callgrind counts", log=paths.LOGS / "instructions.log", quiet=True, nice=NICE)
     [program] = filter(None, (json.loads(line).get("executable") for line in output.splitlines() if line.startswith("{")))

@@ -1,4 +1,4 @@
-"""LocalStack in host mode: one process, on loopback only, with its state under a directory of ours."""
+"""Runs LocalStack in host mode: one process, on loopback only, with its state in one directory."""
 
 import contextlib
 import fcntl
@@ -28,14 +28,14 @@ DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class LocalStackError(RuntimeError):
-    """LocalStack cannot be started, or is not there; the text says why, for the person at the terminal."""
+    """LocalStack cannot be started or does not run; the text has the reason, for the user."""
 
 
 class LocalStack:
     """Owns one LocalStack process and the directory with its log, its state and its temporary files.
 
-    ``python`` is the interpreter of the environment made from ``requirements/localstack.txt`` and ``executor``. Without a ``port`` it is
-    4566, or another free one. A later process finds a running one with :meth:`attach`.
+    ``python`` is the interpreter of the environment made from ``requirements/localstack.txt`` and ``executor``. The default ``port`` is
+    4566, or another free one if that is taken. A later process finds a running LocalStack with :meth:`attach`.
     """
 
     def __init__(self, directory: Path, python: Path = Path(sys.executable), port: int | None = None) -> None:
@@ -74,7 +74,7 @@ class LocalStack:
 
     @property
     def identities(self) -> Path:
-        """The directory with the AWS identity of each environment: by its access key, the secret key and the session token."""
+        """The directory with each environment's AWS identity: a file named by the access key, with the secret key and the session token."""
         return self.directory / "identities"
 
     def client(self, service: str):
@@ -89,14 +89,14 @@ class LocalStack:
         )
 
     def start(self) -> None:
-        """Starts LocalStack, with nothing of an earlier run, and waits until it serves.
+        """Starts LocalStack without the state of earlier runs, and waits until it is ready.
 
-        Raises ``LocalStackError`` if one runs in the directory already, if the port is taken, if the process ends, or if it is not ready
+        Raises ``LocalStackError`` if one already runs in the directory, if the port is taken, if the process ends, or if it is not ready
         within a minute.
         """
         if self._find():
             raise LocalStackError(f"LocalStack already runs in {self.directory} (pid {self.pid})")
-        # Two that start at once would choose the same port.
+        # Without the lock, two that start at once would choose the same port.
         with (paths.LOCAL / "localstack.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._start()
@@ -111,7 +111,7 @@ class LocalStack:
         for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs, self.identities):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
-        # LocalStack's own way of making one fails with pyOpenSSL 26.
+        # LocalStack itself fails to make a certificate with pyOpenSSL 26.
         trustme.CA(organization_name="login-etl").issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self._certificate)
         with self.log.open("wb") as output:
             self._process = child = psutil.Popen(
@@ -121,7 +121,7 @@ class LocalStack:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C in the terminal is for whoever stops us in order
+                start_new_session=True,  # keeps the terminal's Ctrl-C from it: we stop it in order
             )
         self._state.write_text(json.dumps({"pid": child.pid, "started": child.create_time(), "port": self.port}))
         deadline = time.monotonic() + READY_SECONDS
@@ -156,47 +156,47 @@ class LocalStack:
         return self.directory / "localstack.json"
 
     def _find(self) -> bool:
-        """Whether the process that the state file names still runs; remembers it if so."""
+        """Whether the process in the state file still runs; if so, attaches to it."""
         with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
             state = json.loads(self._state.read_text())
             process = psutil.Process(state["pid"])
-            # A reused pid has another start time. The clock may have been set since, by a little.
+            # A reused pid has another start time. Allows for a clock that was adjusted a little since.
             if abs(process.create_time() - state["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE:
                 self._process, self.port = process, state["port"]
                 return True
         return False
 
     def _environment(self) -> dict[str, str]:
-        # Nothing else of ours goes in: an AWS profile or a DEBUG=1 of the user's would change what LocalStack does.
+        # Passes nothing else on: a user's AWS profile or DEBUG=1 would change LocalStack's behaviour.
         inherited = {name: os.environ[name] for name in ("PATH", "USER", "LANG") if name in os.environ}
         return inherited | {
             # The default server ignores GATEWAY_LISTEN and binds every address.
             "GATEWAY_SERVER": "hypercorn",
             "GATEWAY_LISTEN": f"127.0.0.1:{self.port}",
             "DNS_ADDRESS": "0",
-            # Addresses that resolve without a network, in queue URLs for instance.
+            # Addresses that resolve without a network, for example in queue URLs.
             "LOCALSTACK_HOST": f"127.0.0.1:{self.port}",
             "SQS_ENDPOINT_STRATEGY": "path",
             # No telemetry, no downloads.
             "DISABLE_EVENTS": "1",
             "SKIP_SSL_CERT_DOWNLOAD": "1",
             "SQS_DISABLE_CLOUDWATCH_METRICS": "1",
-            # The newer engine does not update a stack whose template has Fn::FindInMap with parameters.
+            # The newer engine cannot update a stack whose template uses Fn::FindInMap with parameters.
             "PROVIDER_OVERRIDE_CLOUDFORMATION": "engine-legacy",
-            # It looks for signs of a container, and would then keep its state in /var/lib/localstack.
+            # In a container, LocalStack would otherwise keep its state in /var/lib/localstack.
             "OVERRIDE_IN_DOCKER": "0",
-            # Under it lies all that would be in /var/lib, /usr/lib and /etc.
+            # Replaces /var/lib, /usr/lib and /etc.
             "FILESYSTEM_ROOT": str(self.directory / "volume"),
             "HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "tmp"),
             "XDG_CACHE_HOME": str(self.directory / "cache"),
             "CUSTOM_SSL_CERT_PATH": str(self._certificate),
-            # Its usual S3 keeps objects in /tmp/localstack-s3-storage, which belongs to the first user of the machine.
+            # LocalStack's default S3 keeps objects in /tmp/localstack-s3-storage, which belongs to the machine's first user.
             "PROVIDER_OVERRIDE_S3": "private",
             "LAMBDA_RUNTIME_EXECUTOR": "process",
             "LAMBDA_PROCESS_LOG_DIR": str(self.function_logs),
             "LAMBDA_PROCESS_IDENTITIES": str(self.identities),
-            # Seconds between two batches of an event source mapping, and the most between two looks at an empty queue.
+            # Seconds between two batches of an event source mapping, and the most between two polls of an empty queue.
             "LAMBDA_EVENT_SOURCE_MAPPING_POLL_INTERVAL_SEC": "0.05",
             "LAMBDA_EVENT_SOURCE_MAPPING_MAX_BACKOFF_ON_EMPTY_POLL_SEC": "0.5",
         }

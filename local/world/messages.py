@@ -1,4 +1,4 @@
-"""Made-up login messages, of the shape and with the quirks of the original exercise's data."""
+"""Made-up login messages, with the shape and the quirks of the original exercise's data."""
 
 import json
 import random
@@ -11,12 +11,12 @@ LOCALES = ("RU", "US", "BR", "DE", "CN", None, None)
 
 
 def login(chance: random.Random, **fields: object) -> dict:
-    """One login; `fields` replace made-up values."""
+    """A made-up login; `fields` replace its values."""
     made_up = {
         "user_id": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
         "app_version": chance.choice(VERSIONS),
         "device_type": chance.choice(("android", "ios")),
-        # From the whole range, reserved blocks included, as in the original.
+        # From the whole range, including reserved blocks, as in the original.
         "ip": ".".join(str(chance.randrange(256)) for _ in range(4)),
         "locale": chance.choice(LOCALES),
         "device_id": f"{chance.randrange(1000):03}-{chance.randrange(100):02}-{chance.randrange(10000):04}",
@@ -25,7 +25,7 @@ def login(chance: random.Random, **fields: object) -> dict:
 
 
 def make(count: int, seed: int = 1) -> list[str]:
-    """`count` message bodies: some logins share an address or a device, one message is of a wrong type, a few are not JSON."""
+    """`count` message bodies: some logins share an address or a device, one message has a wrong type, a few are not JSON."""
     chance = random.Random(seed)
     bad = [WRONG_TYPE, *NOT_JSON][: max(0, count - 1)]
     logins = [login(chance) for _ in range(count - len(bad))]

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode between the function and the local PostgreSQL: each transaction may have another session."""
+"""PgBouncer in transaction mode between the function and the local PostgreSQL: each transaction may use another session."""
 
 import contextlib
 import shutil
@@ -11,14 +11,14 @@ from world import paths
 from world.postgres import Postgres
 
 DIRECTORY = paths.LOCAL / "pgbouncer"
-# PgBouncer, and a library that it needs and few have.
+# PgBouncer, and a library that it needs and few machines have.
 PACKAGES = ("pgbouncer", "libc-ares2")
 PATIENCE_SECONDS = 10
-MISSING = "pgbouncer is not here (apt-get install pgbouncer)"
+MISSING = "pgbouncer is not installed (apt-get install pgbouncer)"
 
 
 def program() -> list[str] | None:
-    """The words that run it: this machine's, or Debian's package unpacked into the checkout, which starts no service. None where neither is to be had."""
+    """The command: the installed program, or Debian's package unpacked into the checkout, which starts no service. None if there is neither."""
     if installed := shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/opt/homebrew/bin:/usr/local/bin"):
         return [installed]
     unpacked = DIRECTORY / "root"
@@ -37,10 +37,10 @@ def program() -> list[str] | None:
 
 
 class PgBouncer:
-    """Owns one, as a context manager; clients sign in as `user`, over the TLS of the PostgreSQL behind."""
+    """Owns a PgBouncer, as a context manager; clients sign in as `user`, over TLS with PostgreSQL's certificate."""
 
     def __init__(self, words: list[str], postgres: Postgres, user: str, password: str, sessions: int, port: int = 0):
-        """At most so many sessions of the server's are shared by all clients."""
+        """All clients share at most `sessions` sessions of the server."""
         directory = postgres.directory
         with socket.create_server(("127.0.0.1", port)) as listener:
             self.port = listener.getsockname()[1]
@@ -53,7 +53,7 @@ class PgBouncer:
             "auth_file": directory / "pgbouncer.users",
             "pool_mode": "transaction",
             "default_pool_size": sessions,
-            # The next transaction has another session, as with many clients.
+            # The next transaction uses another session, as with many clients.
             "server_round_robin": 1,
             "client_tls_sslmode": "require",
             "client_tls_key_file": directory / "server.key",
@@ -73,7 +73,7 @@ class PgBouncer:
                 return self
             time.sleep(0.05)
         self.__exit__()
-        raise RuntimeError(f"PgBouncer does not start: {self._log.read_text(errors='replace')[-500:]}")
+        raise RuntimeError(f"PgBouncer did not start: {self._log.read_text(errors='replace')[-500:]}")
 
     def __exit__(self, *_) -> None:
         self._process.terminate()

@@ -1,7 +1,7 @@
-"""A private PostgreSQL on loopback, its state in one directory, found again by later processes.
+"""Runs a private PostgreSQL on loopback, with its state in one directory; later processes can attach to it.
 
-The server's superuser is `postgres`, with a random password. It speaks TLS with a certificate of a private authority, and plain text to those
-who ask for it. Nothing of the machine's own PostgreSQL is used but its programs.
+The server's superuser is `postgres`, with a random password. The server offers TLS with a certificate from a private CA, and plain text if the
+client asks for it. Of the machine's own PostgreSQL, only the programs are used.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ import trustme
 
 OLDEST = 10
 USUAL_PORT = 5432
-# Crash recovery, and the checkpoint of a fast stop, on a slow disk.
+# Long enough for crash recovery, or the checkpoint of a fast stop, on a slow disk.
 PATIENCE_SECONDS = 60
 
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
-    # A socket's path may hold about 100 bytes, which a checkout's can exceed; nobody needs one.
+    # A socket's path is limited to about 100 bytes, which a checkout's path can exceed; nothing needs a socket.
     "unix_socket_directories": "",
     "ssl": "on",
     # Relative to the data directory.
@@ -42,7 +42,7 @@ SETTINGS = {
     "log_line_prefix": "%m [%p] ",
 }
 
-# Where packagers put the server's programs off the PATH: Debian, PGDG's RPMs, openSUSE, Alpine, Homebrew on ARM and on Intel, Postgres.app.
+# Directories of the server's programs outside of PATH: Debian, PGDG's RPMs, openSUSE, Alpine, Homebrew on ARM and on Intel, Postgres.app.
 USUAL_PROGRAMS = (
     "/usr/lib/postgresql/*/bin",
     "/usr/pgsql-*/bin",
@@ -53,13 +53,13 @@ USUAL_PROGRAMS = (
     "/Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-HOW_TO_INSTALL = f"""PostgreSQL's server programs (initdb, pg_ctl, postgres; version {OLDEST} or later) are not here. Install them, then try again:
+HOW_TO_INSTALL = f"""PostgreSQL's server programs (initdb, pg_ctl, postgres; version {OLDEST} or later) are not installed. Install them, then try again:
   Debian, Ubuntu   sudo apt-get install postgresql
   Fedora           sudo dnf install postgresql-server
   macOS            brew install postgresql@17"""
 
-# Debian's package creates and starts a cluster of its own, on the usual port. It asks this file first, which postgresql-common brings; the line
-# goes again, so that a PostgreSQL that the user installs later gets its cluster.
+# Debian's package creates and starts a cluster on the usual port, unless postgresql-common's createcluster.conf disables that. The line is removed
+# afterwards, so that a PostgreSQL that the user installs later gets its cluster.
 APT_SCRIPT = r"""
 set -eu
 export DEBIAN_FRONTEND=noninteractive
@@ -73,20 +73,20 @@ install postgresql
 
 
 class PostgresError(Exception):
-    """The server cannot be installed, made, started or stopped; the text says why, for the person at the terminal."""
+    """The server cannot be installed, made, started or stopped; the text has the reason, for the user."""
 
 
 class Postgres:
     """Owns one server and its data, kept in `directory`.
 
-    Run by root, the server runs as the user `postgres` or `nobody`, as PostgreSQL demands. Where that user cannot reach `directory`, as in root's
-    home, it gets the capability to.
+    If we are root, the server runs as the user `postgres` or `nobody`, because PostgreSQL refuses to run as root. If that user cannot reach
+    `directory`, for example in root's home, it gets a capability for it.
     """
 
     host = "localhost"
 
     def __init__(self, directory: Path, port: int | None = None):
-        """A `port` given is used or refused; otherwise it is 5432 if that is free, else any that is."""
+        """The default `port` is 5432, or another free one if that is taken. A given port that is taken is an error."""
         self.directory = Path(directory).resolve()
         self.log_file = self.directory / "postgres.log"
         self._port = port
@@ -114,7 +114,7 @@ class Postgres:
 
     @property
     def ca_file(self) -> Path:
-        """The certificate (PEM) of the authority that vouches for the server as `localhost`, and not as `127.0.0.1`."""
+        """The CA certificate (PEM) for the server, whose certificate names `localhost`, not `127.0.0.1`."""
         return self.directory / "ca.pem"
 
     @property
@@ -122,7 +122,7 @@ class Postgres:
         return (self.directory / "password").read_text().strip()
 
     def url(self, database: str, user: str, password: str) -> str:
-        """A libpq URL, also understood by tokio-postgres; it leaves TLS to the client's default."""
+        """A libpq URL that tokio-postgres also understands; it does not set TLS options."""
         return f"postgresql://{quote(user, safe='')}:{quote(password, safe='')}@{self.host}:{self.port}/{quote(database, safe='')}"
 
     def connect(self, database: str = "postgres", **options) -> psycopg.Connection:
@@ -143,18 +143,18 @@ class Postgres:
     # Its life.
 
     def start(self) -> "Postgres":
-        """Returns when the server accepts connections, having made it first if need be; if it fails or is interrupted, none runs.
+        """Starts the server and returns when it accepts connections; makes its data first if needed. If this fails or is interrupted, no server runs.
 
-        A server that an earlier run left is stopped first. The port stays the same for as long as this object lives.
+        Stops a server of an earlier run first. The port stays the same for the lifetime of this object.
         """
         self.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
-        # First, as their installation may bring the user that owns everything after.
+        # First, because their installation may create the user that will own the data.
         _ = self._programs
         if not self._data.exists():
             self._create()
-        # Left by a killed server, it may name a pid that another program has by now. Deleting it gives nothing away: as long as any process
-        # of the killed server lives, its shared memory keeps a new one from starting.
+        # A killed server's lock file may contain a pid that another program has by now. Deleting it is safe: as long as any process of the
+        # killed server lives, its shared memory keeps a new server from starting.
         self._lock_file.unlink(missing_ok=True)
         try:
             self._launch()
@@ -164,7 +164,7 @@ class Postgres:
         return self
 
     def stop(self, mode: str = "fast") -> None:
-        """Ends the server and returns when it is gone; `mode` is `fast`, or `immediate` for a crash. Nothing happens if none runs."""
+        """Stops the server and returns when it has ended; `mode` is `fast`, or `immediate` for a crash. Does nothing if no server runs."""
         pid = self._pid()
         if pid is None:
             return
@@ -179,7 +179,7 @@ class Postgres:
         raise PostgresError(f"PostgreSQL (pid {pid}) does not stop{self._log_tail()}")
 
     def restart(self, mode: str = "fast") -> None:
-        """Stops and starts it on the same port; `immediate` makes it recover from a crash."""
+        """Stops and starts the server on the same port; `immediate` makes it recover from a crash."""
         self.stop(mode)
         self.start()
 
@@ -225,7 +225,7 @@ class Postgres:
 
     @property
     def as_account(self) -> list[str | Path]:
-        """The beginning of a command that is to run as that user."""
+        """The command prefix that runs a program as that user."""
         account = self._account
         if not account:
             return []
@@ -238,10 +238,10 @@ class Postgres:
     def _create(self) -> None:
         # pg_ctl hands the path to a shell, in double quotes.
         if set(str(self._data)) & set('"$`\\'):
-            raise PostgresError(f"PostgreSQL's pg_ctl does not bear {self.directory}: please use a path without \", $, ` and \\")
+            raise PostgresError(f"PostgreSQL's pg_ctl cannot handle {self.directory}: use a path without \", $, ` and \\")
         self.write("password", secrets.token_urlsafe(24).encode(), mode=0o600)
         self._make_certificates()
-        # Under a name of its own: the initdb of a killed run may still be writing to the last one.
+        # Under a new name: the initdb of a killed run may still be writing to the previous one.
         self._discard_unfinished()
         unfinished = Path(tempfile.mkdtemp(prefix="data.", dir=self.directory))
         if account := self._account:
@@ -252,7 +252,7 @@ class Postgres:
             *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"),
         ):
             raise PostgresError(f"PostgreSQL's initdb failed{self._log_tail()}")
-        # Last, so that data found in their place are whole.
+        # Last, so that a data directory is always complete.
         unfinished.rename(self._data)
 
     def _discard_unfinished(self) -> None:
@@ -260,7 +260,7 @@ class Postgres:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def write(self, name: str, content: bytes, mode: int) -> None:
-        """A file beside the data; one that not everyone may read belongs to the server's user."""
+        """Writes a file beside the data; if not everyone may read it, the server's user owns it."""
         path = self.directory / name
         path.unlink(missing_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -270,7 +270,7 @@ class Postgres:
                 os.fchown(file.fileno(), account.pw_uid, account.pw_gid)
 
     def _make_certificates(self) -> None:
-        """An authority, whose key nobody keeps, and the server's certificate for DNS:localhost alone: tests need a name it does not have."""
+        """Makes a CA, whose key is not kept, and the server's certificate, only for DNS:localhost: tests need a name that is not in it."""
         authority = trustme.CA(organization_name="login-etl local authority")
         # macOS refuses server certificates that are valid for more than 825 days.
         server = authority.issue_cert(self.host, not_after=datetime.now(UTC) + timedelta(days=800))
@@ -281,7 +281,7 @@ class Postgres:
     # The process.
 
     def _pid(self) -> int | None:
-        """The pid of our own server: a live process whose command line names our data, as a recycled pid's does not."""
+        """The pid of our own server: a live process whose command line has our data directory, unlike another process with a reused pid."""
         try:
             pid = int(self._lock_file.read_text().split("\n", 1)[0])
         except (FileNotFoundError, ValueError):
@@ -312,9 +312,9 @@ class Postgres:
             print(f"PostgreSQL {self._programs[1]} listens on {self.host}:{port}{taken}")
 
     def _run(self, program: str, *arguments: str) -> bool:
-        """Whether one of PostgreSQL's programs succeeds; what it says goes to the log.
+        """Runs one of PostgreSQL's programs, with its output in the log, and returns whether it succeeded.
 
-        It has a session of its own, so that Ctrl-C reaches us alone, and finishes even then: half of pg_ctl could leave a server nobody knows.
+        It has its own session, so that Ctrl-C reaches only us, and it always finishes: an interrupted pg_ctl could leave an unknown server.
         """
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         with open(self.log_file, "ab") as log:
@@ -341,7 +341,7 @@ class Postgres:
 
     @cached_property
     def _programs(self) -> tuple[Path, int]:
-        """The directory of the server's programs, and their major version: that of the data, else what PATH has, else the newest."""
+        """The directory of the server's programs, and their major version: the data's version, else the one on PATH, else the newest."""
         found = self._find_programs()
         if not found:
             install()
@@ -353,7 +353,7 @@ class Postgres:
             for programs in found:
                 if programs[1] == made_by:
                     return programs
-            raise PostgresError(f"{self._data} needs PostgreSQL {made_by}, which is not here; `./local/down` deletes it")
+            raise PostgresError(f"{self._data} needs PostgreSQL {made_by}, which is not installed: install it, or delete the data with `./local/down`")
         return found[0]
 
     def _find_programs(self) -> list[tuple[Path, int]]:
@@ -363,7 +363,7 @@ class Postgres:
         return [(directory, version) for directory in first + usual if (version := self._version(directory)) >= OLDEST]
 
     def _version(self, directory: Path) -> int:
-        """The major version of the programs in `directory`; 0 if they are not all there, or not for the server's user to run."""
+        """The major version of the programs in `directory`; 0 if one is missing, or the server's user may not run them."""
         if not all((directory / program).exists() for program in ("initdb", "pg_ctl", "postgres")):
             return 0
         try:
@@ -375,11 +375,11 @@ class Postgres:
 
 
 def install() -> None:
-    """Installs PostgreSQL with apt, if that is there and we may use it without a password."""
+    """Installs PostgreSQL with apt, if apt exists and needs no password."""
     as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not shutil.which("apt-get") or not succeeds(*as_root, "true"):
         raise PostgresError(HOW_TO_INSTALL)
-    print("PostgreSQL is not here: installing Debian's package `postgresql`, without a cluster (a minute or two)")
+    print("PostgreSQL is not installed: installing Debian's package `postgresql`, without a cluster (a minute or two)")
     apt = subprocess.run([*as_root, "sh", "-c", APT_SCRIPT], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if apt.returncode != 0:
         said = "\n  ".join((apt.stdout + apt.stderr).splitlines()[-15:])
@@ -394,7 +394,7 @@ def succeeds(*command: str) -> bool:
 
 
 def serves(pid: int, data: Path) -> bool:
-    """Whether the process is a server of these data."""
+    """Whether the process is a server with this data directory."""
     if Path("/proc/self").exists():
         try:
             return b"\0-D\0%b\0" % os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -404,7 +404,7 @@ def serves(pid: int, data: Path) -> bool:
 
 
 def free_port() -> int:
-    """The usual port, or another that nothing listens on, be it at ::1 alone, where clients would look for `localhost` first."""
+    """The usual port if nothing listens on it, else another free one. Checks ::1 too, which clients may try first for `localhost`."""
 
     def answers(family: int, address: str) -> bool:
         with contextlib.suppress(OSError), socket.socket(family) as probe:
@@ -413,7 +413,7 @@ def free_port() -> int:
         return False
 
     with socket.socket() as listener:
-        # As PostgreSQL does: connections of an earlier server that linger are no obstacle.
+        # As PostgreSQL does, so that lingering connections of an earlier server do not matter.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if not answers(socket.AF_INET, "127.0.0.1") and not answers(socket.AF_INET6, "::1"):
             with contextlib.suppress(OSError):

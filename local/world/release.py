@@ -1,4 +1,4 @@
-"""What people deploy without a compiler: an archive with the function and its template, etlctl, and their checksums."""
+"""Builds the files that people deploy without a compiler: an archive with the function and its template, etlctl, and their checksums."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from world import arguments, build, command, paths
 from world.command import CommandFailed, Interrupted
 
 RELEASE = paths.ROOT / "target" / "release-archive"
-# What the template says of a build, and what the archive's says instead.
+# The build section of template.yaml, and its replacement in the archive.
 BUILT_HERE = """\
     Metadata:
       BuildMethod: rust-cargolambda
@@ -30,7 +30,7 @@ BUILT = """\
 
 def main() -> int:
     options = arguments.parse("release")
-    # Both programs say it.
+    # Both programs show it.
     os.environ["LOGIN_ETL_COMMIT"] = commit()
     function = options.function or build.function() / "LoginFunction" / "bootstrap"
     files = [archive(function)]
@@ -44,7 +44,7 @@ def main() -> int:
     for file in (*files, sums):
         print(f"  {file.name:40} {file.stat().st_size / 1e6:6.1f} MB")
     if not bom:
-        print("Left out: the bill of materials (SBOM): cargo-cyclonedx is not here (cargo install cargo-cyclonedx); the workflow has it")
+        print("Left out: the bill of materials (SBOM): cargo-cyclonedx is not installed (cargo install cargo-cyclonedx); the workflow installs it")
     return 0
 
 
@@ -80,7 +80,7 @@ def archive(function: Path) -> Path:
 
 
 def template(text: str) -> str:
-    """The template without a build: its code is the archive's directory, for the archive's processor."""
+    """The template without a build: its code is the archive's directory, and its architecture the archive's."""
     architecture = build.architecture()
     changes = {
         BUILT_HERE: BUILT,
@@ -89,7 +89,7 @@ def template(text: str) -> str:
     }
     for before, after in changes.items():
         if text.count(before) != 1:
-            raise CommandFailed(f"template.yaml does not have this once:\n{before}")
+            raise CommandFailed(f"template.yaml must contain this text exactly once:\n{before}")
         text = text.replace(before, after)
     return text
 
@@ -103,7 +103,7 @@ def etlctl() -> Path:
         *("--lambda-dir", built),
         what="Building etlctl (some minutes the first time)",
         log=paths.LOGS / "build-release-etlctl.log",
-        # It is to start at once, not to be fast: with less optimisation it is ready in half the time.
+        # etlctl need not be fast: less optimisation halves the build time.
         environment=build.release_environment()
         | {"CARGO_TARGET_DIR": str(paths.ROOT / "target" / "function"), "CARGO_PROFILE_RELEASE_LTO": "thin", "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16"},
     )
@@ -114,18 +114,18 @@ def etlctl() -> Path:
 
 
 def bill_of_materials() -> Path | None:
-    """What the function is made of, as CycloneDX; None if cargo-cyclonedx is not installed."""
+    """The function's bill of materials, as CycloneDX; None if cargo-cyclonedx is not installed."""
     if not shutil.which("cargo-cyclonedx"):
         return None
     name = f"login-etl-{version()}-{build.architecture()}.cdx"
     command.run(
         *("cargo", "cyclonedx", "--format", "json", "--override-filename", name),
-        what="Listing what it is made of",
+        what="Making the bill of materials",
         log=paths.LOGS / "cyclonedx.log",
-        # The time in it is the commit's.
+        # The timestamp in it is the commit's time.
         environment=os.environ | {"SOURCE_DATE_EPOCH": str(committed_at())},
     )
-    # It writes one for each package of the workspace, beside its manifest.
+    # cargo-cyclonedx writes one file for each package of the workspace, beside its manifest.
     for other in paths.ROOT.glob(f"*/**/{name}.json"):
         if "target" not in other.relative_to(paths.ROOT).parts:
             other.unlink()
@@ -138,13 +138,13 @@ def version() -> str:
 
 
 def commit() -> str:
-    """The commit that is built; with a plus, if there are changes beside it."""
+    """The commit that is built, with a plus if there are uncommitted changes."""
     asked = subprocess.run(("git", "describe", "--always", "--dirty=+", "--exclude=*"), cwd=paths.ROOT, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or "unknown"
 
 
 def committed_at() -> int:
-    """When the commit was made, in seconds since the epoch; 0 outside of a repository."""
+    """The commit's time, in seconds since the epoch; 0 outside of a repository."""
     asked = subprocess.run(("git", "log", "-1", "--format=%ct"), cwd=paths.ROOT, capture_output=True, text=True, check=False)
     return int(asked.stdout.strip() or 0)
 

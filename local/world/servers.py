@@ -1,4 +1,4 @@
-"""The servers of a local world, and the settings that lead to them."""
+"""The servers of a local world, and the settings for connecting to them."""
 
 import fcntl
 import json
@@ -15,15 +15,15 @@ from world.localstack import CREDENTIALS, REGION, LocalStack
 from world.postgres import Postgres
 
 DATABASE_SECRET = "login-etl/database"
-# The function's own user, which the schema makes.
+# The function's user, which the schema creates.
 DATABASE_USER = "login_etl"
-# The owner of the tables, who migrates and operates.
+# The credentials of the tables' owner, with which etlctl works.
 OPERATOR_SECRET = "login-etl/operator"
 
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """Keeps another run from taking the servers of `directory` away from under us, and ends us in order when we are told to end."""
+    """Locks `directory` against other runs, and makes SIGTERM and SIGHUP end this process in order."""
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, lambda number, _: sys.exit(128 + number))
     directory.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def alone(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit("another run of this checkout is under way; wait for it, or stop it")
+            sys.exit("another run is using this checkout; wait for it, or stop it")
         yield
 
 
@@ -45,7 +45,7 @@ class Servers:
 
     @classmethod
     def attach(cls, directory: Path) -> "Servers":
-        """The servers that another process started in `directory`; raises `RuntimeError` if either does not run."""
+        """The servers that another process started in `directory`; raises `RuntimeError` if one of them does not run."""
         servers = cls(directory)
         servers.localstack = LocalStack.attach(directory / "localstack")
         if not (postgres := Postgres.attach(directory / "postgres")):
@@ -65,7 +65,7 @@ class Servers:
         self.stop()
 
     def start(self) -> None:
-        # Left by a run that was killed.
+        # A killed run may have left one.
         with suppress(RuntimeError):
             LocalStack.attach(self.localstack.directory).stop()
         self.postgres.start()
@@ -102,7 +102,7 @@ class Servers:
         }
 
     def environment(self) -> dict[str, str]:
-        """How any AWS SDK or CLI reaches this LocalStack, and the function or a test both servers."""
+        """Settings with which an AWS SDK or CLI reaches this LocalStack, and the function or a test both servers."""
         return {
             "AWS_ENDPOINT_URL": self.localstack.endpoint,
             **CREDENTIALS,

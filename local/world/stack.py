@@ -43,22 +43,22 @@ class Stack:
         return bytes.fromhex(json.loads(secret["SecretString"])["key"])
 
     def log(self) -> list[dict]:
-        """The function's log lines so far: its own, the platform's, and the metrics. CloudWatch has the same, a little later."""
+        """The function's log lines so far: its own, the platform's, and the metrics. CloudWatch gets the same lines a little later."""
         return [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
 
     def log_text(self) -> str:
-        """All that the function's environments wrote."""
+        """The whole output of the function's environments."""
         files = sorted(self.localstack.function_logs.glob(f"{self.function_name}-*.log"))
         return "".join(file.read_text(errors="replace") for file in files)
 
     def depth(self, queue_url: str) -> tuple[int, int]:
-        """How many of a queue's messages wait, and how many are being handled."""
+        """The number of a queue's visible messages, and of those in flight."""
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
         attributes = self.localstack.client("sqs").get_queue_attributes(QueueUrl=queue_url, AttributeNames=names)["Attributes"]
         return int(attributes[names[0]]), int(attributes[names[1]])
 
     def enable_mapping(self, enabled: bool) -> None:
-        """Switches the event source mapping on or off, and returns when it is."""
+        """Enables or disables the event source mapping, and returns when the change has taken effect."""
         functions = self.localstack.client("lambda")
         mapping = functions.list_event_source_mappings(FunctionName=self.name)["EventSourceMappings"][0]["UUID"]
         functions.update_event_source_mapping(UUID=mapping, Enabled=enabled)
@@ -66,24 +66,24 @@ class Stack:
         deadline = time.monotonic() + 60
         while (state := functions.get_event_source_mapping(UUID=mapping)["State"]) != wanted:
             if time.monotonic() > deadline:
-                raise CommandFailed(f"the event source mapping is {state}, and does not become {wanted}")
+                raise CommandFailed(f"the event source mapping is still {state}, not {wanted}")
             time.sleep(0.1)
 
 
 def deploy(servers: Servers, name: str = NAME, build: Path | None = None, quiet: bool = False, **parameters: object) -> Stack:
-    """Deploys what was built (as for production, if it is not said); `parameters` are the template's, beyond those that say where the servers are."""
-    # SAM CLI takes no empty value; those that can be are so by default.
+    """Deploys a build, by default production's. `parameters` are added to those of `parameters_for`, which connect the stack with the servers."""
+    # SAM CLI accepts no empty value; parameters that may be empty are empty by default.
     parameters = {name: value for name, value in (parameters_for(servers) | parameters).items() if value != ""}
-    # SAM CLI would make one by a stack of its own, which takes a quarter of a minute.
+    # SAM CLI would create one with a separate stack, which takes 15 s.
     servers.localstack.client("s3").create_bucket(Bucket=BUCKET)
     command.run(
         *("sam", "deploy", "--template-file", (build or paths.SAM_BUILD) / "template.yaml", "--stack-name", name),
         *("--s3-bucket", BUCKET, "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
-        # Quoted as SAM CLI has it, where a path holds a space.
+        # SAM CLI needs quotes around a value with a space.
         *("--parameter-overrides", *(f'{key}="{value}"' if " " in str(value) else f"{key}={value}" for key, value in parameters.items())),
         what="Deploying the stack",
         log=paths.LOGS / f"deploy-{servers.name}-{name}.log",
-        # SAM CLI looks every five seconds whether CloudFormation is done.
+        # By default SAM CLI checks only every five seconds whether CloudFormation is done.
         environment=os.environ | servers.environment() | {"SAM_CLI_POLL_DELAY": "0.5"},
         quiet=quiet,
     )

@@ -1,6 +1,6 @@
-"""What CloudFormation makes of the product's template, for given values of its parameters.
+"""Resolves the product's template as CloudFormation does, for given parameters.
 
-Run as a program, it writes out the template that SAM makes of it, for tools that know nothing of SAM: OUTPUT [Name=value ...]
+Run as a program, it writes the template as expanded by SAM, for tools that do not understand SAM: OUTPUT [Name=value ...]
 """
 
 import argparse
@@ -25,23 +25,23 @@ PSEUDO_PARAMETERS = {
     "AWS::StackName": "login-etl",
     "AWS::URLSuffix": "amazonaws.com",
 }
-# What has no default in the template, which is resolved all the same.
+# Parameters without a default in the template.
 DEFAULTS = {"DatabaseSecretArn": "arn:aws:secretsmanager:us-east-1:123456789012:secret:database-AbCdEf"}
 NO_VALUE = object()
 
-# It warns of features and metrics of SAM's own service.
+# The translator warns of features and metrics of SAM's own service.
 logging.getLogger("samtranslator").setLevel(logging.ERROR)
 
 
 def expand(parameters: dict[str, object]) -> dict:
-    """The CloudFormation template that SAM makes of template.yaml for these values, which become the defaults of its parameters."""
+    """Expands template.yaml with SAM to a CloudFormation template; the given values become its parameters' defaults."""
     template = copy.deepcopy(source())
     for name, value in parameters.items():
         if name not in template["Parameters"]:
             raise ValueError(f"the template has no parameter {name}")
         template["Parameters"][name]["Default"] = value
     for resource in template["Resources"].values():
-        # What `sam deploy` puts in place of the folder.
+        # `sam deploy` replaces the directory with an S3 URI.
         if resource["Type"] == "AWS::Serverless::Function":
             resource["Properties"]["CodeUri"] = "s3://bucket/key"
     session = boto3.Session(region_name=PSEUDO_PARAMETERS["AWS::Region"])
@@ -50,15 +50,15 @@ def expand(parameters: dict[str, object]) -> dict:
 
 @functools.cache
 def source() -> dict:
-    """template.yaml as it is written."""
+    """template.yaml, parsed."""
     return yaml_parse((paths.ROOT / "template.yaml").read_text())
 
 
 def resolve(parameters: dict[str, object]) -> dict:
-    """The resources that a stack with these values has, without conditions and intrinsic functions.
+    """The resources of a stack with these values, with conditions and intrinsic functions resolved.
 
-    A reference to a resource is its logical id, with the attribute's name after a dot. Raises `ValueError` for a function that is not
-    known here, and for a reference to what the stack does not have.
+    A reference to a resource becomes its logical id, with the attribute's name after a dot. Raises `ValueError` for an unknown function, and
+    for a reference to a resource that the stack does not have.
     """
     return Resolution(parameters).section("Resources")
 
@@ -69,12 +69,12 @@ def outputs(parameters: dict[str, object]) -> dict[str, object]:
 
 
 def broken_rules(parameters: dict[str, object]) -> list[str]:
-    """What CloudFormation says of these values by the template's rules, before it makes anything."""
+    """The messages of the template's rules that these values break; CloudFormation checks them before it creates anything."""
     return Resolution(parameters).broken_rules()
 
 
 class Resolution:
-    """The expanded template with one value for each parameter."""
+    """The expanded template with a value for each parameter."""
 
     def __init__(self, parameters: dict[str, object]):
         self.template = expand(DEFAULTS | parameters)
@@ -102,12 +102,12 @@ class Resolution:
         if not isinstance(value, dict):
             return value
         functions = [key for key in value if key == "Ref" or key.startswith("Fn::")]
-        # A policy's statement has a Condition too, which is no name.
+        # A policy statement has a Condition too, which is not a name.
         if len(value) == 1 and isinstance(value.get("Condition"), str):
             functions = ["Condition"]
         if functions:
             if len(value) > 1:
-                raise ValueError(f"{functions[0]} has company: {value}")
+                raise ValueError(f"{functions[0]} is not the only key: {value}")
             return self.call(functions[0], value[functions[0]])
         resolved = {key: self.resolve(item) for key, item in value.items()}
         return {key: item for key, item in resolved.items() if item is not NO_VALUE}
@@ -147,7 +147,7 @@ class Resolution:
                 return text.split(between)
             case "Fn::Select", [index, list(them)]:
                 return them[int(index)]
-        raise ValueError(f"{function} of {argument} is not known here")
+        raise ValueError(f"unknown function: {function} of {argument}")
 
     def substitute(self, text: str, values: dict) -> str:
         known = self.values | values
@@ -168,7 +168,7 @@ class Resolution:
 
 
 def value_of(declaration: dict) -> object:
-    """A parameter's value, as a reference to it gives it."""
+    """A parameter's default, with the type that a reference to it has."""
     value = declaration["Default"]
     match declaration["Type"]:
         case "Number":
@@ -177,7 +177,7 @@ def value_of(declaration: dict) -> object:
             return [item.strip() for item in str(value).split(",")]
         case "String":
             return str(value)
-    raise ValueError(f"parameters of type {declaration['Type']} are not known here")
+    raise ValueError(f"unknown parameter type: {declaration['Type']}")
 
 
 def main() -> None:
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("parameters", nargs="*", metavar="Name=value")
     options = parser.parse_args()
     if not all("=" in parameter for parameter in options.parameters):
-        parser.error("a parameter is given as Name=value")
+        parser.error("write parameters as Name=value")
     try:
         expanded = expand(dict(parameter.split("=", 1) for parameter in options.parameters))
     except ValueError as error:

@@ -1,7 +1,6 @@
-"""Lets users into a local PostgreSQL by tokens of IAM's, as RDS does.
+"""Lets users sign in to a local PostgreSQL with IAM tokens, as RDS does.
 
-PostgreSQL hands a password that it is to check to a directory (LDAP), which is ours, and asks botocore's code whether the password is the token that
-an identity we know would have signed.
+PostgreSQL passes each password to our LDAP server. It uses botocore to check whether the password is a token signed by a known identity.
 """
 
 import contextlib
@@ -23,14 +22,14 @@ from psycopg import sql
 from world.localstack import CREDENTIALS, REGION
 from world.postgres import Postgres
 
-# Whose members RDS lets in by tokens, and by nothing else.
+# RDS lets this role's members sign in with tokens only.
 ROLE = "rds_iam"
 LIFE_SECONDS = 900
-# The template's, for a function that signs in so.
+# The template's parameters for a function that signs in with tokens.
 PARAMETERS = {"DatabaseAuth": "iam", "DatabaseResourceId": "db-LOCAL", "DatabaseSecretArn": ""}
 # https://www.rfc-editor.org/rfc/rfc4511: resultCode
 SUCCESS, INVALID_CREDENTIALS = 0, 49
-# botocore's clock, which is the whole process's, is set by one thread at a time.
+# Patching botocore's clock affects the whole process, so only one thread may do it at a time.
 CLOCK = threading.Lock()
 
 
@@ -43,7 +42,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was said of one token; `reason` is empty where it was accepted."""
+    """The verdict on one token; `reason` is empty if it was accepted."""
 
     user: str
     token: str
@@ -51,10 +50,10 @@ class Verdict:
 
 
 class Tokens:
-    """Owns the directory, as a context manager, and has PostgreSQL ask it about the members of `ROLE`."""
+    """Owns the LDAP server, as a context manager, and has PostgreSQL use it for the members of `ROLE`."""
 
     def __init__(self, postgres: Postgres, identities: Path | None = None, clock: Callable[[], float] = time.time):
-        """Knows this world's own identity, and those that the executor wrote down in `identities`."""
+        """Knows this world's own identity, and those that the executor wrote to `identities`."""
         self.verdicts: list[Verdict] = []
         self.clock = clock
         self._postgres, self._identities = postgres, identities
@@ -94,11 +93,11 @@ class Tokens:
             signed = datetime.datetime.strptime(query["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
             identity = self._identity(query["X-Amz-Credential"].split("/")[0])
         except (KeyError, FileNotFoundError) as missing:
-            return f"it is no token of an identity that is known here: {missing}"
+            return f"it is not a token of a known identity: {missing}"
         if (query["DBUser"], host, int(port)) != (user, self._postgres.host, self._postgres.port):
             return "it is for another user, host or port"
         if parameters(made(identity, host, int(port), user, signed)) != query:
-            return "it is signed wrongly"
+            return "its signature is wrong"
         age = self.clock() - signed.timestamp()
         return "" if -300 <= age <= LIFE_SECONDS else f"it is {age:.0f} s old"
 
@@ -115,9 +114,9 @@ def parameters(token: str) -> dict[str, str]:
 
 
 def made(identity: Identity, host: str, port: int, user: str, signed: datetime.datetime) -> str:
-    """The token that botocore makes at that time."""
+    """The token that botocore makes at the time `signed`."""
     with CLOCK, contextlib.ExitStack() as stack:
-        # Of the two, it uses the second where awscrt is installed.
+        # botocore uses the second module if awscrt is installed.
         for module in ("botocore.auth", "botocore.crt.auth") if HAS_CRT else ("botocore.auth",):
             stack.enter_context(mock.patch(f"{module}.get_current_datetime", lambda **_: signed))
         return client(identity).generate_db_auth_token(host, port, user)
@@ -136,14 +135,14 @@ def client(identity: Identity):
 
 def handler(tokens: Tokens) -> type:
     class Handler(socketserver.StreamRequestHandler):
-        """One client of the directory, which asks whether a name and a password belong together: https://www.rfc-editor.org/rfc/rfc4511#section-4.2."""
+        """Serves one LDAP client's bind requests, which check a name and a password: https://www.rfc-editor.org/rfc/rfc4511#section-4.2."""
 
         def handle(self) -> None:
             while message := self.rfile.read(1):
                 content = self.rfile.read(self._length())
                 number, operation = split(content)
                 tag, fields = operation[0], split(value(operation))
-                if tag != 0x60:  # a BindRequest; all else ends the conversation
+                if tag != 0x60:  # not a BindRequest: ends the connection
                     return
                 _, name, password = fields
                 code = SUCCESS if tokens.judge(value(name).decode(), value(password).decode()) else INVALID_CREDENTIALS
@@ -158,7 +157,7 @@ def handler(tokens: Tokens) -> type:
 
 
 def split(content: bytes) -> list[bytes]:
-    """The elements of BER, each with its tag and length."""
+    """Splits BER into its elements, each with its tag and length."""
     elements = []
     while content:
         header, length = header_and_length(content)

@@ -1,19 +1,19 @@
-//! A zero-copy JSON reader for the common case. It gives up where anything uncommon comes: the caller then asks serde_json, which
-//! also says what is wrong.
+//! A zero-copy JSON reader for the common case. It gives up on anything uncommon: the caller then falls back to serde_json, which
+//! also reports errors.
 //!
-//! serde_json reads the same values from what it accepts. Two methods do not validate: [`Reader::skip`] and [`Reader::raw_string`].
+//! From what it accepts, serde_json reads the same values. [`Reader::skip`] and [`Reader::raw_string`] do not validate.
 
 use wide::u8x16;
 
-/// The bytes that are looked at together.
+/// The number of bytes that are compared at once.
 const TOGETHER: usize = 16;
-/// How deep a value may be nested that is skipped.
+/// The deepest nesting that [`Reader::skip_plain`] skips.
 const DEPTH_MAX: u32 = 32;
 
-/// A position in a JSON text. Every step leads over white space, and is `None` if something else is there.
+/// A position in a JSON text. Every method skips white space first, and returns `None` if the text has something else there.
 ///
-/// With `QUOTED` the text is the content of a string: JSON in JSON, whose own quotes have a backslash before them. So a text
-/// need not be copied to be read.
+/// With `QUOTED`, the text is the content of a JSON string: JSON in JSON, whose quotes are escaped by a backslash. So it is read
+/// without a copy.
 #[derive(Clone, Debug)]
 pub struct Reader<'a, const QUOTED: bool = false> {
     text: &'a str,
@@ -21,12 +21,12 @@ pub struct Reader<'a, const QUOTED: bool = false> {
 }
 
 impl<'a> Reader<'a> {
-    /// At the start of `text`.
+    /// A reader at the start of `text`.
     pub fn new(text: &'a str) -> Self {
         Self { text, position: 0 }
     }
 
-    /// Any string, as it stands there with its quotes.
+    /// Reads any string. Returns it raw, with its quotes.
     pub fn raw_string(&mut self) -> Option<&'a str> {
         self.peek()?;
         let start = self.position;
@@ -36,7 +36,7 @@ impl<'a> Reader<'a> {
         self.text.get(start..self.position)
     }
 
-    /// Goes over a value, which need not be JSON in every part.
+    /// Skips a value, without validating it.
     pub fn skip(&mut self) -> Option<()> {
         let mut depth = 0_usize;
         loop {
@@ -69,13 +69,13 @@ impl<'a> Reader<'a> {
 }
 
 impl<'a> Reader<'a, true> {
-    /// At the start of what `json`, a string, stands for.
+    /// A reader at the start of the content of `json`, a JSON string.
     pub fn in_string(json: &'a str) -> Option<Self> {
         let text = json.strip_prefix('"')?.strip_suffix('"')?;
         Some(Self { text, position: 0 })
     }
 
-    /// Goes over a value whose strings have no escapes.
+    /// Skips a value whose strings have no escapes.
     pub fn skip_plain(&mut self) -> Option<()> {
         self.skip_down_to(DEPTH_MAX)
     }
@@ -92,7 +92,7 @@ impl<'a> Reader<'a, true> {
 }
 
 impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
-    /// Reads an object; `field` gets the name of each of its fields, and reads the value.
+    /// Reads an object; `field` gets the name of each field, and must read the value.
     pub fn object(&mut self, mut field: impl FnMut(&mut Self, &'a str) -> Option<()>) -> Option<()> {
         self.list(b'{', b'}', |reader| {
             let name = reader.string()?;
@@ -101,7 +101,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         })
     }
 
-    /// Reads an array; `element` reads each of its elements.
+    /// Reads an array; `element` must read one element.
     pub fn array(&mut self, element: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
         self.list(b'[', b']', element)
     }
@@ -119,7 +119,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         }
     }
 
-    /// The content of a string without escapes.
+    /// Reads a string without escapes. Returns its content.
     #[inline]
     pub fn string(&mut self) -> Option<&'a str> {
         self.peek()?;
@@ -130,7 +130,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         self.take_quote().and(text)
     }
 
-    /// Reads a number, `true`, `false` or `null`, as it stands there.
+    /// Reads a number, `true`, `false` or `null`. Returns it raw.
     pub fn literal(&mut self) -> Option<&'a str> {
         self.peek()?;
         let rest = self.text.get(self.position..)?;
@@ -145,7 +145,7 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         self.peek().is_none()
     }
 
-    /// The next byte.
+    /// The next byte that is not white space.
     #[inline]
     pub fn peek(&mut self) -> Option<u8> {
         loop {
@@ -161,19 +161,19 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
         (self.peek()? == byte).then(|| self.position += 1)
     }
 
-    /// Reads a quote, if it is the very next.
+    /// Reads a quote, without skipping white space.
     #[inline]
     fn take_quote(&mut self) -> Option<()> {
         let quote: &[u8] = if QUOTED { b"\\\"" } else { b"\"" };
         self.text.as_bytes().get(self.position..)?.starts_with(quote).then(|| self.position += quote.len())
     }
 
-    /// Goes to the first byte that does not stand for itself in a string, or to the end.
+    /// Goes to the first quote, backslash or control character, or to the end.
     #[inline]
     fn go_to_special(&mut self) {
         let rest = self.text.as_bytes().get(self.position..).unwrap_or_default();
         let (chunks, end) = rest.as_chunks();
-        // Where in its chunk the byte is, is asked once only, at the end: the processor need not wait for it before it reads on.
+        // The byte's place in its chunk is computed once, after the loop, so that the loop need not wait for it.
         let found = chunks.iter().map(|chunk| Special::of(*chunk).any()).enumerate().find(|(_, special)| *special != 0);
         self.position += match found {
             Some((index, special)) => index * TOGETHER + special.trailing_zeros() as usize,
@@ -182,11 +182,11 @@ impl<'a, const QUOTED: bool> Reader<'a, QUOTED> {
     }
 }
 
-/// How many bytes come before the quote that ends a string, or before something that no string has.
+/// The number of bytes before the quote that ends a string, or before a control character, which no string may have.
 fn end_of_string(text: &[u8]) -> usize {
     let mut position = 0;
-    // JSON in JSON has an escape every few bytes, a quote behind a backslash. Chunks with those alone are looked at whole; from a
-    // backslash on that is itself escaped, which is rare, the rest goes byte by byte.
+    // JSON in JSON has an escaped quote every few bytes, so chunks with such escapes are read whole. An escaped backslash is
+    // rare: from its chunk on, the rest is read byte by byte.
     let mut is_escaped = 0;
     for chunk in text.as_chunks().0 {
         let Special { quotes, backslashes, controls } = Special::of(*chunk);
@@ -234,12 +234,12 @@ fn is_number(text: &str) -> bool {
     rest.is_empty()
 }
 
-/// Whether a byte stands for itself in a string.
+/// Whether a byte is neither a quote, a backslash nor a control character.
 fn is_plain(byte: u8) -> bool {
     byte >= b' ' && byte != b'"' && byte != b'\\'
 }
 
-/// Which bytes do not stand for themselves in a string: a bit each, from the lowest on.
+/// The bytes of a chunk that are not plain: a bit each, the lowest for the first byte.
 struct Special {
     quotes: u32,
     backslashes: u32,
@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_is_skipped_is_json() {
+    fn skipped_plain_values_are_json() {
         let value = r#"{"a": [1, -2.50e+7, true, null, {"b": "c"}], "d": "é", "e": {}, "f": []}"#;
         let json = |text: &str| serde_json::to_string(text).unwrap();
         let skips = |json: &str| {
@@ -274,7 +274,7 @@ mod tests {
             reader.skip_plain().is_some() && reader.is_at_end()
         };
         assert!(skips(&json(value)));
-        // Each byte gone, or another one in its place.
+        // Each byte removed, or replaced by another.
         for (position, _) in value.char_indices() {
             for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "\n", "\0", "n", "0", "-", ".", "e"] {
                 let rest = value[position..].chars().next().map_or(0, char::len_utf8);
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_that_does_not_stand_for_itself_is_found_at_every_place() {
+    fn a_special_byte_is_found_at_every_position() {
         for position in 0..TOGETHER {
             for byte in 0..=u8::MAX {
                 for filler in [b' ', b'a', b'!', b'#', b'[', b']', 0x7f, 0x80, 0xff] {
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_string_ends_at_the_first_quote_that_is_not_escaped() {
         let parts = ["", "\"", "\\\"", "\\\\", "\\\\\"", "\\\\\\\"", "\\", "\\n", "\n", "a\\\"a"];
-        // At all places of a chunk, and over its end.
+        // At all positions of a chunk, and across its end.
         for (before, between) in (0..=TOGETHER).flat_map(|before| (0..=TOGETHER).map(move |between| (before, between)))
         {
             for (first, second) in parts.iter().flat_map(|first| parts.map(|second| (first, second))) {

@@ -1,7 +1,6 @@
-//! A body's JSON, read once for the fields that the mapping names. Other fields cost only being skipped.
+//! Reads a body's JSON once for the fields that the mapping names, and skips all others.
 //!
-//! A body of the usual shape is scanned where it stands in the event. Every other one goes to serde_json, which also says what is
-//! wrong with it.
+//! Zero-copy scanner for the common case. Every other body goes to serde_json, which also finds what is wrong with it.
 
 use std::{borrow::Cow, fmt};
 
@@ -17,26 +16,26 @@ pub(super) enum Value<'a> {
     Absent,
     /// `null`.
     Null,
-    /// A string, of a field that is only wanted as one.
+    /// The decoded string of a field that is only wanted as a string.
     Text(Cow<'a, str>),
-    /// Something else, of a field that is only wanted as a string.
+    /// Another value of a field that is only wanted as a string.
     NotText,
-    /// Any value but `null`, as it stands in the body.
+    /// The raw JSON of any value but `null`.
     Json(&'a str),
-    /// Given more than once, itself or a part of its path.
+    /// The field or a parent on its path is given more than once.
     Twice,
-    /// A part of its path is not an object.
+    /// A parent on its path is not an object.
     NoParent,
 }
 
-/// The fields that are looked for: a tree of the names of their paths.
+/// The wanted fields, as a tree of the names on their paths.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Fields {
     names: Vec<Name>,
     count: usize,
 }
 
-/// A name in an object, which is a field, or leads to some, or both.
+/// A key of an object: a field, a parent of fields, or both.
 #[derive(Clone, Debug)]
 struct Name {
     name: String,
@@ -51,8 +50,8 @@ struct Wanted {
 }
 
 impl Fields {
-    /// Adds the field of this path, which then has its value at the index that is returned. With `as_json`, the value is wanted as
-    /// it stands in the body, and not as a string.
+    /// Adds the field with this path, and returns the index of its value. With `as_json`, the value is wanted as raw JSON instead
+    /// of a decoded string.
     pub(super) fn add(&mut self, path: &str, as_json: bool) -> usize {
         let mut names = &mut self.names;
         let mut parts = path.split('.').peekable();
@@ -76,8 +75,8 @@ impl Fields {
         unreachable!("a path has a last part")
     }
 
-    /// The values of a body of the usual shape, as it stands in the event: `json` is a string with its quotes. `None` for any
-    /// other, and where a field is given twice, or is not what the mapping wants.
+    /// The values of an undecoded body: `json` is a JSON string literal with its quotes, as in the event. `None` if the body is
+    /// not of the common shape, a field is given twice, or a value has the wrong type.
     pub(super) fn scanned<'a>(&self, json: &'a str) -> Option<Vec<Value<'a>>> {
         let mut values = self.absent();
         let mut reader = Reader::in_string(json)?;
@@ -92,12 +91,12 @@ impl Fields {
     /// The values of a body, each at its field's index.
     ///
     /// # Errors
-    /// [`Invalid`]: the body is no JSON object.
+    /// [`Invalid`], if the body is not a JSON object.
     pub(super) fn values<'a>(&self, json: &'a str) -> Result<Vec<Value<'a>>, Invalid> {
         let mut values = self.absent();
         let mut deserializer = serde_json::Deserializer::from_str(json);
         let read = Object { names: &self.names, values: &mut values }.deserialize(&mut deserializer);
-        // The error itself may quote the body, so only its kind is kept.
+        // The error's text may quote the body, so only its kind is used.
         match read.and_then(|()| deserializer.end()) {
             Ok(()) => Ok(values),
             Err(error) if error.is_data() && !json.trim_start().starts_with('{') => {
@@ -108,7 +107,7 @@ impl Fields {
     }
 }
 
-/// Reads an object of the usual shape, as [`Object`] reads any.
+/// Scans an object of the common shape. Must give the same values as [`Object`].
 fn scan<'a>(names: &[Name], reader: &mut Reader<'a, true>, values: &mut [Value<'a>]) -> Option<()> {
     let mut expected = 0;
     reader.object(|reader, key| {
@@ -137,14 +136,14 @@ fn scan<'a>(names: &[Name], reader: &mut Reader<'a, true>, values: &mut [Value<'
     })
 }
 
-/// Which of the names a key is, if it is one. Messages of one sender have their fields in one order.
+/// The index of a key among the names. Tries `expected` first, as messages of one sender have their fields in one order.
 #[inline]
 fn find(names: &[Name], key: &str, expected: usize) -> Option<usize> {
     let is_key = |index: &usize| names.get(*index).is_some_and(|name| name.name == key);
     Some(expected).filter(is_key).or_else(|| (0..names.len()).find(is_key))
 }
 
-/// Reads an object.
+/// Reads an object with serde_json.
 struct Object<'n, 'v, 'a> {
     names: &'n [Name],
     values: &'v mut [Value<'a>],
@@ -198,7 +197,7 @@ impl<'de> Visitor<'de> for Object<'_, '_, 'de> {
     }
 }
 
-/// Reads what is below a name.
+/// Reads the fields below a name.
 fn read_inner<'a>(names: &[Name], json: &'a str, values: &mut [Value<'a>]) -> Result<(), serde_json::Error> {
     if names.is_empty() {
         return Ok(());
@@ -214,13 +213,13 @@ fn read_inner<'a>(names: &[Name], json: &'a str, values: &mut [Value<'a>]) -> Re
     Ok(())
 }
 
-/// After an object was read: what it does not have is known, so that a second one of its name is noticed.
+/// Marks the fields that an object lacks as null after it was read, so that a second object of the same name is noticed.
 fn mark_absent_as_null(names: &[Name], values: &mut [Value<'_>]) {
     names.iter().for_each(|name| name.replace(values, |value| matches!(value, Value::Absent), || Value::Null));
 }
 
 impl Name {
-    /// Whether a value of it was read. What is below an object that was read is never absent.
+    /// Whether a value of it was read. No field below an object that was read is `Absent`.
     fn is_given(&self, values: &[Value<'_>]) -> bool {
         match self.field {
             Some(Wanted { slot, .. }) => !matches!(values[slot], Value::Absent),
@@ -233,7 +232,7 @@ impl Name {
         self.replace(values, |_| true, || Value::Twice);
     }
 
-    /// Replaces the values of this name and of all below it.
+    /// Replaces the values of this name and of all names below it.
     fn replace<'a>(
         &self,
         values: &mut [Value<'a>],
@@ -249,7 +248,7 @@ impl Name {
     }
 }
 
-/// An object's key: which of the names it is, if it is one.
+/// Reads an object's key as its index among the names.
 struct Key<'n> {
     names: &'n [Name],
     expected: usize,
@@ -275,7 +274,7 @@ impl Visitor<'_> for Key<'_> {
     }
 }
 
-/// The value of a field that is only wanted as a string: borrowed if it has no escapes.
+/// The value of a field that is only wanted as a string; borrowed if it has no escapes.
 struct TextValue<'a>(Value<'a>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for TextValue<'a> {

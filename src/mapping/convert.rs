@@ -1,5 +1,4 @@
-//! Conversions of a value to its column's type, and the one spelling of a text. Each is strict: what it does not know, it
-//! refuses.
+//! Converts values to their column's type, and normalizes texts. Each conversion is strict: it refuses what it does not know.
 
 use std::{borrow::Cow, net::IpAddr, time::SystemTime};
 
@@ -8,31 +7,31 @@ use time::{Date, OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{ColumnType, Fault};
 
-/// How a field's value becomes its column's.
+/// How a field's value is converted to its column's type.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Convert {
-    /// The dots of a version go: `2.3.0` is 230. The original's rule; versions collide (`0.26` and `2.6`) and do not sort.
+    /// Removes the dots of a version: `2.3.0` is 230. The exercise's rule; versions collide (`0.26` and `2.6`) and do not sort.
     VersionDigits,
-    /// major · 10⁶ + minor · 10³ + patch: `2.3.0` is 2003000. Sorts as versions do, and only equal ones are equal
-    /// (`6.2`, `6.02` and `6.2.0` are). Minor and patch reach 999, and more than three parts are refused.
+    /// major · 10⁶ + minor · 10³ + patch: `2.3.0` is 2003000. Sorts like versions, and only equal versions are equal
+    /// (`6.2`, `6.02` and `6.2.0` are). Refuses minor or patch over 999, and more than three parts.
     VersionOrdered,
-    /// A whole number of seconds since 1970 is a time.
+    /// Whole seconds since 1970 to a time.
     EpochSeconds,
-    /// A whole number of milliseconds since 1970 is a time.
+    /// Whole milliseconds since 1970 to a time.
     EpochMillis,
-    /// A number is the text of its digits, as it stands in the body.
+    /// A number to its text, as written in the body.
     FromNumber,
-    /// A string of digits is a number.
+    /// A string that holds a number to that number.
     FromText,
 }
 
 impl Convert {
-    /// What it takes, in a few words.
+    /// The input that it accepts, in a few words.
     pub const fn takes(self) -> &'static str {
         match self {
             Self::VersionDigits => "digits and dots, within an integer",
-            Self::VersionOrdered => "major.minor.patch, the last two up to 999",
+            Self::VersionOrdered => "major.minor.patch, with minor and patch up to 999",
             Self::EpochSeconds | Self::EpochMillis => "an integer, within the years 1 to 9999",
             Self::FromNumber => "a number",
             Self::FromText => "a string with a number",
@@ -40,23 +39,23 @@ impl Convert {
     }
 }
 
-/// How a text gets one spelling.
+/// A step that normalizes a text.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Normalize {
-    /// The one spelling of an IP address; a text that is none stays as it is, or is refused where that is strict.
+    /// Gives an IP address its canonical spelling. Any other text is kept, or refused if the field is `strict`.
     Ip,
-    /// White space at both ends goes.
+    /// Removes white space at both ends.
     Trim,
-    /// Letters become small ones.
+    /// Makes letters lower case.
     Lowercase,
 }
 
-/// A text in its one spelling.
+/// Applies the steps in order.
 pub(super) fn normalized<'a>(text: Cow<'a, str>, steps: &[Normalize], strict: bool) -> Result<Cow<'a, str>, Fault> {
     steps.iter().try_fold(text, |text, step| {
         Ok(match step {
-            // IPv4 has but one spelling.
+            // IPv4 has only one spelling.
             Normalize::Ip if !strict && !text.contains(':') && text.trim().len() == text.len() => text,
             Normalize::Ip => match canonical_ip(&text) {
                 Some(Cow::Owned(address)) => Cow::Owned(address),
@@ -76,8 +75,7 @@ pub(super) fn normalized<'a>(text: Cow<'a, str>, steps: &[Normalize], strict: bo
     })
 }
 
-/// The one spelling of an address: without blanks around it and without a zone, IPv4 that is mapped into IPv6 as IPv4, and IPv6
-/// as RFC 5952 has it.
+/// The canonical spelling of an address: no surrounding blanks, no zone, IPv4-mapped IPv6 as IPv4, and IPv6 in RFC 5952 form.
 fn canonical_ip(text: &str) -> Option<Cow<'_, str>> {
     let bare = text.trim();
     let is_zone = |zone: &str| !zone.is_empty() && zone.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'%');
@@ -87,7 +85,7 @@ fn canonical_ip(text: &str) -> Option<Cow<'_, str>> {
         Some(_) => return None,
     };
     let address = bare.parse::<IpAddr>().ok()?;
-    // A zone is IPv6's alone, and IPv4 has but one spelling.
+    // Only IPv6 has zones, and IPv4 has only one spelling.
     if address.is_ipv4() {
         return match bare.len() {
             len if len == text.len() => Some(Cow::Borrowed(text)),
@@ -129,7 +127,7 @@ fn encode_version(version: &str, ordered: bool) -> Option<i32> {
     major.checked_mul(1_000_000)?.checked_add(minor * 1_000 + patch)
 }
 
-/// The integer that a JSON number, or a text of digits, stands for.
+/// Parses a JSON number as an integer that fits the type.
 pub(super) fn integer(digits: &str, column_type: ColumnType) -> Result<i64, Fault> {
     if digits.contains(['.', 'e', 'E']) {
         return Err(Fault::NotAnInteger);
@@ -141,39 +139,39 @@ pub(super) fn integer(digits: &str, column_type: ColumnType) -> Result<i64, Faul
     Ok(number)
 }
 
-/// The nearest double of a JSON number.
+/// Parses a JSON number as the nearest double.
 pub(super) fn double(digits: &str) -> Result<f64, Fault> {
     let number = digits.parse::<f64>().map_err(|_| Fault::NotANumber)?;
     if number.is_finite() { Ok(number) } else { Err(Fault::Overflow(ColumnType::DoublePrecision)) }
 }
 
-/// Whether a text is a number as JSON has them.
+/// Whether a text is exactly a JSON number.
 pub(super) fn is_number(text: &str) -> bool {
     text.starts_with(|first: char| first == '-' || first.is_ascii_digit())
         && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
         && !text.ends_with(|last: char| last.is_ascii_whitespace())
 }
 
-/// Where PostgreSQL counts from: 2000-01-01, in seconds since 1970.
+/// PostgreSQL's epoch, 2000-01-01, in seconds since 1970.
 const EPOCH_SECONDS: i64 = 946_684_800;
 const SECONDS_A_DAY: i64 = 24 * 60 * 60;
 const EPOCH_JULIAN_DAY: i32 = 2_451_545;
 const MICROSECONDS: i64 = 1_000_000;
-/// 0001-01-01T00:00:00Z and 9999-12-31T23:59:59Z, which all readers of dates agree on.
+/// From 0001-01-01T00:00:00Z to 9999-12-31T23:59:59Z, the range that all date readers support.
 const SECONDS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
-/// The day (UTC) of a moment, counted from 2000-01-01.
+/// The day (UTC) of a time, counted from 2000-01-01.
 pub(super) fn day(time: SystemTime) -> i32 {
     i32::try_from(microseconds(time).div_euclid(SECONDS_A_DAY * MICROSECONDS)).unwrap_or(i32::MAX)
 }
 
-/// A moment in microseconds, counted from 2000-01-01.
+/// A time in microseconds, counted from 2000-01-01.
 pub(super) fn microseconds(time: SystemTime) -> i64 {
     let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
     i64::try_from(since_1970).unwrap_or(i64::MAX) - EPOCH_SECONDS * MICROSECONDS
 }
 
-/// A day as `2026-11-28`, counted from 2000-01-01.
+/// Parses a day like `2026-11-28`; counted from 2000-01-01.
 pub(super) fn parsed_day(text: &str) -> Result<i32, Fault> {
     let part = |range: std::ops::Range<usize>| {
         let digits = text.get(range).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))?;
@@ -191,9 +189,9 @@ pub(super) fn parsed_day(text: &str) -> Result<i32, Fault> {
     date().map(|date| date.to_julian_day() - EPOCH_JULIAN_DAY).ok_or(Fault::NotADate)
 }
 
-/// A moment as RFC 3339 has it, in microseconds, counted from 2000-01-01.
+/// Parses an RFC 3339 time, in microseconds counted from 2000-01-01.
 pub(super) fn parsed_time(text: &str) -> Result<i64, Fault> {
-    // The library takes any character between date and time.
+    // The library accepts any character between date and time.
     if !matches!(text.as_bytes().get(10), Some(b'T' | b't')) {
         return Err(Fault::NotATime);
     }
@@ -205,7 +203,7 @@ pub(super) fn parsed_time(text: &str) -> Result<i64, Fault> {
     i64::try_from(microseconds).map_err(|_| Fault::NotATime)
 }
 
-/// A moment of so many seconds or milliseconds since 1970, in microseconds, counted from 2000-01-01.
+/// Converts a time since 1970, with `a_second` units a second, to microseconds counted from 2000-01-01.
 pub(super) fn epoch(number: i64, a_second: i64) -> Result<i64, Fault> {
     if !SECONDS.contains(&number.div_euclid(a_second)) {
         return Err(Fault::Overflow(ColumnType::Timestamptz));

@@ -1,4 +1,4 @@
-//! `mapping.toml`: read, and checked as a whole. Masking is a security control, so nothing is guessed.
+//! Reads `mapping.toml` and checks it as a whole. Masking is a security control, so nothing is guessed.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,7 +15,7 @@ use crate::keyring::{MASKED_MAX, Mask};
 
 /// PostgreSQL's limit on a name, in bytes: <https://www.postgresql.org/docs/current/limits.html>.
 const NAME_MAX: usize = 63;
-/// What PostgreSQL calls columns of its own in every table: <https://www.postgresql.org/docs/current/ddl-system-columns.html>.
+/// The system columns that PostgreSQL adds to every table: <https://www.postgresql.org/docs/current/ddl-system-columns.html>.
 const SYSTEM_COLUMNS: [&str; 6] = ["tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"];
 /// PostgreSQL's limit on a `varchar`.
 const LENGTH_MAX: usize = 10_485_760;
@@ -30,9 +30,9 @@ const COLUMNS_MAX: usize = 1_600;
 pub struct MappingError {
     /// The file's name.
     pub file: String,
-    /// Line and column where it breaks a rule, from 1.
+    /// Line and column of the broken rule, from 1.
     pub position: Option<(usize, usize)>,
-    /// The rule.
+    /// What is wrong.
     pub message: String,
 }
 
@@ -93,7 +93,7 @@ fn broken<T>(span: Range<usize>, message: impl Into<String>) -> Result<T, Broken
 }
 
 impl Mapping {
-    /// Reads a mapping from the text of its file, which errors call `file`.
+    /// Parses a mapping from `text`. Errors name it `file`.
     ///
     /// # Errors
     /// [`MappingError`], for the first broken rule. The operator's fault.
@@ -109,7 +109,7 @@ impl Mapping {
                             .iter()
                             .any(|key| message.starts_with(&format!("unknown field `{key}`"))) =>
                     {
-                        "this goes to the top, before the first [[column]]".to_owned()
+                        "move this key to the top, before the first [[column]]".to_owned()
                     }
                     message => message.to_owned(),
                 };
@@ -137,7 +137,7 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     }
     let mut subjects = file.column.iter().filter_map(|column| column.subject.as_ref()).filter(|given| *given.get_ref());
     if let (Some(_), Some(second)) = (subjects.next(), subjects.next()) {
-        return broken(second.span(), "only one column is the subject");
+        return broken(second.span(), "only one column can be the subject");
     }
     if file.column.len() > COLUMNS_MAX {
         return broken(file.table.span(), format!("there are more than {COLUMNS_MAX} columns"));
@@ -148,7 +148,7 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     for text in &file.column {
         let column = column(text, &mut fields)?;
         if !names.insert(column.name.clone()) {
-            return broken(text.name.span(), format!("the column {:?} is there twice", column.name));
+            return broken(text.name.span(), format!("the column {:?} is declared twice", column.name));
         }
         columns.push(column);
     }
@@ -156,10 +156,10 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     let mapping = Mapping { table, unwrap: file.unwrap, retention_days, columns, fields };
     if let Some(days) = &file.retention_days {
         if !(1..=RETENTION_DAYS_MAX).contains(days.get_ref()) {
-            return broken(days.span(), format!("`retention_days` is from 1 to {RETENTION_DAYS_MAX}"));
+            return broken(days.span(), format!("`retention_days` must be from 1 to {RETENTION_DAYS_MAX}"));
         }
         if mapping.day().is_none() {
-            return broken(days.span(), "`retention_days` goes by a row's day: there is no column of type \"date\"");
+            return broken(days.span(), "`retention_days` needs a row's day, but there is no column of type \"date\"");
         }
     }
     keeps_masked_fields_masked(&mapping, &file.column)?;
@@ -167,7 +167,7 @@ fn validated(file: File) -> Result<Mapping, Broken> {
     Ok(mapping)
 }
 
-/// Tables that every mapping shares.
+/// Tables shared by all mappings.
 const RESERVED: [&str; 4] = ["etl_ledger", "etl_audit", "etl_maintenance", "login_etl_migrations"];
 
 fn table(text: &Spanned<String>) -> Result<Table, Broken> {
@@ -175,13 +175,13 @@ fn table(text: &Spanned<String>) -> Result<Table, Broken> {
     let (schema, name) = match parts[..] {
         [name] => (None, name),
         [schema, name] => (Some(schema), name),
-        _ => return broken(text.span(), "a table is its name, or its schema's name, a dot and its own"),
+        _ => return broken(text.span(), "`table` must be \"name\" or \"schema.name\""),
     };
     for part in schema.iter().chain([&name]) {
-        is_name(part).or_else(|fault| broken(text.span(), format!("a table's name {fault}")))?;
+        is_name(part).or_else(|fault| broken(text.span(), format!("a table name {fault}")))?;
     }
     if RESERVED.contains(&name) {
-        return broken(text.span(), format!("{name} is a table of the pipeline's own"));
+        return broken(text.span(), format!("{name} is one of login-etl's own tables; choose another name"));
     }
     Ok(Table { schema: schema.map(ToOwned::to_owned), name: name.to_owned() })
 }
@@ -190,9 +190,9 @@ fn is_name(name: &str) -> Result<(), String> {
     if name.is_empty() {
         Err("must not be empty".to_owned())
     } else if name.len() > NAME_MAX {
-        Err(format!("has at most {NAME_MAX} bytes"))
+        Err(format!("must have at most {NAME_MAX} bytes"))
     } else if name.contains(char::is_control) {
-        Err("has no control characters".to_owned())
+        Err("must not have control characters".to_owned())
     } else {
         Ok(())
     }
@@ -200,9 +200,9 @@ fn is_name(name: &str) -> Result<(), String> {
 
 fn column(text: &ColumnText, fields: &mut Fields) -> Result<Column, Broken> {
     let name = text.name.get_ref().clone();
-    is_name(&name).or_else(|fault| broken(text.name.span(), format!("a column's name {fault}")))?;
+    is_name(&name).or_else(|fault| broken(text.name.span(), format!("a column name {fault}")))?;
     if SYSTEM_COLUMNS.contains(&&*name) {
-        return broken(text.name.span(), "PostgreSQL has a column of its own of that name");
+        return broken(text.name.span(), "PostgreSQL reserves this name for a system column");
     }
     match (&text.from, &text.value) {
         (Some(from), None) => field_column(name, from, text, fields),
@@ -210,7 +210,7 @@ fn column(text: &ColumnText, fields: &mut Fields) -> Result<Column, Broken> {
         (Some(_), Some(value)) => broken(value.span(), format!("the column {name:?} has both `from` and `value`")),
         (None, None) => broken(
             text.name.span(),
-            format!("the column {name:?} has no source: say `from`, a field of the message, or `value`"),
+            format!("the column {name:?} has no source: set `from` (a field of the body) or `value` (an attribute)"),
         ),
     }
 }
@@ -223,18 +223,18 @@ fn field_column(
 ) -> Result<Column, Broken> {
     let path = from.get_ref();
     if path.split('.').any(str::is_empty) {
-        return broken(from.span(), "a field is a name, or names with single dots between them");
+        return broken(from.span(), "`from` must be a name, or names joined by single dots");
     }
     if path.starts_with("$.") || path.contains(['[', ']']) || path.split('.').any(|name| name.trim() != name) {
         return broken(
             from.span(),
-            "a field is a name, or names with dots between them; elements of a list cannot be named",
+            "`from` must be a name, or names joined by dots; elements of an array cannot be selected",
         );
     }
     let Some(keep) = &text.keep else {
         return broken(
             text.name.span(),
-            format!("the column {name:?} does not say `keep = \"plain\"`, `\"masked\"` or `\"one-way\"`"),
+            format!("the column {name:?} has no `keep`: set \"plain\", \"masked\" or \"one-way\""),
         );
     };
     let way = match keep.get_ref() {
@@ -249,7 +249,7 @@ fn field_column(
         (Some(given), _) => {
             let column_type = *given.get_ref();
             if masked && column_type != ColumnType::Text {
-                return broken(given.span(), "a masked column is text");
+                return broken(given.span(), "the type of a masked column must be \"text\"");
             }
             column_type
         }
@@ -259,7 +259,7 @@ fn field_column(
         Some(given) => {
             let convert = *given.get_ref();
             if !fits(convert, column_type) {
-                return broken(given.span(), format!("this conversion does not make {}", column_type.name()));
+                return broken(given.span(), format!("this conversion does not produce {}", column_type.name()));
             }
             Some(convert)
         }
@@ -268,7 +268,7 @@ fn field_column(
     let normalize = match &text.normalize {
         None => Vec::new(),
         Some(given) if column_type != ColumnType::Text => {
-            return broken(given.span(), "only text and masked columns are normalized");
+            return broken(given.span(), "only text and masked columns can have `normalize`");
         }
         Some(given) => match given.get_ref() {
             Steps::One(step) => vec![*step],
@@ -278,22 +278,25 @@ fn field_column(
     if let Some(given) = &text.strict
         && !normalize.contains(&Normalize::Ip)
     {
-        return broken(given.span(), "`strict` is a part of `normalize = \"ip\"`");
+        return broken(given.span(), "`strict` needs `normalize = \"ip\"`");
     }
     if let Some(given) = text.also_plain.as_ref().filter(|_| masked) {
-        return broken(given.span(), "`also_plain` stands on the plain column of a field that another column masks");
+        return broken(given.span(), "`also_plain` belongs on a plain column whose field another column masks");
     }
     let max_length = match &text.max_length {
         None if masked => Some(MASKED_MAX),
         None => None,
         Some(given) if masked => {
-            return broken(given.span(), format!("a masked column has {MASKED_MAX} characters, and no `max_length`"));
+            return broken(
+                given.span(),
+                format!("remove `max_length`: a masked column always holds up to {MASKED_MAX} characters"),
+            );
         }
         Some(given) if column_type != ColumnType::Text => {
-            return broken(given.span(), "only a text has a `max_length`");
+            return broken(given.span(), "only a text column can have `max_length`");
         }
         Some(given) if !(1..=LENGTH_MAX).contains(given.get_ref()) => {
-            return broken(given.span(), format!("a `max_length` is from 1 to {LENGTH_MAX}"));
+            return broken(given.span(), format!("`max_length` must be from 1 to {LENGTH_MAX}"));
         }
         Some(given) => Some(*given.get_ref()),
     };
@@ -326,7 +329,7 @@ fn attribute_column(name: String, value: &Spanned<Attribute>, text: &ColumnText)
         text.subject.as_ref().map(|subject| ("subject", subject.span())),
     ];
     if let Some((key, span)) = other.into_iter().flatten().next() {
-        return broken(span, format!("`{key}` is for a column with `from`"));
+        return broken(span, format!("`{key}` needs a column with `from`"));
     }
     let possible: &[ColumnType] = match attribute {
         Attribute::ProcessingDate | Attribute::SentDate => &[ColumnType::Date],
@@ -336,11 +339,11 @@ fn attribute_column(name: String, value: &Spanned<Attribute>, text: &ColumnText)
     };
     let names = || possible.iter().map(|possible| format!("{:?}", possible.name())).collect::<Vec<_>>().join(" or ");
     let column_type = match &text.column_type {
-        None => return broken(text.name.span(), format!("the column {name:?} has no `type`, which is {}", names())),
+        None => return broken(text.name.span(), format!("the column {name:?} has no `type`: set {}", names())),
         Some(given) => {
             let column_type = *given.get_ref();
             if !possible.contains(&column_type) {
-                return broken(given.span(), format!("the type of {} is {}", attribute.name(), names()));
+                return broken(given.span(), format!("the type of {} must be {}", attribute.name(), names()));
             }
             column_type
         }
@@ -349,7 +352,7 @@ fn attribute_column(name: String, value: &Spanned<Attribute>, text: &ColumnText)
     Ok(Column { name, column_type, max_length: None, optional, subject: false, source: Source::Envelope(attribute) })
 }
 
-/// Whether a conversion makes values of a type.
+/// Whether a conversion produces values of a type.
 fn fits(convert: Convert, column_type: ColumnType) -> bool {
     match convert {
         Convert::VersionDigits | Convert::VersionOrdered => column_type == ColumnType::Integer,
@@ -361,7 +364,7 @@ fn fits(convert: Convert, column_type: ColumnType) -> bool {
     }
 }
 
-/// A field that is masked is plain nowhere else, not as a part of another either, unless that is said.
+/// Refuses a plain column that shows a masked field, a part of it, or an object around it, unless `also_plain = true`.
 fn keeps_masked_fields_masked(mapping: &Mapping, texts: &[ColumnText]) -> Result<(), Broken> {
     let masked: Vec<_> = mapping.masked().map(|(_, field)| Arc::clone(&field.path)).collect();
     for (column, text) in mapping.columns.iter().zip(texts) {
@@ -388,20 +391,20 @@ fn keeps_masked_fields_masked(mapping: &Mapping, texts: &[ColumnText]) -> Result
     Ok(())
 }
 
-/// Masks of one field are equal for equal values, in whichever column.
+/// Refuses columns that mask one field differently: equal values must have equal masks in every column.
 fn masks_a_field_in_one_way(mapping: &Mapping, texts: &[ColumnText]) -> Result<(), Broken> {
     let mut ways = HashMap::new();
     for (column, text) in mapping.columns.iter().zip(texts) {
         let Source::Field(field) = &column.source else { continue };
         let way = (field.masked, field.convert, &field.normalize, field.strict);
         if field.masked.is_some() && ways.insert(&field.path, way).is_some_and(|other| other != way) {
-            return broken(text.name.span(), format!("another column masks the field {:?} in another way", field.path));
+            return broken(text.name.span(), format!("another column masks the field {:?} differently", field.path));
         }
     }
     Ok(())
 }
 
-/// Whether a path is another one, or leads through it.
+/// Whether `path` is `other`, or below it.
 fn is_within(path: &str, other: &str) -> bool {
     path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }

@@ -1,10 +1,10 @@
-//! Why a message is refused. The text is static but for the field's name, and never has any of the message's content.
+//! The reasons for refusing a message. Each text is static except for the field's name, so it never shows message content.
 
 use std::sync::Arc;
 
 use super::{ColumnType, Shape};
 
-/// Why a message makes no row. Always the message's fault; no variant holds any of its content.
+/// Why a message has no valid row. Always the message's fault. No variant holds message content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
     /// The event carried no body for the message.
@@ -16,7 +16,7 @@ pub enum Invalid {
     /// The body is JSON, but an array or a scalar.
     #[error("body is not a JSON object{}", seems(*.0))]
     NotAnObject(Option<Shape>),
-    /// The mapping unwraps SNS notifications, and this is none.
+    /// The mapping unwraps SNS notifications, and the body is not an SNS notification.
     #[error("body is not an SNS notification, which `unwrap = \"sns\"` expects")]
     NotWrapped,
     /// A field broke a rule.
@@ -26,7 +26,7 @@ pub enum Invalid {
         field: Arc<str>,
         /// The rule.
         fault: Fault,
-        /// What the body seems to be, where that explains the fault.
+        /// What the body seems to be, if that explains the fault.
         shape: Option<Shape>,
     },
 }
@@ -38,10 +38,10 @@ fn seems(shape: Option<Shape>) -> String {
 /// What is wrong with a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// Absent, or null where null means nothing.
+    /// Absent or null, and the column is not optional.
     #[error("is missing")]
     Missing,
-    /// A part of its path is a text, a number, a boolean or a list.
+    /// A parent on its path is a string, number, boolean or array.
     #[error("is not inside an object")]
     NoParent,
     /// A number, boolean, array or object.
@@ -56,41 +56,41 @@ pub enum Fault {
     /// Neither true nor false.
     #[error("is not true or false")]
     NotABoolean,
-    /// Given more than once, so that its value depends on the reader.
+    /// Given more than once, so its value would depend on the JSON reader.
     #[error("is given twice")]
     Twice,
     /// The empty string.
     #[error("is empty")]
     Empty,
-    /// Longer than its column, once masked where it is masked.
+    /// Longer than its column. For a masked field, the mask is too long.
     #[error("is too long")]
     TooLong,
-    /// Holds U+0000, which PostgreSQL's text cannot.
+    /// Has U+0000, which PostgreSQL's text cannot store.
     #[error("contains a NUL character")]
     Nul,
-    /// A version of other characters than digits and single dots between them.
+    /// Not a version: something other than digits separated by single dots.
     #[error("is not digits and dots")]
     NotAVersion,
-    /// More than its type holds.
+    /// Out of the type's range.
     #[error("does not fit {}", article(*.0))]
     Overflow(ColumnType),
-    /// Not an IP address, where only that will do.
+    /// Not an IP address, and the field is `strict`.
     #[error("is not an IP address")]
     NotAnAddress,
-    /// Not a day as `2026-11-28`.
+    /// Not a day like `2026-11-28`.
     #[error("is not a date (YYYY-MM-DD)")]
     NotADate,
-    /// Not a moment as `2026-11-28T12:00:00Z`.
+    /// Not a time like `2026-11-28T12:00:00Z`.
     #[error("is not a time (RFC 3339)")]
     NotATime,
     /// Not a UUID.
     #[error("is not a UUID")]
     NotAUuid,
-    /// JSON that PostgreSQL might not take: half a surrogate pair, a number beyond a double, more than 127 levels.
-    #[error("has a number, a character or a nesting that jsonb does not take")]
+    /// JSON that PostgreSQL may refuse: half a surrogate pair, a number beyond a double, more than 127 levels.
+    #[error("has a number, character or nesting that jsonb cannot store")]
     NotJsonb,
-    /// Not a version of three parts at most, the last two up to 999.
-    #[error("is not major.minor.patch, the last two up to 999")]
+    /// Not a version of up to three parts, with minor and patch up to 999.
+    #[error("is not major.minor.patch, with minor and patch up to 999")]
     NotAnOrderedVersion,
 }
 

@@ -1,7 +1,11 @@
 //! The declared mapping: which fields of a message become which columns, and which of them are masked.
 //!
-//! `file` reads `mapping.toml`, `body` finds the declared fields in a message, `convert` makes one spelling or one
-//! number of a text, `row` writes a column in PostgreSQL's binary format, `invalid` has the reasons for refusal, and `shape` names a body that is something else.
+//! - `file` reads and checks `mapping.toml`.
+//! - `body` finds the declared fields in a message.
+//! - `convert` normalizes texts, and converts them to numbers and times.
+//! - `row` writes columns in PostgreSQL's binary format.
+//! - `invalid` has the reasons for refusing a message.
+//! - `shape` recognises other kinds of body, such as an SNS notification.
 
 mod body;
 mod convert;
@@ -26,10 +30,10 @@ pub use self::{
 };
 use crate::keyring::{Keyring, Mask};
 
-/// The mapping that is built in: login messages into `user_logins`.
+/// The built-in mapping: login messages into `user_logins`.
 const BUILT_IN: &str = include_str!("../../mapping.toml");
 
-/// Which fields of a message become which columns of a table. Only a valid file makes one.
+/// Which fields of a message become which columns of a table. Always valid: only a checked file makes one.
 #[derive(Clone, Debug)]
 pub struct Mapping {
     table: Table,
@@ -42,13 +46,13 @@ pub struct Mapping {
 /// The table that the rows go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// Its schema; without one, the search path decides.
+    /// Its schema. `None`: the search path decides.
     pub schema: Option<String>,
     /// Its name.
     pub name: String,
 }
 
-/// What the message is wrapped in.
+/// The envelope around the message in a body.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum Unwrap {
@@ -63,11 +67,11 @@ pub struct Column {
     pub name: String,
     /// Its type.
     pub column_type: ColumnType,
-    /// Most characters of a text; of a masked one, those of the mask.
+    /// Maximum characters of a text column; of a masked column, maximum characters of the mask.
     pub max_length: Option<usize>,
-    /// Whether it is NULL where the message says nothing.
+    /// Whether the column is NULL if the message has no value for it.
     pub optional: bool,
-    /// Whether it names the person whom the row is about.
+    /// Whether the column identifies the subject, the person the row is about.
     pub subject: bool,
     /// Where its value comes from.
     pub source: Source,
@@ -78,42 +82,42 @@ pub struct Column {
 pub enum Source {
     /// A field of the message's body.
     Field(Field),
-    /// Something about the message that is not in its body.
+    /// An attribute of the message outside its body.
     Envelope(Attribute),
 }
 
 /// A field of the message's body.
 #[derive(Clone, Debug)]
 pub struct Field {
-    /// Its path: names with dots between them. It also binds an `aes-siv` mask to its column.
+    /// Its path: names joined by dots. `aes-siv` and `hmac-sha256` masks depend on it.
     pub path: Arc<str>,
-    /// How it is masked, if it is.
+    /// How it is masked. `None`: plain.
     pub masked: Option<Mask>,
-    /// How its value becomes the column's.
+    /// How its value is converted to the column's type.
     pub convert: Option<Convert>,
-    /// How its text gets one spelling, in this order.
+    /// How its text is normalized, in this order.
     pub normalize: Vec<Normalize>,
-    /// Whether a text that is no IP address is refused, where addresses are normalized.
+    /// With [`Normalize::Ip`]: whether a text that is not an IP address is refused.
     pub strict: bool,
     /// Its index among the mapping's fields.
     slot: usize,
 }
 
-/// What can be stored of a message besides its body.
+/// The attributes of a message that a column can store, besides fields of its body.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Attribute {
-    /// The day (UTC) on which the function handles it.
+    /// The day (UTC) on which the function handles the message.
     ProcessingDate,
-    /// When the function handles it.
+    /// When the function handles the message.
     ProcessingTime,
-    /// The day (UTC) on which it was sent.
+    /// The day (UTC) on which the message was sent.
     SentDate,
-    /// When it was sent.
+    /// When the message was sent.
     SentTime,
-    /// SQS's id of it.
+    /// The message id that SQS assigned.
     MessageId,
-    /// The name of its queue.
+    /// The name of the queue.
     Queue,
 }
 
@@ -178,33 +182,32 @@ impl ColumnType {
     }
 }
 
-/// What is known of a message besides its body.
+/// What the function knows of a message besides its body.
 #[derive(Clone, Copy, Debug)]
 pub struct Envelope<'a> {
-    /// SQS's id of it.
+    /// The message id that SQS assigned.
     pub message_id: &'a str,
-    /// When it was sent.
+    /// When the message was sent.
     pub sent: Option<SystemTime>,
-    /// The name of its queue.
+    /// The name of the queue.
     pub queue: Option<&'a str>,
-    /// When the function handles it.
+    /// When the function handles the message.
     pub now: SystemTime,
 }
 
 impl Mapping {
-    /// The mapping that is built in.
+    /// The built-in mapping.
     ///
     /// # Errors
-    /// [`MappingError`], if the file that was built in breaks a rule.
+    /// [`MappingError`], if the built-in file breaks a rule.
     pub fn built_in() -> Result<Self, MappingError> {
         Self::from_toml(BUILT_IN, "mapping.toml (built in)")
     }
 
-    /// Reads the mapping of `file`; without one, of a `mapping.toml` beside the running program; without that, the one that
-    /// is built in.
+    /// Reads the mapping from `file`, else from `mapping.toml` beside the running program, else returns the built-in mapping.
     ///
     /// # Errors
-    /// [`MappingError`], when the file cannot be read or breaks a rule. The operator's fault.
+    /// [`MappingError`], if the file cannot be read or breaks a rule. The operator's fault.
     pub fn load(file: Option<PathBuf>) -> Result<Self, MappingError> {
         let beside = || {
             let file = std::env::current_exe().ok()?.parent()?.join("mapping.toml");
@@ -223,28 +226,28 @@ impl Mapping {
         &self.table
     }
 
-    /// The columns that a row fills, in its order.
+    /// The columns of a row, in order.
     pub fn columns(&self) -> &[Column] {
         &self.columns
     }
 
-    /// The same for a table in this schema, unless the mapping names one.
+    /// The same mapping with the table in `schema`, unless it already names a schema.
     pub fn in_schema(mut self, schema: String) -> Self {
         self.table.schema.get_or_insert(schema);
         self
     }
 
-    /// What the messages are wrapped in.
+    /// The envelope around the messages.
     pub fn unwrap(&self) -> Option<Unwrap> {
         self.unwrap
     }
 
-    /// After how many days rows are deleted, by their [`day`](Self::day). `None` keeps them.
+    /// How many days after its [`day`](Self::day) a row is deleted. `None`: never.
     pub fn retention_days(&self) -> Option<u32> {
         self.retention_days
     }
 
-    /// The columns that are masked, each with the field whose mask it has.
+    /// The masked columns, each with its field.
     pub fn masked(&self) -> impl Iterator<Item = (&Column, &Field)> {
         self.columns.iter().filter_map(|column| match &column.source {
             Source::Field(field) if field.masked.is_some() => Some((column, field)),
@@ -252,12 +255,12 @@ impl Mapping {
         })
     }
 
-    /// Those of them that an authorised person can recover, and bring under another key.
+    /// The masked columns whose values can be recovered and re-masked under another key.
     pub fn recoverable(&self) -> impl Iterator<Item = (&Column, &Field)> {
         self.masked().filter(|(_, field)| field.masked == Some(Mask::Recoverable))
     }
 
-    /// The ways of masking that it asks for.
+    /// The kinds of mask that the mapping needs.
     pub fn masks(&self) -> impl Iterator<Item = Mask> {
         self.masked().filter_map(|(_, field)| field.masked)
     }
@@ -267,7 +270,7 @@ impl Mapping {
         self.masked().find(|(_, field)| &*field.path == path)
     }
 
-    /// The fields of the body, as the columns name them.
+    /// The fields of the body, in the order of their columns.
     pub fn fields(&self) -> impl Iterator<Item = &Field> {
         self.columns.iter().filter_map(|column| match &column.source {
             Source::Field(field) => Some(field),
@@ -275,18 +278,18 @@ impl Mapping {
         })
     }
 
-    /// The column that names the person whom a row is about.
+    /// The column that identifies the subject, the person a row is about.
     pub fn subject(&self) -> Option<&Column> {
         self.columns.iter().find(|column| column.subject)
     }
 
-    /// The column that has a row's day: the first date that is not of the body, else the first date.
+    /// The column with a row's day: the first date column not filled from the body, else the first date column.
     pub fn day(&self) -> Option<&Column> {
         let dates = || self.columns.iter().filter(|column| column.column_type == ColumnType::Date);
         dates().find(|column| matches!(column.source, Source::Envelope(_))).or_else(|| dates().next())
     }
 
-    /// The row of a message. Rows that are made in one `buffer` share its memory.
+    /// Makes the row of a message. Rows made in one `buffer` share its memory.
     ///
     /// # Errors
     /// [`Invalid`], the message's fault: the first broken rule, in the order of the columns.
@@ -309,11 +312,11 @@ impl Mapping {
         self.write(&values, envelope, keyring, buffer).map_err(|(column, fault)| column.invalid(fault, message))
     }
 
-    /// The row of a message whose body is as it stands in the event: `json` is a string with its quotes.
+    /// Makes the row of a message from its undecoded body: `json` is a JSON string literal with its quotes, as in the event.
     ///
     /// # Errors
     /// As [`row`](Self::row).
-    #[inline(never)] // So that a profile tells it from what is done for a message besides.
+    #[inline(never)] // A frame of its own in profiles.
     pub fn row_of_json_string(
         &self,
         json: &str,
@@ -321,7 +324,7 @@ impl Mapping {
         keyring: &Keyring,
         buffer: &mut BytesMut,
     ) -> Result<Row, Invalid> {
-        // The usual case; what is wrong with any other, the parser says.
+        // The common case. For anything else, the parser below finds the reason for the refusal.
         if self.unwrap.is_none()
             && let Some(values) = self.fields.scanned(json)
             && let Ok(row) = self.write(&values, envelope, keyring, buffer)
@@ -364,25 +367,25 @@ impl Column {
 }
 
 impl Field {
-    /// The one spelling of a value of this field, so that equal values have equal masks.
+    /// Normalizes a value of this field, so that equal values have equal masks.
     ///
     /// # Errors
-    /// [`Fault::NotAnAddress`], where only addresses will do.
+    /// [`Fault::NotAnAddress`], if the field is `strict` and the value is not an IP address.
     pub fn normalized<'a>(&self, value: &'a str) -> Result<Cow<'a, str>, Fault> {
         convert::normalized(value.into(), &self.normalize, self.strict)
     }
 }
 
 impl Table {
-    /// Its name as the mapping has it.
+    /// Its name as in the mapping, unquoted.
     pub fn plain(&self) -> String {
         self.schema.iter().chain([&self.name]).map(String::as_str).collect::<Vec<_>>().join(".")
     }
 }
 
 impl Table {
-    /// The name of what belongs to the table, such as an index, in the table's schema. PostgreSQL would cut a long name; a digest
-    /// of it takes the place of its end.
+    /// The name of an object that belongs to the table, such as an index, in the table's schema. PostgreSQL would truncate a long
+    /// name, so a digest replaces its end.
     pub fn beside(&self, suffix: &str) -> Self {
         const MAX: usize = 63;
         let mut name = format!("{}_{suffix}", self.name);
@@ -396,7 +399,7 @@ impl Table {
 }
 
 impl fmt::Display for Table {
-    /// As SQL has it, quoted.
+    /// Writes the name as a quoted SQL identifier.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(schema) = &self.schema {
             write!(f, "{}.", quoted(schema))?;
@@ -405,7 +408,7 @@ impl fmt::Display for Table {
     }
 }
 
-/// A name as SQL has it in every position, whatever is in it.
+/// Quotes a name as an SQL identifier. Safe for any text.
 pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

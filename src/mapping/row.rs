@@ -12,11 +12,11 @@ use super::{
 };
 use crate::keyring::{Keyring, Mask};
 
-/// Bytes of a buffer that rows are made in, some four hundred of them, before the next piece of memory is taken.
+/// Initial bytes of the buffer in which rows are made: room for about four hundred rows.
 pub const ROWS_CAPACITY: usize = 64 * 1024;
 
-/// A row, personal fields masked: its columns in PostgreSQL's binary format, each behind its length (a big-endian `i32`, -1
-/// for NULL), which is how `COPY` and arrays take them. `Debug` prints the type's name alone.
+/// A row with its personal fields masked. Each column is in PostgreSQL's binary format after its length (a big-endian `i32`, -1
+/// for NULL), as `COPY` and arrays expect. `Debug` prints only the type's name.
 ///
 /// Only a [`Mapping`](super::Mapping) makes one.
 #[derive(Clone, PartialEq, Eq)]
@@ -36,7 +36,7 @@ impl Row {
         Self(cells.freeze())
     }
 
-    /// All cells, each behind its length.
+    /// All cells, each after its length.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -59,7 +59,7 @@ fn push(row: &mut BytesMut, cell: Cell<'_>) {
 }
 
 impl Column {
-    /// Writes the column's cell from a field's value.
+    /// Writes the column's cell from the value of a field.
     pub(super) fn write_field(
         &self,
         field: &Field,
@@ -73,6 +73,7 @@ impl Column {
             Value::Twice => return Err(Fault::Twice),
             Value::NoParent => return Err(Fault::NoParent),
             value => match (self.column_type, field.convert) {
+                // Every masked column is text: the arms below write plain values.
                 (ColumnType::Text, _) => {
                     let text = self.text(field, value)?;
                     match field.masked {
@@ -115,21 +116,28 @@ impl Column {
         Ok(())
     }
 
-    /// The text of a field that becomes a text or a mask.
+    /// The normalized text of a text column, before masking.
     fn text<'a>(&self, field: &Field, value: &'a Value<'_>) -> Result<Cow<'a, str>, Fault> {
         let text = match field.convert {
             Some(Convert::FromNumber) => number(value)?.into(),
-            _ => string(value)?,
+            None
+            | Some(
+                Convert::VersionDigits
+                | Convert::VersionOrdered
+                | Convert::EpochSeconds
+                | Convert::EpochMillis
+                | Convert::FromText,
+            ) => string(value)?,
         };
         let text = normalized(text, &field.normalize, field.strict)?;
         if text.is_empty() && !self.optional {
             return Err(Fault::Empty);
         }
-        // Only an escape can stand for it, and text with escapes is not borrowed.
+        // JSON can only hold a NUL as an escape, and text with escapes is never borrowed.
         if matches!(&text, Cow::Owned(text) if text.contains('\0')) {
             return Err(Fault::Nul);
         }
-        // A character is one to four bytes, so most texts need no count. How long a mask is, the keyring sees.
+        // Characters are counted only if the bytes exceed the limit. The keyring checks the length of masks.
         match self.max_length {
             Some(max) if field.masked.is_none() && text.len() > max && text.chars().count() > max => {
                 Err(Fault::TooLong)
@@ -138,7 +146,7 @@ impl Column {
         }
     }
 
-    /// Writes the column's cell from what is known of the message besides its body.
+    /// Writes the column's cell from an attribute of the message.
     pub(super) fn write_attribute(
         &self,
         attribute: Attribute,
@@ -195,8 +203,7 @@ fn push_jsonb(row: &mut BytesMut, value: &Value<'_>) -> Result<(), Fault> {
     if has_nul(json) {
         return Err(Fault::Nul);
     }
-    // What this parser refuses, PostgreSQL may refuse, too: halves of surrogate pairs, numbers without bounds, a nesting that its
-    // stack does not hold.
+    // PostgreSQL may refuse what this parser refuses: half surrogate pairs, numbers beyond a double, nesting beyond its stack.
     if serde_json::from_str::<serde_json::Value>(json).is_err() {
         return Err(Fault::NotJsonb);
     }
@@ -206,7 +213,7 @@ fn push_jsonb(row: &mut BytesMut, value: &Value<'_>) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Whether a string in a JSON text has U+0000, which only an escape can stand for.
+/// Whether a string in a JSON text has U+0000, which JSON can only hold as an escape.
 fn has_nul(json: &str) -> bool {
     json.match_indices("\\u0000").any(|(position, _)| {
         let backslashes = json[..position].bytes().rev().take_while(|byte| *byte == b'\\').count();
@@ -224,7 +231,7 @@ fn string<'a>(value: &'a Value<'_>) -> Result<Cow<'a, str>, Fault> {
     }
 }
 
-/// A number's digits, as they stand in the body.
+/// A number's text as written in the body.
 fn number<'a>(value: &'a Value<'_>) -> Result<&'a str, Fault> {
     match value {
         Value::Json(json) if json.starts_with(|first: char| first == '-' || first.is_ascii_digit()) => Ok(json),
@@ -232,7 +239,7 @@ fn number<'a>(value: &'a Value<'_>) -> Result<&'a str, Fault> {
     }
 }
 
-/// The digits of a number, or of a string of them where that is converted.
+/// The text of a number; with [`Convert::FromText`], of a string that holds a number.
 fn digits<'a>(value: &'a Value<'_>, from: Option<Convert>) -> Result<Cow<'a, str>, Fault> {
     if from != Some(Convert::FromText) {
         return number(value).map(Cow::Borrowed);

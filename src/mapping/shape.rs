@@ -1,5 +1,5 @@
-//! What a body seems to be that is not the message that the mapping expects: an envelope, an encoding. It is only said, and
-//! never acted upon.
+//! Recognises bodies that the mapping does not expect, such as envelopes and encodings. The result only explains a refusal:
+//! nothing is unwrapped or decoded by it.
 
 use std::borrow::Cow;
 
@@ -19,13 +19,13 @@ pub enum Shape {
     #[error("it seems to be an EventBridge event; its fields are under `detail`, as in `from = \"detail.ip\"`")]
     EventBridgeEvent,
     /// <https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-managing-large-messages.html>
-    #[error("it seems to be a pointer of the SQS extended client; the message is in S3, which is not read")]
+    #[error("it seems to be a pointer of the SQS extended client; messages in S3 are not supported")]
     S3Pointer,
-    /// A JSON text in a JSON string.
+    /// JSON inside a JSON string.
     #[error("it seems to be JSON that was encoded twice")]
     EncodedTwice,
     /// A JSON array.
-    #[error("it is a list; send each of its elements as a message")]
+    #[error("it is a list; send each element as its own message")]
     List,
     /// Base64.
     #[error("it seems to be Base64; send the text itself")]
@@ -34,16 +34,16 @@ pub enum Shape {
     #[error("it seems to be gzip; send the text uncompressed")]
     Gzip,
     /// U+FEFF before the text.
-    #[error("it begins with a byte order mark; send it without")]
+    #[error("it begins with a byte order mark; send it without the mark")]
     ByteOrderMark,
 }
 
-/// The shortest text that is called Base64 for its letters.
+/// Minimum length at which a decodable text is called Base64.
 const BASE64_MIN: usize = 16;
 /// Gzip's first three bytes in Base64.
 const GZIP_BASE64: &str = "H4sI";
 
-/// What a text that is not JSON seems to be.
+/// Recognises a text that is not JSON.
 #[cold]
 pub(super) fn of_text(text: &str) -> Option<Shape> {
     let bare = text.trim();
@@ -58,7 +58,7 @@ pub(super) fn of_text(text: &str) -> Option<Shape> {
     }
 }
 
-/// What a JSON value that is no object seems to be.
+/// Recognises a JSON value that is not an object.
 #[cold]
 pub(super) fn of_value(json: &str) -> Option<Shape> {
     const POINTERS: [&str; 2] =
@@ -74,7 +74,7 @@ pub(super) fn of_value(json: &str) -> Option<Shape> {
     json.trim_start().starts_with('[').then_some(Shape::List)
 }
 
-/// What an object that lacks a field seems to be.
+/// Recognises an object that lacks a field.
 #[cold]
 pub(super) fn of_object(json: &str) -> Option<Shape> {
     #[derive(Deserialize)]
@@ -96,7 +96,7 @@ pub(super) fn of_object(json: &str) -> Option<Shape> {
     }
 }
 
-/// The message of an SNS notification; `None` if the body is none.
+/// The message in an SNS notification; `None` if the body is not an SNS notification.
 pub(super) fn sns_message(json: &str) -> Option<Cow<'_, str>> {
     #[derive(Deserialize)]
     struct Notification<'a> {

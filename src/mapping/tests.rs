@@ -20,7 +20,7 @@ fn envelope() -> Envelope<'static> {
 fn row_of(mapping: &Mapping, body: &str) -> Result<Vec<Option<Vec<u8>>>, String> {
     let keyring = Keyring::from_json(KEYRING).unwrap();
     let row = mapping.row(body, &envelope(), &keyring, &mut BytesMut::new());
-    // Read in place, it is the same.
+    // The scanner must give the same row.
     let json = serde_json::to_string(body).unwrap();
     assert_eq!(mapping.row_of_json_string(&json, &envelope(), &keyring, &mut BytesMut::new()), row, "{body}");
     let row = row.map_err(|invalid| invalid.to_string())?;
@@ -31,7 +31,7 @@ fn rejected(body: &str) -> Option<String> {
     row_of(&Mapping::built_in().unwrap(), body).err()
 }
 
-/// The good body with one field's value replaced by `value` (JSON text), or the field gone.
+/// The good body with one field's value replaced by `value` (JSON text), or without the field.
 fn with(field: &str, value: Option<&str>) -> String {
     let mut body: serde_json::Map<String, serde_json::Value> = serde_json::from_str(GOOD).unwrap();
     body.remove(field);
@@ -42,11 +42,18 @@ fn with(field: &str, value: Option<&str>) -> String {
     }
 }
 
-/// What comes of a field `f` that is a column of its own, declared by `keys`.
+/// The cell, or the refusal, of a field `f` whose column is declared by `keys`.
 fn cell(keys: &str, value: &str) -> Result<Option<Vec<u8>>, String> {
     let mapping = format!("table = \"t\"\n[[column]]\nname = \"c\"\nfrom = \"f\"\n{keys}");
     let mapping = Mapping::from_toml(&mapping, "m").unwrap();
     row_of(&mapping, &format!(r#"{{"f": {value}}}"#)).map(|mut row| row.remove(0))
+}
+
+#[test]
+fn debug_shows_no_value() {
+    let keyring = Keyring::from_json(KEYRING).unwrap();
+    let row = Mapping::built_in().unwrap().row(GOOD, &envelope(), &keyring, &mut BytesMut::new()).unwrap();
+    assert_eq!(format!("{row:?}"), "Row { .. }");
 }
 
 #[test]
@@ -104,7 +111,7 @@ fn each_broken_rule_has_its_own_reason() {
 }
 
 #[test]
-fn the_widest_and_the_odd_but_valid_pass() {
+fn the_longest_and_the_odd_but_valid_values_pass() {
     let widest = |count: usize| format!("\"{}\"", "é".repeat(count));
     for (field, value) in [
         ("user_id", Some(widest(128).as_str())),
@@ -123,7 +130,7 @@ fn the_widest_and_the_odd_but_valid_pass() {
 }
 
 #[test]
-fn a_body_of_another_shape_is_called_by_its_name() {
+fn the_reason_names_a_recognised_shape() {
     for (body, reason) in [
         (r#"{"Type":"Notification","MessageId":"m","TopicArn":"arn:aws:sns:eu-west-1:1:t","Message":"{}"}"#, "SNS"),
         (r#"{"version":"0","detail-type":"Login","source":"app","detail":{"user_id":"u"}}"#, "EventBridge"),
@@ -172,7 +179,7 @@ fn an_address_has_one_spelling() {
         ("::ffff:c633:6407", "198.51.100.7"),
         ("fe80::1%eth0", "fe80::1"),
         (" FE80:0::1%25 ", "fe80::1"),
-        // No addresses.
+        // Not addresses.
         ("010.1.1.1", "010.1.1.1"),
         ("10.0.0.1%eth0", "10.0.0.1%eth0"),
         ("fe80::1% <x>", "fe80::1% <x>"),
@@ -232,13 +239,13 @@ fn each_type_takes_its_values_and_no_others() {
         (plain("jsonb"), "{\"a\": [1, \"\\\\u0000\"]}", bytes(b"\x01{\"a\": [1, \"\\\\u0000\"]}")),
         (plain("jsonb"), "\"\\u0000\"", refused("contains a NUL character")),
         (plain("jsonb"), "null", refused("is missing")),
-        (plain("jsonb"), "\"\\ud800\"", refused("has a number, a character or a nesting that jsonb does not take")),
-        (plain("jsonb"), "1e999999", refused("has a number, a character or a nesting that jsonb does not take")),
-        (plain("jsonb"), &*deep, refused("has a number, a character or a nesting that jsonb does not take")),
+        (plain("jsonb"), "\"\\ud800\"", refused("has a number, character or nesting that jsonb cannot store")),
+        (plain("jsonb"), "1e999999", refused("has a number, character or nesting that jsonb cannot store")),
+        (plain("jsonb"), &*deep, refused("has a number, character or nesting that jsonb cannot store")),
         (
             converted("integer", "version-ordered"),
             "\"1.2.3.4\"",
-            refused("is not major.minor.patch, the last two up to 999"),
+            refused("is not major.minor.patch, with minor and patch up to 999"),
         ),
         (plain("jsonb") + "optional = true", "null", Ok(None)),
     ] {
@@ -247,7 +254,7 @@ fn each_type_takes_its_values_and_no_others() {
 }
 
 #[test]
-fn nested_fields_and_what_is_not_in_the_body_are_found() {
+fn nested_fields_and_attributes_are_found() {
     let mapping = Mapping::from_toml(
         r#"
         table = "app.orders"
@@ -312,7 +319,7 @@ fn nested_fields_and_what_is_not_in_the_body_are_found() {
 }
 
 #[test]
-fn an_sns_notification_is_unwrapped_where_that_is_declared() {
+fn an_sns_notification_is_unwrapped_if_declared() {
     let mapping = format!("unwrap = \"sns\"\n{BUILT_IN}");
     let mapping = Mapping::from_toml(&mapping, "m").unwrap();
     let wrapped = serde_json::json!({"Type": "Notification", "TopicArn": "arn:aws:sns:eu-west-1:1:t", "Message": GOOD});
@@ -333,32 +340,32 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
         ("table = \"t\"".to_owned(), (1, 9), "there is no [[column]]"),
         (plain("").replace("[[column]]", "[column]"), (2, 1), "in double brackets"),
         (plain("unwrap = \"sns\""), (7, 1), "before the first [[column]]"),
-        (plain("").replace("\"t\"", "\"etl_ledger\""), (1, 9), "of the pipeline's own"),
+        (plain("").replace("\"t\"", "\"etl_ledger\""), (1, 9), "login-etl's own tables"),
         (plain("").replace("\n[[", "\nretention_days = 0\n[["), (2, 18), "from 1 to 36500"),
         (plain("").replace("\n[[", "\nretention_days = 30\n[["), (2, 18), "no column of type \"date\""),
-        ("table = \"a.b.c\"\n[[column]]\nname = \"c\"".to_owned(), (1, 9), "a table is its name"),
+        ("table = \"a.b.c\"\n[[column]]\nname = \"c\"".to_owned(), (1, 9), "must be \"name\" or \"schema.name\""),
         (plain("oops = 1"), (7, 1), "unknown field `oops`"),
-        (plain("").replace("keep = \"plain\"\n", ""), (3, 8), "does not say `keep"),
+        (plain("").replace("keep = \"plain\"\n", ""), (3, 8), "has no `keep`"),
         (plain("").replace("type = \"text\"\n", ""), (3, 8), "has no `type`"),
         (plain("").replace("from = \"f\"\n", ""), (3, 8), "has no source"),
         (plain("value = \"queue\""), (7, 9), "both `from` and `value`"),
         (plain("").replace("\"f\"", "\"f..g\""), (4, 8), "single dots"),
         (plain("").replace("\"text\"", "\"varchar\""), (6, 8), "unknown variant `varchar`"),
-        (plain("convert = \"epoch-millis\""), (7, 11), "this conversion does not make text"),
+        (plain("convert = \"epoch-millis\""), (7, 11), "this conversion does not produce text"),
         (plain("max_length = 0"), (7, 14), "from 1 to 10485760"),
-        (plain("").replace("\"c\"", "\"ctid\""), (3, 8), "a column of its own"),
-        (plain("").replace("\"f\"", "\"f[0]\""), (4, 8), "elements of a list"),
+        (plain("").replace("\"c\"", "\"ctid\""), (3, 8), "reserves this name"),
+        (plain("").replace("\"f\"", "\"f[0]\""), (4, 8), "elements of an array"),
         (
             masked("") + "[[column]]\nname = \"d\"\nfrom = \"f\"\nkeep = \"masked\"\nnormalize = \"trim\"",
             (7, 8),
-            "masks the field \"f\" in another way",
+            "masks the field \"f\" differently",
         ),
-        (plain("strict = true"), (7, 10), "a part of `normalize"),
+        (plain("strict = true"), (7, 10), "needs `normalize"),
         (plain("also_plain = true"), (7, 14), "no other column masks"),
         (plain("normalize = \"upper\""), (7, 13), "a list of them"),
-        (masked("type = \"integer\""), (6, 8), "a masked column is text"),
-        (masked("max_length = 9"), (6, 14), "no `max_length`"),
-        (masked("") + "[[column]]\nname = \"c\"\nvalue = \"queue\"\ntype = \"text\"", (7, 8), "is there twice"),
+        (masked("type = \"integer\""), (6, 8), "a masked column must be \"text\""),
+        (masked("max_length = 9"), (6, 14), "remove `max_length`"),
+        (masked("") + "[[column]]\nname = \"c\"\nvalue = \"queue\"\ntype = \"text\"", (7, 8), "is declared twice"),
         (
             masked("") + "[[column]]\nname = \"d\"\nfrom = \"f\"\nkeep = \"plain\"\ntype = \"text\"",
             (7, 8),
@@ -373,7 +380,7 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
         (
             "table = \"t\"\n[[column]]\nname = \"c\"\nvalue = \"sent-date\"\ntype = \"text\"".to_owned(),
             (5, 8),
-            "the type of sent-date is \"date\"",
+            "the type of sent-date must be \"date\"",
         ),
     ] {
         let error = Mapping::from_toml(&text, "m").unwrap_err();
@@ -386,7 +393,7 @@ fn a_mapping_that_breaks_a_rule_is_refused_with_its_place() {
 }
 
 #[test]
-fn bodies_of_the_usual_shape_are_scanned() {
+fn common_bodies_are_scanned() {
     let mapping = Mapping::built_in().unwrap();
     let texts = [1, 15, 16, 17, 33].map(|len| format!("\"{}\"", "x".repeat(len)));
     let texts = texts.iter().map(String::as_str).chain(["null", "\"é🦀\"", "\"\""]);
@@ -402,7 +409,7 @@ fn bodies_of_the_usual_shape_are_scanned() {
 }
 
 #[test]
-fn whatever_is_scanned_is_read_as_it_is_parsed() {
+fn scanner_and_parser_agree() {
     let mapping = r#"
         table = "t"
         [[column]]
@@ -426,7 +433,7 @@ fn whatever_is_scanned_is_read_as_it_is_parsed() {
     let mapping = Mapping::from_toml(mapping, "m").unwrap();
     let body = r#"{"a": "é", "b": {"c": -12, "x": [1, {}], "d": true}, "y": null}"#;
     assert!(mapping.fields.scanned(&serde_json::to_string(body).unwrap()).is_some());
-    // Each byte gone, or another one in its place; `row_of` compares both ways.
+    // Each character removed or replaced; `row_of` compares scanner and parser.
     for (position, character) in body.char_indices() {
         for put in ["", "\"", "\\", "{", "}", "[", "]", ",", ":", " ", "\n", "\0", "n", "0", "-", ".", "é"] {
             let body = format!("{}{put}{}", &body[..position], &body[position + character.len_utf8()..]);

@@ -1,4 +1,4 @@
-//! Some rows and their messages' keys, and the ways to write both in one transaction.
+//! Writes rows and their messages' ledger keys in one transaction.
 
 use std::{error::Error as StdError, fmt, pin::pin, time::SystemTime};
 
@@ -13,13 +13,13 @@ use uuid::Uuid;
 use super::{Entry, LedgerKey, sql::Sql};
 use crate::mapping::Row;
 
-/// What begins and ends the binary format: <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>.
+/// Header and trailer of the binary format: <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4>.
 const COPY_HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 const COPY_TRAILER: i16 = -1;
-/// Bytes that are sent together.
+/// Bytes sent at a time.
 const COPY_CHUNK: usize = 64 * 1024;
 
-/// The statements that a connection keeps prepared, which spares the server to plan them again and again.
+/// The statements that a connection keeps prepared, so that the server does not plan them again and again.
 pub(super) struct Statements {
     insert: Statement,
     copy_ledger: Statement,
@@ -42,7 +42,7 @@ pub(super) struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     pub(super) fn new(mut entries: Vec<&'a Entry<'_>>) -> Self {
-        // Two sessions that hold the same keys then lock them in the same order, and cannot deadlock.
+        // Sessions with the same keys lock them in the same order, so they cannot deadlock.
         entries.sort_by_key(|entry| entry.key);
         Self {
             keys: entries.iter().map(|entry| entry.key).collect(),
@@ -50,7 +50,7 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Writes all of it in one round trip, or fails with a unique violation if the ledger has one of the messages. Returns the
+    /// Writes the batch in one round trip, or fails with a unique violation if the ledger has one of the messages. Returns the
     /// number of rows.
     pub(super) async fn insert(&self, client: &Client, sql: &Sql, kept: Option<&Statements>) -> Result<u64, Error> {
         let Some(Statements { insert, .. }) = kept else { return self.execute(client, &sql.insert, sql).await };
@@ -59,7 +59,7 @@ impl<'a> Batch<'a> {
         client.execute(insert, &parameters).await
     }
 
-    /// Writes what the ledger does not have yet. Returns the number of rows written.
+    /// Writes the messages that the ledger does not have. Returns the number of rows written.
     pub(super) async fn insert_unknown(&self, client: &Client, sql: &Sql) -> Result<u64, Error> {
         self.execute(client, &sql.insert_unknown, sql).await
     }
@@ -70,14 +70,14 @@ impl<'a> Batch<'a> {
         client.execute_typed(statement, &parameters).await
     }
 
-    /// Writes all of it as [`insert`](Self::insert) does, in three round trips, or four where no statements are kept.
+    /// Like [`insert`](Self::insert), but by `COPY`. Takes three round trips, or four without kept statements.
     ///
-    /// A connection on which it failed is not to be used again: after a `COPY` that the server refuses at its start the driver
-    /// takes one answer for another (<https://github.com/sfackler/rust-postgres/issues/789>).
+    /// Do not use a connection again on which it failed: if the server refuses a `COPY` at its start, the driver confuses one
+    /// answer with another (<https://github.com/sfackler/rust-postgres/issues/789>).
     pub(super) async fn copy(&self, client: &Client, sql: &Sql, kept: Option<&Statements>) -> Result<u64, Error> {
-        // What goes ahead of an answer spares a round trip.
+        // Requests are pipelined to save round trips.
         let begin = client.batch_execute("begin");
-        // Biased, as `begin` has to go first: what is copied before it would stay, whatever comes after.
+        // Biased, as `begin` must go first: rows copied before it would be committed, whatever happens next.
         let (copying, copy_ledger) = match kept {
             Some(kept) => {
                 let (begun, copying) = tokio::join!(biased; begin, client.copy_in(&kept.copy_rows));
@@ -91,11 +91,11 @@ impl<'a> Batch<'a> {
                 (client.copy_in(&copy_rows?).await?, copy_ledger?)
             }
         };
-        // The rows come first, as they take longer. If the ledger has one of the keys, they were written in vain.
+        // The rows go first, as they take longer. If the ledger has one of the keys, they were written in vain.
         let (copied, entering) = tokio::join!(self.copy_rows(copying, sql.arrays.len()), client.copy_in(&copy_ledger));
         let copied = copied?;
         let entering = entering?;
-        // A statement that is not kept is closed within its transaction, as a pooler may give the next to another connection.
+        // Closes a statement that is not kept within its transaction: a pooler may run the next one on another connection.
         drop(copy_ledger);
         let (entered, committed) = tokio::join!(self.copy_keys(entering), client.batch_execute("commit"));
         entered?;
@@ -131,7 +131,7 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// A batch as a statement's parameters: one array a column.
+/// A batch as parameters of a statement: one array a column.
 struct Arrays<'a> {
     sent_at: Vec<SystemTime>,
     message_id: Vec<Uuid>,
@@ -163,7 +163,7 @@ impl<'a> Arrays<'a> {
     }
 }
 
-/// A cell, which is in PostgreSQL's binary format already.
+/// A cell in PostgreSQL's binary format.
 struct Cell<'a>(Option<&'a [u8]>);
 
 impl fmt::Debug for Cell<'_> {

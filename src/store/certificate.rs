@@ -1,4 +1,4 @@
-//! The certificate that a server shows.
+//! Reads the certificate of a server.
 
 use std::{io, net::IpAddr};
 
@@ -15,13 +15,13 @@ use x509_cert::{
 
 use super::error::DatabaseError;
 
-/// The protocol's request to go on in TLS: its length, and a number that is no version.
+/// PostgreSQL's SSLRequest message: its length, and the request code in place of a protocol version.
 pub(super) const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
-/// A certificate may have hundreds.
+/// Maximum names in an error text. A certificate may have hundreds.
 const MOST_NAMES: usize = 10;
 
-/// Shakes hands with a server, and no more.
+/// Returns the server's certificate after a TLS handshake only.
 pub(super) async fn shown(
     tls: TlsConnector,
     host: &str,
@@ -48,9 +48,9 @@ pub(super) async fn shown(
     certificate.ok_or_else(|| DatabaseError::of_tls(&"the certificate cannot be read"))
 }
 
-/// The names that a server's certificate has, whether it is to be trusted or not; none, if they cannot be had.
+/// The names in a server's certificate, whether it is trusted or not. Empty if they cannot be read.
 pub(super) async fn names(host: &str, address: Option<IpAddr>, port: u16) -> Vec<String> {
-    // Nothing is sent over this connection.
+    // Safe without verification: nothing is sent over this connection.
     let mut builder = TlsConnector::builder();
     builder.danger_accept_invalid_certs(true).danger_accept_invalid_hostnames(true).disable_built_in_roots(true);
     let Ok(tls) = builder.build() else { return Vec::new() };
@@ -58,7 +58,7 @@ pub(super) async fn names(host: &str, address: Option<IpAddr>, port: u16) -> Vec
     let names = certificate.tbs_certificate().get_extension::<SubjectAltName>().ok().flatten();
     let names: Vec<_> = names.map_or_else(Vec::new, |(_, names)| names.0.iter().filter_map(text).collect());
     let is_plain = |name: &String| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"*_.:-".contains(&byte));
-    // Nobody vouches for them.
+    // The names are not verified, so only harmless characters are shown.
     names.into_iter().filter(is_plain).take(MOST_NAMES).collect()
 }
 

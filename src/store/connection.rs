@@ -1,4 +1,4 @@
-//! Connecting to PostgreSQL, and the one connection that an execution environment keeps.
+//! Connects to PostgreSQL, and holds the one connection that an execution environment keeps.
 
 use std::{
     fmt,
@@ -35,17 +35,17 @@ use crate::{
     sign_in::TokenError,
 };
 
-/// After a pause this long, the environment may have been frozen and the connection be gone without a word.
-/// By the wall clock: the monotonic one stands still in a freeze.
+/// A connection unused for this long is checked first: the environment may have been frozen, and the connection lost silently.
+/// By the wall clock, as the monotonic clock stops while frozen.
 const CHECK_AFTER: Duration = Duration::from_secs(5);
-/// Longest wait for a live server's answer to that check.
+/// Maximum wait for the answer to that check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
-/// PostgreSQL's own.
+/// PostgreSQL's default port.
 const DEFAULT_PORT: u16 = 5432;
-/// Longest time that sent bytes may go unacknowledged.
+/// Maximum time that sent bytes may go unacknowledged.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(15);
 
-/// How to connect: the settings, and the roots that are trusted, read once for a host.
+/// The settings for connecting, and the trusted roots, which are read once for a host.
 pub struct Connector {
     config: DatabaseConfig,
     application_name: &'static str,
@@ -58,9 +58,9 @@ impl fmt::Debug for Connector {
     }
 }
 
-/// A connection and the task that drives it, which ends with it.
+/// A connection and its driver task. Dropping it ends the task.
 pub struct Connection {
-    /// To send statements with.
+    /// The client that sends statements.
     pub client: Client,
     driver: JoinHandle<()>,
     used: SystemTime,
@@ -76,7 +76,7 @@ impl fmt::Debug for Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Without this the task would wait for the answer to a statement that nobody waits for any more.
+        // Otherwise the task would go on waiting for the answer to an abandoned statement.
         self.driver.abort();
     }
 }
@@ -87,14 +87,14 @@ impl Connection {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        // What ends the connection shows in the statement that it fails.
+        // The error is dropped here, as the next statement fails with it.
         let driver = tokio::spawn(async { drop(connection.await) });
         Self { client, driver, used: SystemTime::now(), statements: None, copy_fits: None }
     }
 
-    /// Whether the server still answers; asked only after a pause.
+    /// Whether the server still answers. Asks the server only after a pause of [`CHECK_AFTER`].
     pub(super) async fn is_alive(&mut self) -> bool {
-        // A clock that was set back says nothing.
+        // Treat a clock that was set back as a pause.
         let paused = self.used.elapsed().map_or(true, |pause| pause >= CHECK_AFTER);
         self.used = SystemTime::now();
         if self.client.is_closed() {
@@ -105,7 +105,7 @@ impl Connection {
 }
 
 impl Connection {
-    /// The client, and the statements that it keeps prepared from the first time on, if it is to keep any.
+    /// The client, and the prepared statements if `keeps_statements`. The first call prepares them.
     pub(super) async fn prepared(
         &mut self,
         sql: &Sql,
@@ -119,7 +119,7 @@ impl Connection {
 }
 
 impl Connection {
-    /// Whether `COPY` would write the table as `INSERT` does, which is asked once.
+    /// Whether `COPY` would write the same to the table as `INSERT`. Asks the server once.
     pub(super) async fn copy_fits(&mut self, sql: &Sql) -> Result<bool, tokio_postgres::Error> {
         if let Some(fits) = self.copy_fits {
             return Ok(fits);
@@ -129,10 +129,7 @@ impl Connection {
         let rows = self.client.query_typed(sql.copy_fits, &parameters).await?;
         let fits = rows.first().is_some_and(|row| row.get(0));
         if !fits {
-            tracing::warn!(
-                table = sql.table,
-                "table differs from the mapping or has a rule; COPY disabled"
-            );
+            tracing::warn!(table = sql.table, "table differs from the mapping or has a rule; COPY disabled");
         }
         self.copy_fits = Some(fits);
         Ok(fits)
@@ -140,15 +137,15 @@ impl Connection {
 }
 
 impl Connector {
-    /// Reads the roots that are trusted, if the settings alone say which. The server shows the sessions under `application_name`.
+    /// Reads the trusted roots, if they follow from the settings alone. Sessions on the server have this `application_name`.
     ///
     /// # Errors
-    /// [`StoreError`], when they cannot be used. The operator's fault.
+    /// [`StoreError`], if the roots cannot be used. The operator's fault.
     pub fn new(config: DatabaseConfig, application_name: &'static str) -> Result<Self, StoreError> {
         let connector = Self { config, application_name, tls: Mutex::default() };
         match (&connector.config.host, &connector.config.tls) {
             (Some(host), _) => _ = connector.tls(host)?,
-            // They are the same for every host.
+            // These roots are the same for every host.
             (None, Tls::VerifyFull(Roots::System | Roots::File(_))) => _ = connector.tls("")?,
             _ => {}
         }
@@ -167,7 +164,7 @@ impl Connector {
         self.config.prepared_statements
     }
 
-    /// How a host's certificate is verified; `None` where `DATABASE_TLS` is `disable`.
+    /// The TLS connector that verifies a host's certificate; `None` if `DATABASE_TLS` is `disable`.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -191,7 +188,7 @@ impl Connector {
         }
     }
 
-    /// The host to connect to, of the settings or else of the secret.
+    /// The host to connect to: from the settings, else from the secret.
     ///
     /// # Errors
     /// [`StoreError::NoHost`] and [`StoreError::SecretHost`]. The operator's fault.
@@ -200,7 +197,7 @@ impl Connector {
         self.config.host.clone().or(of_secret).ok_or(StoreError::NoHost)
     }
 
-    /// Host and port of the secret, where its host is the one that is used.
+    /// Host and port of the secret's host; `None` if the settings have a host, or the secret has none.
     fn of_secret(&self, credentials: &Credentials) -> Result<Option<(String, Option<u16>)>, StoreError> {
         let text = credentials.host.as_deref().filter(|host| self.config.host.is_none() && !host.trim().is_empty());
         let Some(text) = text else { return Ok(None) };
@@ -211,29 +208,29 @@ impl Connector {
         }
     }
 
-    /// The port to connect to, of the settings, or of the secret, or PostgreSQL's own.
+    /// The port to connect to: from the settings, else from the secret, else PostgreSQL's default.
     pub fn port(&self, credentials: &Credentials) -> u16 {
         let of_host = || self.of_secret(credentials).ok().flatten().and_then(|(_, port)| port);
         self.config.port.or(credentials.port).or_else(of_host).unwrap_or(DEFAULT_PORT)
     }
 
-    /// The database to connect to, of the settings, or of the secret, or `postgres`.
+    /// The database to connect to: from the settings, else from the secret, else `postgres`.
     pub fn name<'a>(&'a self, credentials: &'a Credentials) -> &'a str {
         let of_secret = credentials.dbname.as_deref().filter(|name| !name.is_empty());
         self.config.name.as_deref().or(of_secret).unwrap_or("postgres")
     }
 
-    /// Begins to connect while the credentials are on their way, if the settings say where to, and TLS is on.
+    /// Starts connecting while the credentials are fetched, if the settings have the host and TLS is on.
     pub(super) fn begin(&self) -> Option<Early> {
         let host = self.config.host.clone()?;
         let tls = self.tls(&host).ok().flatten()?;
-        // If the secret says another port, that connection is not used.
+        // If the secret has another port, this connection is not used.
         let port = self.config.port.unwrap_or(DEFAULT_PORT);
         let limits = Limits { connecting: self.config.connect_timeout, unacknowledged: UNACKNOWLEDGED };
         Some(Early::begin(tls, host, self.config.hostaddr, port, limits))
     }
 
-    /// Signs in over a connection that was begun before; opens another one if that leads elsewhere or has failed.
+    /// Signs in over an early connection. Opens a new connection if the early one leads elsewhere or has failed.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
@@ -248,7 +245,7 @@ impl Connector {
         let until = Instant::now() + self.config.connect_timeout;
         match timeout_at(until, signing_in).await {
             Ok(Some(Ok(connection))) => Ok(connection),
-            // The server's own answer will not be another one.
+            // The server answered, so connecting again would fail the same way.
             Ok(Some(Err(error))) if error.as_db_error().is_some() => {
                 Err(self.explain(DatabaseError::new(&error), credentials).await)
             }
@@ -260,7 +257,7 @@ impl Connector {
     /// Opens a connection.
     ///
     /// # Errors
-    /// [`StoreError`], when the server is not reached, or lets nobody in.
+    /// [`StoreError`], if the server cannot be reached, or refuses the connection.
     pub async fn connect(&self, credentials: &Credentials) -> Result<Connection, StoreError> {
         self.connect_until(credentials, Instant::now() + self.config.connect_timeout).await
     }
@@ -278,7 +275,7 @@ impl Connector {
                 None => open(config.ssl_mode(SslMode::Disable), NoTls).await,
             }
         };
-        // The driver's own limit covers the TCP handshake only.
+        // The driver's own timeout covers only the TCP handshake.
         match timeout_at(until, opening).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(error)) => Err(self.explain(DatabaseError::new(&error), credentials).await),
@@ -302,7 +299,7 @@ impl Connector {
         config
     }
 
-    /// The certificate that the server shows, verified as for a connection; `None` where `DATABASE_TLS` is `disable`.
+    /// The server's certificate, verified as for a connection; `None` if `DATABASE_TLS` is `disable`.
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
@@ -317,7 +314,7 @@ impl Connector {
         }
     }
 
-    /// What to do about an error that kept us out.
+    /// Turns a connect error into one with advice.
     async fn explain(&self, error: DatabaseError, credentials: &Credentials) -> StoreError {
         let host = self.host(credentials).unwrap_or_default();
         if error.refuses_credentials() {

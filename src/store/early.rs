@@ -1,6 +1,6 @@
-//! A connection's first steps, TCP and TLS, while the credentials are still on their way. Signing in takes it from there.
+//! Opens TCP and TLS to the database while the credentials are still being fetched. Signing in then uses the stream.
 //!
-//! Whatever goes wrong here is not told: the usual way of connecting comes next, and says it.
+//! Errors here are dropped: the caller then connects in the usual way, and reports its error.
 
 use std::{convert::Infallible, future, net::IpAddr, time::Duration};
 
@@ -17,24 +17,24 @@ use tokio_postgres::tls::TlsConnect;
 
 use super::certificate::SSL_REQUEST;
 
-/// As the driver sets it.
+/// The driver's own value.
 const KEEPALIVE: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// A connection that may be encrypted soon, and where it leads.
+/// A connection being opened, and its target.
 pub(super) struct Early {
     host: String,
     port: u16,
     opening: JoinHandle<Option<TlsStream<TcpStream>>>,
 }
 
-/// For how long it may try, and for how long sent bytes may go unacknowledged.
+/// Maximum time to connect, and maximum time that sent bytes may go unacknowledged.
 pub(super) struct Limits {
     pub(super) connecting: Duration,
     pub(super) unacknowledged: Duration,
 }
 
 impl Early {
-    /// Begins to connect to a host, or rather to its `address`, if that is known.
+    /// Starts connecting to a host, at its `address` if that is known.
     pub(super) fn begin(tls: TlsConnector, host: String, address: Option<IpAddr>, port: u16, limits: Limits) -> Self {
         let opening = tokio::spawn({
             let host = host.clone();
@@ -50,7 +50,7 @@ impl Early {
         Self { host, port, opening }
     }
 
-    /// The encrypted stream, if it leads there and could be opened.
+    /// The encrypted stream, if it could be opened and leads to this host and port.
     pub(super) async fn stream(mut self, host: &str, port: u16) -> Option<TlsStream<TcpStream>> {
         if self.host != host || self.port != port {
             return None;
@@ -83,7 +83,7 @@ async fn encrypted(
     postgres_native_tls::TlsConnector::new(tls, host).connect(stream).await.ok()
 }
 
-/// Gives the driver a stream that is encrypted already.
+/// Gives the driver a stream that is already encrypted.
 pub(super) struct Encrypted(pub(super) TlsStream<TcpStream>);
 
 impl<S> TlsConnect<S> for Encrypted {

@@ -1,4 +1,4 @@
-//! What the database can answer, and what to do about it.
+//! Errors of the database and the connection to it, and the remedy for each.
 
 use std::{error::Error as _, fmt, io, iter, path::PathBuf};
 
@@ -7,7 +7,7 @@ use crate::{
     sign_in::TokenError,
 };
 
-/// Why rows were not inserted. The batch's fault, but for what [`Store::new`](super::Store::new) returns: the operator's.
+/// Why rows were not inserted. From [`Store::new`](super::Store::new), the operator's fault; else the batch's.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The credentials could not be read.
@@ -16,12 +16,12 @@ pub enum StoreError {
     /// No token could be signed.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// Nobody says where the database is.
+    /// Neither the settings nor the secret name the database's host.
     #[error("no database host: set DATABASE_HOST, or put \"host\" into the database secret")]
     NoHost,
-    /// The secret's host cannot be one.
+    /// The secret's host is invalid.
     #[error(
-        "the \"host\" of the database secret is no host: a name or an address, with nothing but a port behind it, and not another than \"port\" is"
+        "the \"host\" of the database secret is not valid: use a name or an address; a port after it must equal \"port\""
     )]
     SecretHost,
     /// The file of trusted roots cannot be used.
@@ -29,42 +29,42 @@ pub enum StoreError {
     CaFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// TLS cannot be set up at all.
     #[error("cannot set up TLS: {0}")]
     Tls(String),
-    /// The server did not take the connection in time.
-    #[error("no connection to the database in time: check DATABASE_HOST, security groups and the database's load")]
+    /// Connecting took too long.
+    #[error("timed out connecting to the database: check DATABASE_HOST, security groups and the database's load")]
     ConnectTimeout,
-    /// The server's certificate is of an authority that is not trusted.
+    /// No trusted root signed the server's certificate.
     #[error(
-        "no TLS: the database's certificate leads to none of the roots that are trusted, which are {roots}: set DATABASE_CA to a PEM \
-         file with its root, or to aws or system"
+        "TLS failed: no trusted root signed the database's certificate; trusted are {roots}: set DATABASE_CA to a PEM file with \
+         its root, or to aws or system"
     )]
     Untrusted {
-        /// Whose they are.
+        /// Which roots are trusted.
         roots: String,
     },
     /// The server's certificate names other hosts.
-    #[error("no TLS: the database's certificate is not for {host:?}{}: connect by a name that it has", listed(.names))]
+    #[error("TLS failed: the database's certificate is not for {host:?}{}: connect by a name in the certificate", listed(.names))]
     OtherName {
-        /// The host that was asked for.
+        /// The requested host.
         host: String,
-        /// Those that it names, as far as they could be read.
+        /// The names in the certificate, if they could be read.
         names: Vec<String>,
     },
     /// The invocation ran out of time.
-    #[error("the invocation's deadline came first")]
+    #[error("the invocation's deadline passed")]
     Deadline,
-    /// The database did not let us in.
+    /// Connecting failed.
     #[error("cannot connect to the database: {0}")]
     Connect(DatabaseError),
-    /// The database does not take the credentials.
+    /// The database refused the credentials.
     #[error("cannot connect to the database: {error}: {advice}")]
     Refused {
-        /// Its answer.
+        /// The server's answer.
         error: DatabaseError,
         /// What to do about it.
         advice: String,
@@ -72,10 +72,10 @@ pub enum StoreError {
     /// The database refused the statement, or stopped answering.
     #[error("cannot insert: {0}")]
     Insert(DatabaseError),
-    /// What the schedule asks for failed.
-    #[error("cannot delete what has expired: {0}")]
+    /// Scheduled maintenance failed.
+    #[error("cannot delete expired data: {0}")]
     Maintenance(DatabaseError),
-    /// The table takes no row.
+    /// The table refuses every row.
     #[error("the table refuses every row: {0}")]
     Table(DatabaseError),
 }
@@ -106,20 +106,23 @@ impl StoreError {
         let advice = match (credentials.is_token, error.code()) {
             // "no pg_hba.conf entry for … no encryption"
             (false, "28000") if without_tls => {
-                "does the server demand TLS? Remove DATABASE_TLS=disable; or check the user in the database secret"
+                "if the server requires TLS, remove DATABASE_TLS=disable; else check the user in the database secret"
                     .to_owned()
             }
             (false, "28000") => {
-                "check username and password in the database secret; of a user who is of rds_iam, it takes tokens alone (DATABASE_AUTH=iam)".to_owned()
+                "check username and password in the database secret; a user with rds_iam needs DATABASE_AUTH=iam"
+                    .to_owned()
             }
             (false, _) => "check username and password in the database secret".to_owned(),
-            // A user who is not of rds_iam is asked for a password: https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.DBAccounts.html
+            // The server asks a user without the role rds_iam for a password: https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.IAMDBAuth.DBAccounts.html
             (true, "28P01") => {
-                format!("it takes the token for a password: grant rds_iam to {user:?}, or have the proxy ask for tokens (IAMAuth=REQUIRED)")
+                format!(
+                    "the server treated the token as a password: grant rds_iam to {user:?}, or set the proxy's IAMAuth to REQUIRED"
+                )
             }
             (true, _) => format!(
-                "it refuses the token: allow the AWS identity rds-db:connect as {user:?} on this database, name the database \
-                 by its own endpoint and port, and see that this machine's clock is right"
+                "the server refused the token: allow the AWS identity rds-db:connect as {user:?} on this database, \
+                 connect to the database's own endpoint and port, and check this machine's clock"
             ),
         };
         Self::Refused { error, advice }
@@ -135,57 +138,57 @@ impl StoreError {
     }
 }
 
-/// What helps against an error.
+/// What to do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Remedy {
-    /// Perhaps a row's fault: find out which rows are refused.
+    /// Find out which rows are refused: perhaps a row's fault.
     Isolate,
-    /// A conflict with another session: the same again.
+    /// Retry on the same connection: a conflict with another session.
     Repeat,
-    /// The connection's fault, or the server's for a while: a new connection.
+    /// Retry on a new connection: the connection's fault, or a passing fault of the server.
     Reconnect,
-    /// Nothing this invocation can do.
+    /// Fail: nothing this invocation can do helps.
     GiveUp,
 }
 
-/// An error of the database or of the way to it. Keeps SQLSTATE and names of the schema, but never the server's message
-/// or details, which quote values.
+/// An error of the database or the connection to it. Keeps the SQLSTATE and names of schema objects, but never the server's
+/// message or details, which quote values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DatabaseError(Box<Cause>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Cause {
-    /// The server's answer: its code, and what of the schema it names.
+    /// The server's error answer: its code, and the schema objects that it names.
     Sqlstate {
         code: String,
         constraint: Option<String>,
         column: Option<String>,
         table: Option<String>,
         denied: Denied,
-        /// Where a table was looked for in vain.
+        /// Where the server looked for a missing table.
         place: Option<String>,
     },
     /// The connection broke or was not made.
     Lost(String),
     /// The server's certificate was refused, or TLS failed.
     Tls(String),
-    /// A failure of the driver's.
+    /// A failure of the driver.
     Driver(String),
 }
 
-const UNKNOWN_HOST: &str = "its host's name is not known: check DATABASE_HOST, or \"host\" in the database secret";
+const UNKNOWN_HOST: &str = "the host name is unknown: check DATABASE_HOST, or \"host\" in the database secret";
 
-/// What denies something that is refused with insufficient_privilege: the server's text says it in the server's language, the name
-/// of its routine does not change. And with protocol_violation, a pooler.
+/// What caused an insufficient_privilege or protocol_violation. Recognised by the name of the server's routine, as the server's
+/// message depends on its language.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Denied {
-    /// A right is missing.
+    /// A missing privilege.
     Right,
-    /// A policy of row security.
+    /// A row security policy.
     Policy,
-    /// A pooler that did not let us in, which has no code of its own for that: PgBouncer up to 1.18 at least.
+    /// A pooler that refused the credentials. PgBouncer up to 1.18, at least, has no code for that but protocol_violation.
     SignIn,
-    /// Something else, as a trigger.
+    /// Something else, such as a trigger.
     Otherwise,
 }
 
@@ -214,8 +217,8 @@ impl DatabaseError {
             (Some(io), _) => Self::of_io(io),
             (None, Some(tls)) => Self::of_tls(tls),
             (None, None) if error.is_closed() => Self::of(Cause::Lost("connection closed".to_owned())),
-            // Without its source it names the kind of failure alone. The driver does not tell a server without TLS apart
-            // in any other way.
+            // Without a source, the text names only the kind of failure. Nothing else in the driver's error identifies a server
+            // without TLS.
             (None, None) => match error.to_string() {
                 kind if kind == "error performing TLS handshake" => Self::without_tls(),
                 kind => Self::of(Cause::Driver(kind)),
@@ -224,12 +227,12 @@ impl DatabaseError {
     }
 
     pub(super) fn of_io(error: &io::Error) -> Self {
-        // The standard library has no kind for it.
+        // The standard library has no error kind for a failed lookup.
         let text = error.to_string();
         let unknown = ["Name or service not known", "No address associated", "nodename nor servname"];
         let kind = match text.starts_with("failed to lookup address") {
             true if unknown.iter().any(|words| text.contains(words)) => UNKNOWN_HOST.to_owned(),
-            true => "its host's name cannot be looked up at the moment".to_owned(),
+            true => "the host name cannot be looked up at the moment".to_owned(),
             false => error.kind().to_string(),
         };
         Self::of(Cause::Lost(kind))
@@ -237,15 +240,15 @@ impl DatabaseError {
 
     pub(super) fn of_tls(error: &dyn fmt::Display) -> Self {
         let reason = error.to_string();
-        // How OpenSSL tells that the connection ended in the handshake.
+        // OpenSSL reports EOF if the connection ended in the handshake.
         Self::of(if reason.contains("EOF") { Cause::Lost(reason) } else { Cause::Tls(reason) })
     }
 
     pub(super) fn without_tls() -> Self {
-        Self::of(Cause::Tls("the server does not offer it; DATABASE_TLS=disable is for local runs".to_owned()))
+        Self::of(Cause::Tls("the server does not offer TLS; DATABASE_TLS=disable is for local runs".to_owned()))
     }
 
-    /// Whether the certificate's authority is not trusted. The words are OpenSSL's: `X509_verify_cert_error_string`.
+    /// Whether no trusted root signed the certificate. The texts are from OpenSSL's `X509_verify_cert_error_string`.
     pub(super) fn is_about_the_root(&self) -> bool {
         let words =
             ["unable to get local issuer certificate", "self-signed certificate", "unable to get issuer certificate"];
@@ -272,29 +275,29 @@ impl DatabaseError {
         }
     }
 
-    /// Class 28: the credentials are wrong, perhaps because they were rotated.
+    /// Whether the credentials are wrong, perhaps because they were rotated: class 28, or a pooler's refusal.
     pub(super) fn refuses_credentials(&self) -> bool {
         self.code().starts_with("28") || matches!(*self.0, Cause::Sqlstate { denied: Denied::SignIn, .. })
     }
 
-    /// The ledger has one of the keys, or an index that is not ours one of the rows.
+    /// Whether the ledger already has one of the keys, or a unique index of the operator's has one of the rows.
     pub(super) fn is_unique_violation(&self) -> bool {
         self.code() == "23505"
     }
 
-    /// The server answered, with its last word on the connection perhaps: the transaction has failed.
+    /// Whether the server answered, so the transaction has certainly failed. The connection may be closed.
     pub(super) fn is_answer(&self) -> bool {
         matches!(*self.0, Cause::Sqlstate { .. })
     }
 
-    /// invalid_sql_statement_name, duplicate_prepared_statement: the server's session is not the one that the connection
-    /// had before, as behind a pooler in transaction mode.
+    /// invalid_sql_statement_name, duplicate_prepared_statement: the connection now has another server session, as behind a
+    /// pooler in transaction mode.
     pub(super) fn is_prepared_statement_conflict(&self) -> bool {
         matches!(self.code(), "26000" | "42P05")
     }
 
-    /// Rather the table's fault than a row's, however few rows say so: a right is missing, or a table or column.
-    pub(super) fn is_the_table_s(&self) -> bool {
+    /// Whether even one such refusal is the table's fault: a privilege, table or column is missing.
+    pub(super) fn is_table_fault(&self) -> bool {
         matches!(*self.0, Cause::Sqlstate { denied: Denied::Right, .. }) || matches!(self.code(), "42P01" | "42703")
     }
 
@@ -303,16 +306,16 @@ impl DatabaseError {
         self.code() == "42P01"
     }
 
-    /// Says where the table was looked for.
+    /// Adds where the server looked for the table.
     pub(super) fn set_place(&mut self, looked_for: String) {
         if let Cause::Sqlstate { place, .. } = &mut *self.0 {
             *place = Some(looked_for);
         }
     }
 
-    /// Whether the same row will be refused again, whatever else is written meanwhile: for a value, or by a constraint other than a
-    /// foreign key, whose row may yet come.
-    pub fn is_for_good(&self) -> bool {
+    /// Whether the same row will always be refused: for a value, or by a constraint. A foreign key does not count, as the row
+    /// that it refers to may be inserted later.
+    pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Cause::Sqlstate { code, constraint, .. } => {
                 code.starts_with("22") || (code.starts_with("23") && code != "23503" && constraint.is_some())
@@ -321,10 +324,9 @@ impl DatabaseError {
         }
     }
 
-    /// Whether a row is refused rather for its own sake than for the table's, as far as the code says: by a constraint, or for
-    /// a value. A row that finds no partition names neither; a column that is not written, `written` being those that are, is
-    /// the table's matter.
-    pub fn is_likely_the_row_s(&self, written: &[String]) -> bool {
+    /// Whether the code suggests that the row is at fault and not the table: a value, a constraint, or a column in `written`. A
+    /// column that the function does not write is the table's fault, and so is a missing partition, which names neither.
+    pub fn is_likely_row_fault(&self, written: &[String]) -> bool {
         match &*self.0 {
             Cause::Sqlstate { code, constraint, column, .. } => {
                 let is_ours = column.as_ref().is_some_and(|column| written.contains(column));
@@ -351,10 +353,10 @@ impl DatabaseError {
             "26000" => Remedy::GiveUp,
             // connection_exception
             code if code.starts_with("08") => Remedy::Reconnect,
-            // Not this statement's matter, but the server's or the connection's: invalid_transaction_state,
+            // The server's or the connection's fault, not this statement's: invalid_transaction_state,
             // invalid_authorization_specification, invalid_catalog_name, invalid_schema_name, insufficient_resources,
-            // object_not_in_prerequisite_state (lock_timeout), operator_intervention (statement_timeout), system_error, config_file_error,
-            // internal_error
+            // object_not_in_prerequisite_state (lock_timeout), operator_intervention (statement_timeout), system_error,
+            // config_file_error, internal_error
             code if ["25", "28", "3D", "3F", "53", "55", "57", "58", "F0", "XX"]
                 .contains(&&code[..2.min(code.len())]) =>
             {
@@ -365,7 +367,7 @@ impl DatabaseError {
     }
 }
 
-/// Whether a pooler's words for a protocol_violation are about them.
+/// Whether a pooler's message for a protocol_violation is about credentials.
 fn is_about_credentials(message: &str) -> bool {
     ["authentication failed", "no such user"].iter().any(|words| message.contains(words))
 }
@@ -388,20 +390,20 @@ impl fmt::Display for DatabaseError {
                     write!(f, ", {place}")?;
                 }
                 f.write_str(match code.as_str() {
-                    "42501" if *denied == Denied::Policy => ": a policy of row security forbids it",
-                    "42804" => ": the types of the table's columns are not the mapping's; `etlctl doctor` names them",
-                    "23502" => ": the column takes no null; give it a default, or have the mapping fill it",
-                    "23514" if constraint.is_none() && table.is_some() => ": no partition takes the row; make one",
+                    "42501" if *denied == Denied::Policy => ": a row security policy forbids it",
+                    "42804" => ": column types differ from the mapping; `etlctl doctor` names them",
+                    "23502" => ": the column is NOT NULL; give it a default, or fill it in the mapping",
+                    "23514" if constraint.is_none() && table.is_some() => ": no partition takes the row; create one",
                     "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
-                    "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or make the mapping's table (`etlctl mapping ddl`)",
+                    "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or create the mapping's table (`etlctl mapping ddl`)",
                     "42501" if *denied == Denied::Right => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
-                    "53300" => ": too many connections; lower the mapping's MaximumConcurrency or use a pooler",
+                    "53300" => ": too many connections; lower the stack's MaximumConcurrency or use a pooler",
                     _ => "",
                 })
             }
             Cause::Lost(kind) if kind == UNKNOWN_HOST => f.write_str(kind),
             Cause::Lost(kind) => write!(f, "the connection is lost: {kind}"),
-            Cause::Tls(reason) => write!(f, "no TLS: {reason}"),
+            Cause::Tls(reason) => write!(f, "TLS failed: {reason}"),
             Cause::Driver(reason) => f.write_str(reason),
         }
     }
@@ -429,8 +431,8 @@ mod tests {
                     place: None,
                 });
                 assert_eq!(error.remedy(), remedy, "{code}");
-                let at_the_door = if remedy == Remedy::Reconnect { remedy } else { Remedy::GiveUp };
-                assert_eq!(StoreError::Connect(error).remedy(), at_the_door, "{code}");
+                let on_connect = if remedy == Remedy::Reconnect { remedy } else { Remedy::GiveUp };
+                assert_eq!(StoreError::Connect(error).remedy(), on_connect, "{code}");
             }
         }
     }

@@ -1,9 +1,9 @@
-//! Which rows of a refused batch PostgreSQL refuses, and whose fault that is.
+//! Finds out which rows of a refused batch PostgreSQL refuses, and whether the row or the table is at fault.
 //!
-//! SQLSTATE does not say: a trigger raises P0001 for one row, and a column that was made NOT NULL yesterday 23502 for every
-//! row. What is known for certain is which rows pass. So a few rows of it are tried alone first, whichever. If one is
-//! inserted, the table takes rows, and whatever row it refuses is refused for its own sake. If none is, the table is at fault,
-//! and the batch fails.
+//! The SQLSTATE does not tell: a trigger may raise P0001 for one row only, and a column made NOT NULL yesterday raises 23502 for
+//! every row. So a few random rows are tried alone first. If one is inserted, the table takes rows, and every refused row is
+//! itself at fault. If none is inserted and enough are refused, or one for a certain reason such as a missing column, the table is at
+//! fault, and the batch fails. With fewer refused rows the fault stays in doubt, unless a row was written lately.
 
 use std::collections::HashSet;
 
@@ -11,16 +11,16 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Entry, Fate, RECENT, Session, StoreError, Stored, Way, error::Remedy};
 
-/// Rows that are tried alone before any others.
+/// Maximum rows that are tried alone first.
 const PROBES: usize = 8;
-/// So many rows refused, and none inserted, are the table's fault.
+/// The table is at fault if this many rows are refused and none is inserted.
 const ENOUGH: usize = 3;
-/// Into so many parts a refused part is divided. More find many refused rows sooner, fewer a single one.
+/// A refused part is divided into this many parts. More find many refused rows sooner; fewer find a single one sooner.
 const PARTS: usize = 8;
-/// Most messages that are remembered as refused for their own sake.
+/// Maximum messages that are remembered as refused by the row's own fault.
 const REMEMBERED: usize = 10_000;
 
-/// How far the isolation of a batch's rows has come.
+/// The progress of isolating a batch's refused rows.
 struct Isolation<'a, 'b> {
     entries: &'a [Entry<'b>],
     fates: Vec<Option<Fate>>,
@@ -30,9 +30,9 @@ struct Isolation<'a, 'b> {
 }
 
 impl Session {
-    /// Inserts what the table takes of a batch that was refused, as far as there is time.
+    /// Inserts the rows of a refused batch that the table takes, as far as there is time.
     ///
-    /// Earlier entries of a group go first, so that a refused row holds back the rest of its group and nothing else.
+    /// Earlier entries of a group go first, so that a refused row holds back only the rest of its group.
     pub(super) async fn isolate(
         &mut self,
         entries: &[Entry<'_>],
@@ -57,8 +57,8 @@ impl Session {
         self.judge(isolation)
     }
 
-    /// Tries some entries together. Of more than one, `parts` are what to try next if they are refused. Returns whether there
-    /// was time.
+    /// Tries some entries together. If several are refused, adds smaller parts to `parts` to try next. Returns whether there was
+    /// time.
     async fn attempt<'a>(
         &mut self,
         isolation: &mut Isolation<'a, '_>,
@@ -79,7 +79,7 @@ impl Session {
         }
         let writing = self.write(part.iter().map(|&index| &entries[index]).collect(), isolation.way);
         let Ok((way, written)) = timeout_at(deadline, writing).await else {
-            // The statement may still be under way on it.
+            // The statement may still be running on it.
             self.connection = None;
             return Ok(false);
         };
@@ -95,7 +95,7 @@ impl Session {
                     stopped_groups.extend(entries[index].group);
                 }
                 _ => {
-                    // Of so few, each is tried alone: a pair with a refused row takes three statements.
+                    // So few rows are tried one by one: a pair with a refused row would take three statements.
                     let size = if part.len() <= 2 * PARTS { 1 } else { part.len().div_ceil(PARTS) };
                     parts.extend(part.chunks(size).rev().map(<[usize]>::to_vec));
                 }
@@ -105,14 +105,14 @@ impl Session {
         Ok(true)
     }
 
-    /// Fails if rows were refused and none inserted, but for those that are known to be refused for their own sake.
+    /// Fails if the table is at fault: rows were refused and none inserted. Rows already known to be at fault do not count.
     fn check_table(&self, isolation: &Isolation<'_, '_>) -> Result<(), StoreError> {
         let fates = isolation.entries.iter().zip(&isolation.fates);
         let refused: Vec<_> = fates
             .filter(|(entry, _)| !self.refused.contains(&entry.key))
             .filter_map(|(_, fate)| if let Some(Fate::Refused(error)) = fate { Some(error) } else { None })
             .collect();
-        let certain = refused.iter().find(|error| error.is_the_table_s());
+        let certain = refused.iter().find(|error| error.is_table_fault());
         match certain.or(refused.first()) {
             Some(error) if isolation.inserted == 0 && (certain.is_some() || refused.len() >= ENOUGH) => {
                 Err(StoreError::Table((*error).clone()))
@@ -138,7 +138,7 @@ impl Session {
             }
             Some(Fate::Refused(error))
                 if !(self.refused.contains(&entry.key)
-                    || error.is_likely_the_row_s(&self.sql.names)
+                    || error.is_likely_row_fault(&self.sql.names)
                     || wrote_recently) =>
             {
                 Fate::Doubtful(error)
@@ -149,8 +149,7 @@ impl Session {
     }
 }
 
-/// Some entries of a batch, by chance, as bad rows may come in any pattern; where the queue keeps an order, only such as come first in
-/// their group.
+/// Random entries of a batch, as bad rows may come in any pattern. Of a FIFO queue, only the first entries of groups.
 fn probes(entries: &[Entry<'_>]) -> Vec<usize> {
     let mut groups = HashSet::new();
     let firsts = entries.iter().enumerate().filter(|(_, entry)| entry.group.is_none_or(|group| groups.insert(group)));

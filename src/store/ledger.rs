@@ -1,33 +1,33 @@
-//! The ledger's key: which message a row came from.
+//! The ledger's key, which identifies the message of a row.
 
 use std::time::{Duration, SystemTime};
 
 use bytes::BufMut;
 use uuid::{Uuid, uuid};
 
-/// For message ids that are not UUIDs, which SQS itself does not make.
+/// Namespace for message ids that are not UUIDs. SQS itself does not make such ids.
 const NAMESPACE: Uuid = uuid!("5f2d2a3e-6a86-4d5f-9a35-0f0a1f6c6b1d");
 /// 9999-12-31T23:59:59.999Z, well within what `timestamptz` holds.
 const LATEST_MS: u64 = 253_402_300_799_999;
-/// Where PostgreSQL counts from.
+/// Microseconds from 1970 to PostgreSQL's epoch, 2000-01-01.
 const MICROSECONDS_FROM_1970_TO_2000: i64 = 946_684_800_000_000;
 
-/// Identifies a message for as long as it lives, through every redelivery.
+/// Identifies a message through every redelivery.
 ///
-/// The time leads, so that new keys go to the end of the index however long the ledger has grown.
+/// The time comes first, so that new keys go to the end of the index, however large the ledger is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LedgerKey {
-    /// When the message was sent, to the millisecond.
+    /// When the message was sent, in whole milliseconds.
     pub sent_at: SystemTime,
-    /// Its id.
+    /// The message id.
     pub message_id: Uuid,
 }
 
 impl LedgerKey {
     /// The key of the message with this `messageId` and `SentTimestamp` (milliseconds since the epoch).
     ///
-    /// An id that is not a UUID has one made from it (version 5). A timestamp that is missing, unusable or before
-    /// `horizon` is the epoch, under which keys are kept for ever: SQS lets no message grow so old, so there are few.
+    /// An id that is not a UUID becomes one (version 5). A timestamp that is missing, unusable or before `horizon` becomes the
+    /// epoch, whose keys are kept for ever. They are few, as SQS lets no message grow so old.
     pub fn new(message_id: &str, sent_timestamp: Option<u64>, horizon: SystemTime) -> Self {
         let sent_at = sent_timestamp
             .filter(|ms| *ms <= LATEST_MS)
@@ -42,7 +42,7 @@ impl LedgerKey {
 }
 
 impl LedgerKey {
-    /// Adds the key to what [`Sql::copy_ledger`](super::Sql) reads.
+    /// Appends the key as a row of the binary format for [`Sql::copy_ledger`](super::Sql).
     pub fn copy(&self, to: &mut impl BufMut) {
         let since_1970 = self.sent_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         to.put_i16(2);
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn any_id_and_any_timestamp_make_a_key_that_stays_the_same() {
+    fn any_id_and_timestamp_make_a_stable_key() {
         let horizon = SystemTime::UNIX_EPOCH + Duration::from_millis(1_545_000_000_000);
         let key = |id, timestamp| LedgerKey::new(id, timestamp, horizon);
         let usual = key("059f36b4-87a3-44ab-83d2-661975830a7d", Some(1_545_082_649_183));

@@ -1,7 +1,7 @@
-//! Deletes expired ledger keys and rows when the schedule asks for it, off the path of the batches.
+//! Deletes expired ledger keys and rows when the schedule invokes the function, outside the batches.
 //!
-//! It works in slices. A slice is one statement that deletes a few thousand rows and holds its locks for milliseconds. A batch that
-//! waits for the connection comes after it.
+//! Each statement deletes a slice of up to ten thousand rows and holds its locks for milliseconds. A batch that waits for the
+//! connection runs between two slices.
 
 use std::time::SystemTime;
 
@@ -16,14 +16,14 @@ use tokio_postgres::{
 
 use super::{DatabaseError, Session, Store, StoreError};
 
-/// Keys or rows that one statement deletes, at most.
+/// Maximum keys or rows that one statement deletes.
 const SLICE: i64 = 10_000;
-/// For so long after the schedule's last run, batches leave pruning to it.
+/// How long after the schedule's last run batches leave pruning to it.
 const TRUSTED: Duration = Duration::from_secs(86_400);
 
-/// Deletes up to $2 of the keys that were sent before $1, the oldest first. Keys under the epoch stay. The times are given twice
-/// because the partitions of a ledger share their ctids. Batches use `prune.sql`, which locks the keys first, so that two batches do
-/// not wait for each other. That costs as much again, and there is only one schedule.
+/// Deletes up to $2 keys sent before $1, oldest first. Keys under the epoch stay. The times appear twice because partitions of
+/// the ledger can have equal ctids. Batches use `prune.sql` instead, which locks the keys first so that two batches do not wait
+/// for each other. Locking doubles the cost, and there is only one schedule.
 const DELETE_KEYS: &str = "
     delete from etl_ledger
     where sent_at > 'epoch' and sent_at < $1 and ctid = any (array(
@@ -35,27 +35,27 @@ const RECORD: &str = "
 const HAS_PARTITIONS: &str = "select pg_catalog.to_regprocedure('login_etl_tend_partitions(interval)') is not null";
 const TEND_PARTITIONS: &str = "select login_etl_tend_partitions()";
 
-/// What a run of the schedule did.
+/// The result of a scheduled run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Maintained {
     /// Ledger keys deleted.
     pub keys: u64,
     /// Rows deleted one by one.
     pub rows: u64,
-    /// Partitions made or dropped.
+    /// Partitions created or dropped.
     pub partitions: u64,
-    /// Whether something was left when the time was up; the next run goes on.
+    /// Whether work was left when the time was up. The next run continues.
     pub more: bool,
 }
 
-/// Whether there was time for all of a step.
+/// Whether a step was completed in time.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Step {
     Done,
     TimeIsUp,
 }
 
-/// A step that the deadline ended has done some of its work, and is no failure.
+/// Maps a deadline to [`Step::TimeIsUp`]: a step that ran out of time has done part of its work, and did not fail.
 fn within_time(step: Result<Step, StoreError>) -> Result<Step, StoreError> {
     match step {
         Err(StoreError::Deadline) => Ok(Step::TimeIsUp),
@@ -64,18 +64,18 @@ fn within_time(step: Result<Step, StoreError>) -> Result<Step, StoreError> {
 }
 
 impl Store {
-    /// Tends partitions and deletes what has expired, until `deadline`. What is left, the next run does.
+    /// Creates partitions and deletes expired data, until `deadline`. The next run does the rest.
     ///
     /// # Errors
-    /// [`StoreError`], for the first step that failed; the steps after it were tried all the same.
+    /// [`StoreError`], for the first step that failed. The steps after it are still tried.
     pub async fn maintain(&self, deadline: Instant) -> Result<Maintained, StoreError> {
         let mut done = Maintained::default();
-        // A backlog of keys leaves time for rows, and both leave some to record it.
+        // A backlog of keys must leave time for rows, and both must leave time to record the run.
         let last = deadline - (deadline - Instant::now()) / 10;
         let half = last - (last - Instant::now()) / 2;
         let partitions = self.tend_partitions(&mut done, half).await;
         let keys = within_time(self.prune_all(&mut done, half).await);
-        // It is what batches ask for.
+        // Batches leave pruning to the schedule only if its run is recorded.
         let recorded = match &keys {
             Ok(_) => self.execute(RECORD, &[], deadline).await,
             Err(_) => Ok(0),
@@ -113,7 +113,7 @@ impl Store {
         }
     }
 
-    /// Makes the partitions that will be needed, where tables are partitioned as docs/partition-the-tables.md says.
+    /// Creates the partitions needed next, if the tables are partitioned as in docs/partition-the-tables.md.
     async fn tend_partitions(&self, done: &mut Maintained, deadline: Instant) -> Result<(), StoreError> {
         let has_partitions = self.query(HAS_PARTITIONS, &[], deadline).await?;
         if has_partitions.first().is_some_and(|row| row.get(0)) {
@@ -122,7 +122,7 @@ impl Store {
         Ok(())
     }
 
-    /// Runs a statement, and returns how many rows it deleted or wrote.
+    /// Runs a statement. Returns how many rows it deleted or wrote.
     async fn execute(
         &self,
         statement: &str,
@@ -133,7 +133,7 @@ impl Store {
         self.session(deadline).await?.run(running, deadline).await
     }
 
-    /// Runs a statement, and returns its rows.
+    /// Runs a statement. Returns its rows.
     async fn query(
         &self,
         statement: &str,
@@ -144,14 +144,14 @@ impl Store {
         self.session(deadline).await?.run(running, deadline).await
     }
 
-    /// The connection, for one statement: a batch that waits for it comes next.
+    /// Locks the session for one statement, so that a waiting batch comes next.
     async fn session(&self, deadline: Instant) -> Result<MutexGuard<'_, Session>, StoreError> {
         timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)
     }
 }
 
 impl Session {
-    /// Whether the schedule has been at work within a day. Asked once, and again when that day is over.
+    /// Whether the schedule ran within the last day. Asks the server again only after that day.
     pub(super) async fn is_maintained(&mut self, deadline: Instant) -> bool {
         let now = SystemTime::now();
         if self.maintained_until.is_some_and(|until| now < until) {
@@ -176,7 +176,7 @@ impl Session {
             self.connection = Some(connection);
             result.map_err(|error| StoreError::Maintenance(DatabaseError::new(&error)))
         };
-        // A statement that is given up may still be under way on its connection, which is not kept.
+        // On a timeout the connection is dropped, as the statement may still be running on it.
         timeout_at(deadline, running).await.map_err(|_| StoreError::Deadline)?
     }
 }

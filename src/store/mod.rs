@@ -1,12 +1,14 @@
-//! Rows into PostgreSQL, exactly once.
+//! Inserts rows into PostgreSQL, exactly once.
 //!
-//! One transaction writes a batch's rows and enters their messages in the ledger, so a batch that comes back, for whatever
-//! reason, inserts nothing twice; that is what makes every retry here safe, even when the fate of a statement is unknown.
+//! One transaction writes a batch's rows and enters their messages in the ledger. So a redelivered batch inserts nothing twice,
+//! and every retry here is safe, even if the outcome of a statement is unknown.
 //!
-//! A batch goes down a ladder: [`Store::insert`] takes the connection, within the deadline. `Session::insert` writes all entries
-//! together. If PostgreSQL refuses that, `isolation` finds out which rows it refuses, and whether that is theirs or the table's
-//! fault. `Session::write` tries one transaction again where that can help. `Batch` writes it: by `COPY` or `INSERT` as if no
-//! message had come before, which is faster; if the ledger refuses that, by an `INSERT` of what it does not have.
+//! - [`Store::insert`] takes the connection, within the deadline.
+//! - `Session::insert` writes all entries together. If PostgreSQL refuses them, `isolation` finds out which rows it refuses, and
+//!   whether the row or the table is at fault.
+//! - `Session::write` runs one transaction, and retries it if that can help.
+//! - `Batch` writes it. The fast way, `COPY` or `INSERT`, assumes that no message is in the ledger. If the ledger refuses that,
+//!   an `INSERT` writes only the messages that it does not have.
 
 mod batch;
 mod certificate;
@@ -57,24 +59,24 @@ use crate::{
 
 const PRUNE: &str = include_str!("prune.sql");
 
-/// Inserted rows after which expired keys are deleted: up to twice as many, so that a ledger that has grown shrinks.
+/// Expired keys are deleted after this many inserted rows. Up to twice as many keys go, so that a ledger that has grown shrinks.
 const PRUNE_EVERY: u64 = 10_000;
-/// Longest that a batch may wait for that.
+/// Maximum delay of a batch by pruning.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Tries of a statement that lost its connection or a conflict with another session.
+/// Maximum tries of a statement that lost its connection, or a conflict with another session.
 const TRIES: u32 = 4;
-/// Wait before the second try; it doubles with each further one.
+/// Wait before the second try; it doubles with each further try.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 
-/// For so long after rows were inserted, the table is taken to be in order.
+/// How long after an insert the table is assumed to be in order.
 const RECENT: Duration = Duration::from_secs(300);
 
-/// A row to insert, and the message it came from. `Debug` shows the key alone, as groups are often named after users.
+/// A row to insert, and its message. `Debug` shows only the key, as groups are often named after users.
 pub struct Entry<'a> {
     /// The message's key in the ledger, unique within a batch.
     pub key: LedgerKey,
-    /// The message group, where the queue keeps an order: once a row is refused, the rest of its group waits.
+    /// The message group of a FIFO queue: after a refused row, the rest of its group waits.
     pub group: Option<&'a str>,
     /// The row.
     pub row: Row,
@@ -86,27 +88,27 @@ impl fmt::Debug for Entry<'_> {
     }
 }
 
-/// What became of an entry.
+/// The outcome of an entry.
 #[derive(Clone, Debug)]
 pub enum Fate {
-    /// It is in the database, since now or since before.
+    /// It is in the database, by this call or an earlier one.
     Stored,
-    /// PostgreSQL refuses it, and not others.
+    /// PostgreSQL refused it, and the row is at fault.
     Refused(DatabaseError),
-    /// PostgreSQL refuses it, and nothing tells whether it would take others.
+    /// PostgreSQL refused it, and either the row or the table may be at fault.
     Doubtful(DatabaseError),
-    /// It waits for an earlier one of its group.
+    /// It waits for an earlier entry of its group.
     HeldBack,
     /// There was no time left to try it.
     Untried,
 }
 
-/// What became of a batch's entries.
+/// The outcome of a batch.
 #[derive(Debug)]
 pub struct Stored {
-    /// How many rows this call inserted; the others had been inserted before.
+    /// How many rows this call inserted. Other stored rows were inserted before.
     pub inserted: u64,
-    /// The fate of each entry, in their order.
+    /// The fate of each entry, in the order of the entries.
     pub fates: Vec<Fate>,
 }
 
@@ -118,7 +120,7 @@ pub struct Store {
     counts: Arc<Counts>,
 }
 
-/// What happens beside the inserting of rows and is worth a metric.
+/// Counts for metrics.
 #[derive(Debug, Default)]
 struct Counts {
     credential_refreshes: AtomicU64,
@@ -129,7 +131,7 @@ impl Store {
     /// Reads the credentials and the trusted roots; connects on first use.
     ///
     /// # Errors
-    /// [`StoreError`], when either cannot be used. The operator's fault.
+    /// [`StoreError`], if either cannot be used. The operator's fault.
     pub async fn new(
         config: DatabaseConfig,
         secrets: Secrets,
@@ -137,8 +139,8 @@ impl Store {
         mapping: &Mapping,
     ) -> Result<Self, StoreError> {
         let signer = Signer::new(config.sign_in.clone(), secrets, sdk_config);
-        // Reading the trusted roots takes milliseconds, which another core can spend while the secret is on its way. So can
-        // the server's new process, and the handshake.
+        // Reading the trusted roots takes milliseconds, and so do the TLS handshake and the server's new process. All of it
+        // runs while the secret is fetched.
         let connector = async {
             let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME"))).await;
             let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
@@ -149,7 +151,7 @@ impl Store {
         let ((connector, early), signer) = (connector?, signer?);
         connector.host(signer.known())?;
         let retention = connector.ledger_retention();
-        // An environment that lives for few rows prunes, too.
+        // Prune after the first batch, as an environment may insert few rows in its life.
         let unpruned = PRUNE_EVERY;
         let counts = Arc::<Counts>::default();
         let session = Session {
@@ -168,34 +170,34 @@ impl Store {
         Ok(Self { session: Mutex::new(session), retention, counts })
     }
 
-    /// Connects ahead of the first batch, which would do so itself.
+    /// Connects before the first batch, which would connect otherwise.
     ///
     /// # Errors
-    /// [`StoreError`], when the database is not to be reached now.
+    /// [`StoreError`], if connecting fails.
     pub async fn connect(&self) -> Result<(), StoreError> {
         self.session.lock().await.connect_ahead().await
     }
 
-    /// How often refused credentials were read again, since this was last asked.
+    /// How often refused credentials were read again since the last call.
     pub fn take_credential_refreshes(&self) -> u64 {
         self.counts.credential_refreshes.swap(0, Ordering::Relaxed)
     }
 
-    /// How often the ledger could not be pruned, since this was last asked.
+    /// How often the ledger could not be pruned since the last call.
     pub fn take_prune_failures(&self) -> u64 {
         self.counts.prune_failures.swap(0, Ordering::Relaxed)
     }
 
-    /// Messages sent before this are beyond the ledger's memory.
+    /// Messages sent before this time are older than the ledger's retention.
     pub fn horizon(&self) -> SystemTime {
         SystemTime::now() - self.retention
     }
 
-    /// Inserts the rows of the messages that were not inserted before.
+    /// Inserts the rows of the messages that the ledger does not have.
     ///
     /// # Errors
-    /// [`StoreError`], when the database cannot be reached or used by `deadline`. The batch's fault: all of it may be
-    /// tried again, though some of it may be written already.
+    /// [`StoreError`], if the database cannot be reached or used by `deadline`. The batch's fault: some of it may be written,
+    /// and all of it may be tried again.
     pub async fn insert(&self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
         let mut session = timeout_at(deadline, self.session.lock()).await.map_err(|_| StoreError::Deadline)?;
         let mut result = session.insert(entries, deadline).await;
@@ -208,7 +210,7 @@ impl Store {
                 {
                     error.set_place(place);
                 }
-                // A statement may still be under way on it.
+                // A statement may still be running on it.
                 session.connection = None;
             }
         }
@@ -216,14 +218,14 @@ impl Store {
     }
 }
 
-/// How a batch is written: the fastest way that it allows.
+/// How a batch is written, fastest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// `COPY`, which fails if the ledger has one of the messages.
     Copy,
     /// `INSERT`, which fails if the ledger has one of the messages.
     Insert,
-    /// `INSERT` of what the ledger does not have.
+    /// `INSERT` of the messages that the ledger does not have.
     InsertUnknown,
 }
 
@@ -231,14 +233,14 @@ struct Session {
     connector: Connector,
     sql: Arc<Sql>,
     signer: Signer,
-    /// Begun at the start, for the first one.
+    /// Opened at the start, for the first connection.
     early: Option<Early>,
     connection: Option<Connection>,
     /// Cleared once a pooler in transaction mode is detected.
     keeps_statements: bool,
-    /// Rows inserted since the ledger was pruned.
+    /// Rows inserted since the ledger was last pruned.
     unpruned: u64,
-    /// Until then the schedule is trusted to prune the ledger.
+    /// Until then, the schedule is trusted to prune the ledger.
     maintained_until: Option<SystemTime>,
     /// When rows were last inserted.
     wrote_at: Option<SystemTime>,
@@ -248,9 +250,9 @@ struct Session {
 }
 
 impl Session {
-    /// Writes the entries together; if PostgreSQL refuses that, each as far as it takes them.
+    /// Writes the entries together. If PostgreSQL refuses some, writes the others.
     async fn insert(&mut self, entries: &[Entry<'_>], deadline: Instant) -> Result<Stored, StoreError> {
-        // Without a valid message, nothing is asked of the database.
+        // A batch without a valid message needs no connection.
         if entries.is_empty() {
             return Ok(Stored { inserted: 0, fates: Vec::new() });
         }
@@ -270,8 +272,8 @@ impl Session {
         Ok(stored)
     }
 
-    /// Writes entries in one transaction, which is tried again where that can help, and in a slower way where a faster one fails.
-    /// Returns the way that is right for this batch, and how many rows were inserted.
+    /// Writes entries in one transaction. Retries if that can help, and falls back to a slower way if a faster way fails.
+    /// Returns the way to use for the rest of this batch, and how many rows were inserted.
     async fn write(&mut self, entries: Vec<&Entry<'_>>, mut way: Way) -> (Way, Result<u64, StoreError>) {
         let batch = Batch::new(entries);
         let mut wait = FIRST_WAIT;
@@ -284,7 +286,8 @@ impl Session {
                     self.connection = None;
                     continue;
                 }
-                // Some of the messages came before, or a row is refused, or `COPY` cannot write this table and `INSERT` may.
+                // The ledger has some of the messages, or a row is refused, or `COPY` cannot write this table but `INSERT` may. `INSERT`
+                // fails in its own way if the server is at fault. After a failed `COPY` the ledger most likely has some of the messages.
                 Err(StoreError::Insert(error)) if error.is_answer() && way == Way::Copy => {
                     if !error.is_unique_violation() {
                         tracing::warn!(%error, "COPY failed; falling back to INSERT");
@@ -292,7 +295,7 @@ impl Session {
                     way = Way::InsertUnknown;
                     continue;
                 }
-                // Some of the messages came before.
+                // The ledger has some of the messages.
                 Err(StoreError::Insert(error)) if error.is_unique_violation() && way == Way::Insert => {
                     way = Way::InsertUnknown;
                     continue;
@@ -315,7 +318,7 @@ impl Session {
         }
     }
 
-    /// `COPY` gives way where it would not write what `INSERT` does.
+    /// Writes a batch once. Replaces [`Way::Copy`] if `COPY` would not write what `INSERT` writes.
     async fn try_to_write(&mut self, batch: &Batch<'_>, way: &mut Way) -> Result<u64, StoreError> {
         let mut connection = self.take_connected().await?;
         let keeps_statements = self.keeps_statements;
@@ -332,15 +335,15 @@ impl Session {
             }
         };
         let written = writing.await.map_err(|error| StoreError::Insert(DatabaseError::new(&error)));
-        // After a `COPY` that failed the driver may take one answer for another (rust-postgres, issue 789).
+        // After a failed `COPY` the driver may confuse one answer with another (rust-postgres, issue 789).
         if *way != Way::Copy || written.is_ok() {
             self.connection = Some(connection);
         }
         written
     }
 
-    /// Now and then deletes expired keys, where the schedule does not. A failure never fails the batch: it is logged, and tried
-    /// again in time.
+    /// Deletes expired keys now and then, if the schedule does not. A failure never fails the batch: it is logged, and pruning is
+    /// tried again later.
     async fn prune(&mut self, inserted: u64, horizon: SystemTime, deadline: Instant) {
         self.unpruned += inserted;
         if self.unpruned < PRUNE_EVERY {
@@ -383,7 +386,7 @@ impl Session {
         self.connect().await
     }
 
-    /// Connects. Refused credentials are read again, because they may have been rotated, or signed anew.
+    /// Connects. Renews refused credentials: reads the secret again, as it may have been rotated, or signs a new token.
     async fn connect(&mut self) -> Result<Connection, StoreError> {
         for wait in self.signer.waits() {
             match self.connect_once().await {
@@ -396,7 +399,7 @@ impl Session {
         self.connect_once().await
     }
 
-    /// Where the server looks for tables that are named without a schema.
+    /// Where the server looks for tables without a schema.
     async fn place(&mut self) -> Option<String> {
         let client = &self.connection.as_ref()?.client;
         let place = "select pg_catalog.format('database %I, user %I, search path %s', current_database(), current_user, \

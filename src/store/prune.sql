@@ -1,5 +1,5 @@
--- Deletes up to $2 of the keys that were sent before $1, the oldest first; what another session is deleting is left to it.
--- Keys under the epoch stay. The times stand there twice because the partitions of a ledger share their ctids.
+-- Deletes up to $2 keys sent before $1, oldest first. Skips keys that another session is deleting.
+-- Keys under the epoch stay. The times appear twice because partitions of the ledger can have equal ctids.
 delete from etl_ledger
 where sent_at > 'epoch' and sent_at < $1 and ctid = any (array(
     select ctid

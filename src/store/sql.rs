@@ -1,4 +1,4 @@
-//! The statements, made once from the mapping.
+//! The SQL statements for a mapping, made once.
 
 use tokio_postgres::types::Type;
 
@@ -7,28 +7,28 @@ use crate::mapping::{ColumnType, Mapping, quoted};
 /// The statements that write a batch.
 #[derive(Debug)]
 pub struct Sql {
-    /// Inserts rows and enters their messages in the ledger, in one atomic statement, which fails if the ledger has one of
-    /// them. Takes one array a column, the ledger's two first, all of one length. Returns the number of messages.
+    /// Inserts rows and enters their messages in the ledger, in one atomic statement. Fails if the ledger has one of the
+    /// messages. Takes one array a column, the ledger's two first, all of one length. Returns the number of messages.
     pub insert: String,
     /// Inserts the rows whose messages the ledger does not have, and enters those messages, in one atomic statement. Takes the
-    /// same arrays; the keys are unique within the call. Returns the number of rows inserted.
+    /// same arrays. The keys must be unique within the call. Returns the number of rows inserted.
     pub insert_unknown: String,
-    /// Takes rows in the [binary format](https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4).
+    /// Copies rows in the [binary format](https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.55.9.4).
     pub copy_rows: String,
-    /// Enters messages in the ledger, and fails if it has one of them. Takes the binary format.
+    /// Copies keys to the ledger in the binary format. Fails if the ledger has one of them.
     pub copy_ledger: &'static str,
-    /// Whether `COPY` would write what the statements write: it asks for no conversion where a column's type is another one, and
-    /// passes by rules. Takes the table, the columns' names and their types.
+    /// Selects whether `COPY` would write the same as `INSERT`: `COPY` does not convert values to another column type, and
+    /// ignores rules. Takes the table, the columns' names and their types.
     pub copy_fits: &'static str,
-    /// Deletes rows that the mapping does not keep any longer. Takes the most; returns how many rows and how many partitions went.
+    /// Deletes rows older than the mapping's retention. Takes the maximum; returns how many rows and partitions were deleted.
     pub expire: Option<String>,
-    /// The table, as SQL has it.
+    /// The table's quoted SQL name.
     pub table: String,
-    /// The types of the columns.
+    /// The type OIDs of the columns.
     pub types: Vec<u32>,
-    /// The types of the arrays, behind the ledger's two.
+    /// The types of the arrays, after the ledger's two.
     pub arrays: Vec<Type>,
-    /// The names of the columns that are written.
+    /// The names of the written columns.
     pub names: Vec<String>,
 }
 
@@ -38,20 +38,20 @@ impl Sql {
         let table = mapping.table();
         let names: Vec<_> = mapping.columns().iter().map(|column| quoted(&column.name)).collect();
         let names = names.join(", ");
-        // A mapping may call a column as the ledger calls its own, so these have names that say whose they are.
+        // A mapping may have a column named like a ledger column, so both get unique aliases.
         let aliases: Vec<_> = (1..=mapping.columns().len()).map(|column| format!("column_{column}")).collect();
         let aliases = aliases.join(", ");
         let arrays: Vec<_> = (3..)
             .zip(mapping.columns())
             .map(|(parameter, column)| format!("${parameter}::{}[]", column.column_type.name()))
             .collect();
-        // Of several arrays, PostgreSQL takes no other function of that name; of one, it might take one of `public`.
-        // From a select list the elements go to the table one by one, and not to a tuplestore first.
+        // Qualified, as `public` might have an `unnest` of one array. Of several arrays, PostgreSQL never calls another function.
+        // In a select list, the elements go to the table one by one, and not to a tuplestore first.
         let unnested: Vec<_> = arrays.iter().map(|array| format!("pg_catalog.unnest({array})")).collect();
         let (arrays, unnested) = (arrays.join(", "), unnested.join(", "));
         Self {
-            // PostgreSQL runs the main statement, the ledger's, before a `with` that nobody reads from: no row is written for a
-            // message that the ledger refuses.
+            // PostgreSQL runs the main statement (the ledger's) before a `with` that nobody reads from. So no row is written for
+            // a message that the ledger refuses.
             insert: format!(
                 "with inserted as (insert into {table} ({names}) select {unnested}) \
                  insert into etl_ledger (sent_at, message_id) \
@@ -84,7 +84,7 @@ impl Sql {
     }
 }
 
-/// Texts are sent alike to all types of text.
+/// `text`, `varchar` and `bpchar` have the same binary format, so they count as equal.
 const COPY_FITS: &str = "
     select not exists (
         select from unnest($2::text[], $3::oid[]) as wanted (name, type)
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_statements_of_the_mapping_that_ships_are_the_ones_that_are_measured_and_tried_on_partitions() {
+    fn the_built_in_statements_are_those_in_tests_statements() {
         let sql = Sql::new(&Mapping::built_in().unwrap());
         let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(words(&sql.insert), words(include_str!("../../tests/statements/insert.sql")));

@@ -1,11 +1,11 @@
-//! What the function would write, tried and taken back.
+//! Tries what the function would write, and rolls it back.
 
 use tokio_postgres::Client;
 
 use super::{Connection, DatabaseError, Entry, LedgerKey, Sql, batch::Batch, error::Remedy};
 use crate::mapping::{Mapping, Row};
 
-/// Tries rows by the function's own statement, in a transaction that is rolled back. Its connection is the function's user's.
+/// Tries rows by the function's own statement, in a transaction that is rolled back. Connects as the function's database user.
 #[derive(Debug)]
 pub struct Trial {
     connection: Connection,
@@ -13,24 +13,24 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Begins.
+    /// Begins the transaction.
     ///
     /// # Errors
-    /// [`DatabaseError`], when the server does not answer.
+    /// [`DatabaseError`], if the server does not answer.
     pub async fn begin(connection: Connection, mapping: &Mapping) -> Result<Self, DatabaseError> {
-        // What is checked at the end of a transaction would never be.
+        // Deferred constraints are checked at the commit, which never comes.
         let begin = "begin; set constraints all immediate";
         connection.client.batch_execute(begin).await.map_err(|error| DatabaseError::new(&error))?;
         Ok(Self { connection, sql: Sql::new(mapping) })
     }
 
-    /// Why PostgreSQL refuses each of these rows, if it does. One whose message is in the ledger is not written, and not refused.
+    /// Why PostgreSQL refuses each row; `None` if it does not. A row whose message is in the ledger is not tried.
     ///
     /// # Errors
-    /// [`DatabaseError`], when it refuses them for no row's sake.
+    /// [`DatabaseError`], if no row is at fault.
     pub async fn refusals(&self, rows: Vec<(LedgerKey, Row)>) -> Result<Vec<Option<DatabaseError>>, DatabaseError> {
         let entries: Vec<_> = rows.into_iter().map(|(key, row)| Entry { key, group: None, row }).collect();
-        // Most are all right.
+        // Usually all rows are accepted, so they are tried together first.
         if self.refusal(entries.iter().collect()).await?.is_none() {
             return Ok(vec![None; entries.len()]);
         }
@@ -49,7 +49,7 @@ impl Trial {
         client.batch_execute("rollback to savepoint trial").await.map_err(database_error)?;
         match written {
             Ok(_) => Ok(None),
-            Err(error) if error.remedy() == Remedy::Isolate && !error.is_the_table_s() => Ok(Some(error)),
+            Err(error) if error.remedy() == Remedy::Isolate && !error.is_table_fault() => Ok(Some(error)),
             Err(error) => Err(error),
         }
     }

@@ -1,4 +1,4 @@
-//! The roots that a server's certificate is held against.
+//! The root certificates that are trusted to verify the server.
 
 use std::{fmt, fs, path::PathBuf};
 
@@ -10,7 +10,7 @@ use crate::{config::Roots, roots};
 /// The roots for one host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Trusted {
-    /// Amazon's, and those of RDS in this region.
+    /// Amazon's public roots, and the roots of RDS in this region.
     Aws(&'static str),
     System,
     File(PathBuf),
@@ -22,7 +22,7 @@ impl Trusted {
         let is_aws = [".amazonaws.com", ".amazonaws.com.cn"].iter().any(|domain| host.ends_with(domain));
         let of_region = || roots::regions().find(|region| host.split('.').any(|label| label == *region));
         match roots {
-            // RDS has regions whose roots are not built in.
+            // The roots of some RDS regions are not built in.
             Roots::Aws if is_aws => of_region().map_or(Self::System, Self::Aws),
             Roots::Aws | Roots::System => Self::System,
             Roots::File(path) => Self::File(path.clone()),
@@ -32,7 +32,7 @@ impl Trusted {
     /// A connector that trusts these roots and no others.
     ///
     /// # Errors
-    /// [`StoreError`], when they cannot be used. The operator's fault.
+    /// [`StoreError`], if the roots cannot be used. The operator's fault.
     pub(super) fn connector(&self) -> Result<TlsConnector, StoreError> {
         let mut builder = TlsConnector::builder();
         builder.min_protocol_version(Some(Protocol::Tlsv12));
@@ -65,9 +65,9 @@ impl Trusted {
 impl fmt::Display for Trusted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Aws(region) => write!(f, "Amazon's, and those of RDS in {region}"),
+            Self::Aws(region) => write!(f, "Amazon's and RDS's in {region}"),
             Self::System => f.write_str("the system's"),
-            Self::File(path) => write!(f, "those of {}", path.display()),
+            Self::File(path) => write!(f, "those in {}", path.display()),
         }
     }
 }
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_says_whose_roots_are_trusted() {
+    fn the_host_decides_which_roots_are_trusted() {
         let aws = Trusted::Aws;
         for (host, trusted) in [
             ("db.abc.eu-west-1.rds.amazonaws.com", aws("eu-west-1")),
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_roots_that_are_built_in_can_be_used() {
+    fn the_built_in_roots_are_usable() {
         for region in roots::regions() {
             Trusted::Aws(region).connector().unwrap();
         }

@@ -1,4 +1,4 @@
-"""One environment of the function, the binary itself, behind a Runtime API of ours."""
+"""Runs the function's binary as one environment behind our own Runtime API."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from world import messages, paths
 
 
 class RuntimeApi(ThreadingHTTPServer):
-    """Hands out events to whoever asks, and keeps the answers by request id."""
+    """Serves events, and keeps the answers by request id."""
 
     daemon_threads = True
 
@@ -65,7 +65,7 @@ class RuntimeApiHandler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def environment(settings, log):
-    """Its Runtime API; what it writes goes to the file `log`."""
+    """Starts an environment, and yields its Runtime API; its output goes to the file `log`."""
     api = RuntimeApi()
     threading.Thread(target=api.serve_forever, daemon=True).start()
     lambdas = {

@@ -1,4 +1,4 @@
-"""Several invocations at once in one environment, as Lambda Managed Instances have it: the binary against a Runtime API that asks for it."""
+"""Tests several invocations at once in one environment, as in Lambda Managed Instances: the binary with our own Runtime API."""
 
 import random
 
@@ -8,7 +8,7 @@ from runtime_api import environment, event
 
 @pytest.fixture
 def runtime_api(servers, stack, tmp_path):
-    """A Runtime API with one environment of four invocations at once behind it."""
+    """The Runtime API of one environment that takes four invocations at once."""
     settings = servers.environment() | stack.environment() | {"AWS_LAMBDA_MAX_CONCURRENCY": "4"}
     with environment(settings, tmp_path / "log") as api:
         yield api
@@ -21,7 +21,7 @@ def test_invocations_run_at_once_each_within_its_own_deadline(servers, runtime_a
         with admin.transaction():
             admin.execute("lock table user_logins")
             long = [runtime_api.invoke(event(chance, 10), seconds=30) for _ in range(2)]
-            # Answered while the others are still under way.
+            # Answered while the others are still running.
             short = runtime_api.invoke(event(chance, 10), seconds=2)
             kind, answer = runtime_api.answer(short, seconds=10)
             assert (kind, answer["errorType"]) == ("error", "Deadline")

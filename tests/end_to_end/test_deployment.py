@@ -1,4 +1,4 @@
-"""The template's stacks in LocalStack: each kind of them deployed, changed while messages flow, put back, and deleted."""
+"""Tests the template's stacks in LocalStack: each kind is deployed, changed while messages flow, rolled back, and deleted."""
 
 import io
 import json
@@ -18,7 +18,7 @@ TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:on-call"
 
 
 class Sender:
-    """Sends logins of users of its own to a stack's queue: some now, or a few at a time until it is stopped."""
+    """Sends logins of unique users to a stack's queue: some at once, or a few at a time until it is stopped."""
 
     def __init__(self, deployed):
         self.sqs = deployed.localstack.client("sqs")
@@ -64,7 +64,7 @@ class Sender:
 
 @pytest.fixture
 def deploy(servers):
-    """Deploys a stack of a new name, which is deleted in the end."""
+    """Deploys a stack under a new name, and deletes it in the end."""
     names = []
 
     def deploy(name=None, **parameters):
@@ -75,7 +75,7 @@ def deploy(servers):
 
     yield deploy
     for name in names:
-        # LocalStack at times fails to delete a stack that was updated; the servers go soon, and it with them.
+        # LocalStack sometimes fails to delete an updated stack; the stack then ends with the servers.
         with suppress(servers.localstack.client("cloudformation").exceptions.ClientError):
             delete(servers, name)
 
@@ -127,7 +127,7 @@ def test_each_kind_of_stack_loads_messages(servers, deploy, parameters):
     assert deployed.depth(deployed.dead_letter_queue_url)[0] == 0
 
 
-def test_every_alarm_is_made_and_sends_where_it_should(servers, deploy):
+def test_every_alarm_is_created_with_its_topic(servers, deploy):
     deployed = deploy(**WATCHED)
     alarms = servers.localstack.client("cloudwatch").describe_alarms(AlarmNamePrefix=f"{deployed.name}-", AlarmTypes=["MetricAlarm", "CompositeAlarm"])
     made = {alarm["AlarmName"].removeprefix(f"{deployed.name}-"): alarm for alarm in alarms["MetricAlarms"] + alarms["CompositeAlarms"]}
@@ -138,7 +138,7 @@ def test_every_alarm_is_made_and_sends_where_it_should(servers, deploy):
         assert alarm["AlarmDescription"].endswith(f"https://example.com/runbook#{name}")
 
 
-def test_a_running_stack_is_changed_and_put_back_without_losing_a_message(servers, deploy):
+def test_a_running_stack_is_changed_and_rolled_back_without_losing_a_message(servers, deploy):
     deployed = deploy()
     with Sender(deployed) as sender:
         until(lambda: sender.rows(servers))
@@ -150,7 +150,7 @@ def test_a_running_stack_is_changed_and_put_back_without_losing_a_message(server
     assert deployed.depth(deployed.dead_letter_queue_url)[0] == 0
 
 
-def test_a_change_that_breaks_the_function_is_put_back_and_no_message_is_lost(servers, deploy):
+def test_a_change_that_breaks_the_function_is_rolled_back_and_no_message_is_lost(servers, deploy):
     deployed = deploy()
     with Sender(deployed) as sender:
         until(lambda: sender.rows(servers))
@@ -165,8 +165,8 @@ def test_a_change_that_breaks_the_function_is_put_back_and_no_message_is_lost(se
 
 @pytest.fixture
 def gradual(servers):
-    """A stack with gradual deployment. LocalStack knows no CodeDeploy, and makes the alias before what its update policy names, so SAM's macro
-    is applied beforehand and that policy left out."""
+    """A stack with gradual deployment. LocalStack lacks CodeDeploy, and creates the alias before the resources in its update policy, so the
+    fixture expands SAM's macro itself and removes that policy."""
     name = f"gradual-{uuid.uuid4().hex[:8]}"
     s3, stacks = servers.localstack.client("s3"), servers.localstack.client("cloudformation")
     code = io.BytesIO()
@@ -178,7 +178,7 @@ def gradual(servers):
     expanded = template.expand({name: str(value) for name, value in parameters.items()})
     expanded["Resources"]["LoginFunction"]["Properties"]["Code"] = {"S3Bucket": name, "S3Key": "code"}
     assert expanded["Resources"]["LoginFunctionAliaslive"].pop("UpdatePolicy")["CodeDeployLambdaAliasUpdate"]
-    # Without blanks, as CloudFormation takes 51,200 characters in a request; SAM CLI goes by way of S3.
+    # Without blanks, because CloudFormation accepts 51,200 characters in a request; SAM CLI uses S3 instead.
     stacks.create_stack(StackName=name, TemplateBody=json.dumps(expanded, separators=(",", ":")), Capabilities=["CAPABILITY_IAM"])
     until(lambda: stacks.describe_stacks(StackName=name)["Stacks"][0]["StackStatus"] == "CREATE_COMPLETE")
     yield stack.Stack(servers, name)
@@ -186,14 +186,14 @@ def gradual(servers):
 
 
 def test_with_gradual_deployment_the_traffic_moves_with_the_alias_and_back(servers, gradual):
-    """As CodeDeploy moves it."""
+    """The test moves the alias as CodeDeploy would."""
     assert mapping(gradual)["FunctionArn"].endswith(f":{gradual.name}:live")
     functions = servers.localstack.client("lambda")
     functions.update_function_configuration(FunctionName=gradual.name, Environment={"Variables": {}})
     until(lambda: functions.get_function_configuration(FunctionName=gradual.name)["LastUpdateStatus"] == "Successful")
     broken = functions.publish_version(FunctionName=gradual.name)["Version"]
     with Sender(gradual) as sender:
-        # What is not live harms nobody.
+        # A version that is not live does no harm.
         until(lambda: sender.rows(servers))
         functions.update_alias(FunctionName=gradual.name, Name="live", FunctionVersion=broken)
         until(lambda: "initialisation failed" in gradual.log_text())

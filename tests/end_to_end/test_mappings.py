@@ -1,4 +1,4 @@
-"""The worked examples of docs/mapping.md: messages of other shapes, through SNS and EventBridge, into tables of other columns."""
+"""Tests the examples of docs/mapping.md: messages of other shapes, through SNS and EventBridge, into tables with other columns."""
 
 import json
 import os
@@ -12,13 +12,13 @@ EXAMPLES = paths.ROOT / "examples"
 
 
 def etlctl(*words):
-    """Runs etlctl without AWS or a database, and gives what it says."""
+    """Runs etlctl without AWS or a database, and returns its output."""
     program = paths.ROOT / "target" / "debug" / "etlctl"
     return subprocess.run([program, *words], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False).stdout
 
 
 def deploy(servers, name):
-    """Makes an example's table, and deploys its mapping beside the function's program."""
+    """Creates an example's table, and deploys its mapping beside the function's program."""
     mapping = EXAMPLES / name / "mapping.toml"
     with servers.postgres.connect() as database:
         database.execute(etlctl("mapping", "ddl", "--mapping", mapping))
@@ -33,7 +33,7 @@ def lines(name):
 
 
 def tried(name):
-    """What `etlctl mapping try` says of an example's messages."""
+    """The output of `etlctl mapping try` for an example's messages."""
     files = EXAMPLES / name
     return json.loads(etlctl("mapping", "try", files / "messages.jsonl", "--mapping", files / "mapping.toml", "--json"))
 
@@ -92,7 +92,7 @@ def test_clicks_come_through_eventbridge(servers):
     assert rows[0]["context"] == {"page": "/", "tags": ["a", "b"]} and rows[1]["context"] is None
     assert {row["queue"] for row in rows} == {deployed.queue_url.rsplit("/", 1)[1]}
     until(lambda: "detail.client.ip is not an IP address" in refusals(deployed))
-    # Past 90 days, rows go with the schedule's next event.
+    # The schedule's next event deletes rows older than 90 days.
     with servers.postgres.connect(autocommit=True) as database:
         database.execute("insert into web.clicks (day) select current_date - n from generate_series(88, 93) n")
         deployed.localstack.client("lambda").invoke(FunctionName=deployed.function_name, Payload=schedule_event(deployed))

@@ -1,4 +1,4 @@
-"""What the deployed function's metrics say of batches, and of what goes wrong beside them."""
+"""Tests the deployed function's metrics of batches, and of failures outside of them."""
 
 import json
 import secrets
@@ -25,7 +25,7 @@ def record(body, sent_seconds_ago=0, receives=1):
 
 @pytest.fixture
 def metrics_of(stack):
-    """Invokes the function with these records; the metrics of that."""
+    """Invokes the function with the given records; returns the invocation's metrics."""
 
     def invoke(*records):
         before = all_metrics()
@@ -49,7 +49,7 @@ def login():
 
 @contextmanager
 def secret_value(stack, secret_id, value):
-    """Puts a value into a secret, and its former one back in the end."""
+    """Sets a secret to a value, and restores the former value in the end."""
     client = stack.localstack.client("secretsmanager")
     former = client.get_secret_value(SecretId=secret_id)["SecretString"]
     client.put_secret_value(SecretId=secret_id, SecretString=value)
@@ -66,7 +66,7 @@ def restart(stack):
     until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
 
 
-def test_a_batch_tells_how_old_its_oldest_good_message_is_and_how_often_any_was_received(metrics_of, login):
+def test_a_batch_has_the_age_of_its_oldest_good_message_and_the_highest_receive_count(metrics_of, login):
     metrics = metrics_of(record(login, 100, receives=2), record(login, 20), record("not JSON", 500, receives=7))
     assert 100 <= metrics["AgeOfOldestMessage"] < 110
     assert metrics["HighestReceiveCount"] == 7
@@ -108,7 +108,7 @@ def test_a_keyring_that_cannot_be_read_again_is_counted(stack, metrics_of, login
 def test_a_ledger_that_cannot_be_pruned_is_counted(servers, stack, metrics_of, login):
     with servers.postgres.connect(autocommit=True) as database:
         database.execute(f"revoke delete on etl_ledger from {DATABASE_USER}")
-        # Where the schedule has been at work, batches leave pruning to it.
+        # If the schedule has run recently, batches leave pruning to it.
         database.execute("delete from etl_maintenance")
         try:
             restart(stack)

@@ -1,4 +1,4 @@
-"""The names that the function, the template, etlctl and docs/metrics-and-logs.md share: what one of them writes, the others read."""
+"""Checks that the function, the template, etlctl and docs/metrics-and-logs.md use the same names of metrics and log lines."""
 
 import json
 import re
@@ -8,13 +8,13 @@ import pytest
 from world import paths, template
 
 DOCUMENT = (paths.ROOT / "docs" / "metrics-and-logs.md").read_text()
-# With every alarm that there is.
+# Parameters with which the stack has every alarm.
 EVERYTHING = {"GradualDeployment": "true", "SilenceHours": 6}
 CONTEXT = {"timestamp", "level", "message", "target", "span"}
 
 
 def rows(section):
-    """The cells of a section's table, without the heading's."""
+    """The cells of a section's table, without its header."""
     text = re.search(rf"^#+ {section}\n(.*?)(?=^#|\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)[1]
     lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
     return lines[1:]
@@ -25,17 +25,17 @@ def names(cell):
 
 
 def documented_lines():
-    """Level and fields of each message."""
+    """Level and fields of each documented message."""
     return {names(message)[0]: (level, frozenset(names(fields))) for level, message, fields, _ in rows("Log lines")}
 
 
 def logged_lines():
-    """Level and fields of each message, as the code's macros have them."""
+    """Level and fields of each message, from the code's macros."""
     lines = {}
     for file in sorted((paths.ROOT / "src").rglob("*.rs")):
         text = file.read_text()
         macros = re.findall(r'\btracing::(trace|debug|info|warn|error)!\(((?:[^";]|"[^"]*"(?=,))*?)"([^"]*)",?\s*\)', text)
-        assert len(macros) == len(re.findall(r"\btracing::\w+!\(", text)), f"a macro in {file} is not understood here"
+        assert len(macros) == len(re.findall(r"\btracing::\w+!\(", text)), f"cannot parse a macro in {file}"
         for level, arguments, message in macros:
             fields = frozenset(re.findall(r"(?:^|,)\s*[%?]?(\w+)", arguments))
             assert lines.setdefault(message, (level.upper(), fields)) == (level.upper(), fields), message
@@ -43,7 +43,7 @@ def logged_lines():
 
 
 def stack_metrics():
-    """Namespace and name of each metric that the stack's alarms and its dashboard read, to the suffixes of those alarms."""
+    """Maps namespace and name of each metric that the stack's alarms or dashboard read to the suffixes of these alarms."""
     resources = template.resolve(EVERYTHING)
     read = defaultdict(set)
     for resource in resources.values():
@@ -68,7 +68,7 @@ def alarms_of(cell):
 
 @pytest.fixture(scope="module")
 def events(stack):
-    """The metrics events of the function, of a batch of messages and of the schedule among them."""
+    """The function's metrics events, including those of a batch and of the schedule."""
     schedule = stack.localstack.client("scheduler").get_schedule(Name=f"{stack.name}-maintenance")
     for event in ((paths.ROOT / "events" / "valid.json").read_text(), schedule["Target"]["Input"]):
         stack.localstack.client("lambda").invoke(FunctionName=stack.function_name, Payload=event)
@@ -84,7 +84,7 @@ def test_the_function_emits_the_documented_metrics_with_their_units_and_no_other
     assert emitted == {(names(name)[0], unit) for name, unit, *_ in rows("Metrics")}
 
 
-def test_metrics_have_the_namespace_and_the_dimension_that_alarms_ask_for(stack, events):
+def test_metrics_have_the_alarms_namespace_and_dimension(stack, events):
     directives = [directive for event in events for directive in event["_aws"]["CloudWatchMetrics"]]
     assert {directive["Namespace"] for directive in directives} == {"login-etl"}
     assert all(directive["Dimensions"] == [["FunctionName"]] for directive in directives)
@@ -113,7 +113,7 @@ def test_every_metric_that_alarms_and_dashboard_read_is_emitted(events):
     assert read - emitted == set()
 
 
-def test_the_documented_alarms_are_those_that_read_the_metric():
+def test_each_metrics_documented_alarms_read_it():
     documented = {("login-etl", names(name)[0]): alarms_of(alarms) for name, *_, alarms in rows("Metrics")}
     documented |= {tuple(names(name)): alarms_of(alarms) for name, *_, alarms in rows("AWS's own metrics")}
     read = {metric: alarms for metric, alarms in stack_metrics().items() if metric[0] == "login-etl" or alarms}
@@ -127,7 +127,7 @@ def test_the_code_logs_the_documented_lines_and_no_other():
     assert logged_lines() == documented_lines()
 
 
-def test_the_function_s_lines_have_the_documented_level_and_fields(stack, events):
+def test_the_functions_lines_have_the_documented_level_and_fields(stack, events):
     lines = [line for line in stack.log() if line.get("target", "").split("::")[0] == "login_etl"]
     assert lines
     documented = documented_lines()
@@ -135,7 +135,7 @@ def test_the_function_s_lines_have_the_documented_level_and_fields(stack, events
         assert (line["level"], frozenset(line) - CONTEXT) == documented[line["message"]], line
 
 
-def test_the_platform_s_lines_are_documented(stack, events):
+def test_the_platforms_lines_are_documented(stack, events):
     seen = {line["type"] for line in stack.log() if "record" in line}
     assert seen
     assert seen - {name for types, _ in rows("Lambda's own lines") for name in names(types)} == set()
@@ -152,7 +152,7 @@ def test_every_error_type_is_documented():
 # Searches
 
 
-def test_the_dashboard_s_searches_find_lines_that_the_function_logs():
+def test_the_dashboards_searches_find_lines_that_the_function_logs():
     queries = [widget["query"] for widget in widgets() if "query" in widget]
     assert queries
     for query in queries:
@@ -163,7 +163,7 @@ def test_the_dashboard_s_searches_find_lines_that_the_function_logs():
         assert used and used <= fields, query
 
 
-def test_etlctl_searches_for_lines_that_the_function_logs_and_for_fields_that_they_have():
+def test_etlctl_searches_for_logged_lines_and_their_fields():
     source = (paths.ROOT / "etlctl" / "src" / "logs.rs").read_text()
     fields = {}
     for variable, phrase in re.findall(r'let (.+?) = lines\(settings, "([^"]+)"', source):

@@ -1,4 +1,4 @@
-"""The deployed stack: messages through a real queue, LocalStack's event source mapping, the function's binary and a real PostgreSQL."""
+"""Tests the deployed stack with a queue and an event source mapping in LocalStack, the function's binary and a real PostgreSQL."""
 
 import json
 import random
@@ -16,7 +16,7 @@ CANARY = "canary-8c1f"
 
 
 def spoilt(**fields):
-    """A login with a canary in every field, but for `fields`."""
+    """A login with a canary in every field except `fields`."""
     names = ("user_id", "device_type", "ip", "locale", "device_id")
     return json.dumps({name: f"{CANARY}-{name}" for name in names} | {"app_version": "1.0"} | fields)
 
@@ -25,7 +25,7 @@ BAD = {
     messages.WRONG_TYPE: "user_id is missing",
     f"not JSON: {CANARY}": "body is not JSON",
     spoilt()[:-1]: "body is not JSON",
-    json.dumps(["a", "list", CANARY]): "body is not a JSON object: it is a list; send each of its elements as a message",
+    json.dumps(["a", "list", CANARY]): "body is not a JSON object: it is a list; send each element as its own message",
     spoilt(app_version="99.999.999.999"): "app_version does not fit an integer",
     spoilt(app_version=CANARY): "app_version is not digits and dots",
     spoilt(device_id=f"{CANARY}\0"): "device_id contains a NUL character",
@@ -42,7 +42,7 @@ def invoke(stack, event):
 
 @pytest.fixture(scope="module")
 def run(servers, stack):
-    """A hundred messages, all the way through: poison among them, and ten delivered twice."""
+    """Loads a hundred messages, some of them bad, and up to ten delivered twice."""
     chance = random.Random(7)
     logins = [messages.login(chance) for _ in range(100 - len(BAD))]
     bodies = [json.dumps(login) for login in logins] + list(BAD)
@@ -57,7 +57,7 @@ def run(servers, stack):
     stack.enable_mapping(True)
     until(lambda: sum(stack.depth(stack.queue_url)) == 0)
     dead = {message["MessageId"]: message["Body"] for message in delivery.receive_all(stack, stack.dead_letter_queue_url)}
-    # Others have called the function before.
+    # Other tests have invoked the function before.
     events = [line for line in stack.log() if "_aws" in line and line["_aws"]["Timestamp"] >= started]
     return {"logins": logins, "sent": sent, "twice": twice, "dead": dead, "log": stack.log(), "events": events}
 
@@ -94,19 +94,21 @@ def test_log_lines_carry_level_and_request_id(run):
         assert line["span"]["requestId"]
 
 
-def test_no_personal_value_key_or_password_is_in_any_log(stack, run):
+def test_no_personal_value_mask_key_or_password_is_in_any_log(servers, stack, run):
     function = stack.localstack.client("lambda").get_function_configuration(FunctionName=stack.function_name)
     assert function["LoggingConfig"]["ApplicationLogLevel"] == "TRACE"
     password = stack.localstack.client("secretsmanager").get_secret_value(SecretId=DATABASE_SECRET)["SecretString"]
     secrets = {stack.key().hex(), json.loads(password)["password"], CANARY}
     for login in run["logins"]:
         secrets |= {login["ip"], login["device_id"], login["user_id"]}
+    with servers.postgres.connect() as database:
+        secrets |= {mask for row in database.execute("select masked_ip, masked_device_id from user_logins") for mask in row}
     text = stack.log_text()
     assert text.count('"message":"batch loaded"') > 0
     assert [secret for secret in secrets if secret in text] == []
 
 
-def test_sample_events_are_answered_as_lambda_wants_it(stack):
+def test_sample_events_get_valid_answers(stack):
     for name, failed in {"valid": [], "mixed": [1, 2, 4, 5], "duplicates": [], "fifo": [2, 3], "empty": []}.items():
         event = (paths.ROOT / "events" / f"{name}.json").read_text()
         ids = [record["messageId"] for record in json.loads(event)["Records"]]
@@ -133,7 +135,7 @@ def test_a_bad_message_is_dead_within_seconds_whatever_the_visibility_timeout(st
         sent = delivery.send(stack, [*(json.dumps(messages.login(random.Random(seed))) for seed in range(8)), bad])
         [message_id] = [key for key, body in sent.items() if body == bad]
         stack.enable_mapping(True)
-        # Whoever looks hides them from the next look.
+        # Each receive hides its messages from the next one.
         until(lambda: message_id in {message["MessageId"] for message in delivery.receive_all(stack, stack.dead_letter_queue_url)})
     finally:
         sqs.set_queue_attributes(QueueUrl=stack.queue_url, Attributes=before)
@@ -167,11 +169,11 @@ def test_an_environment_with_a_wrong_setting_says_why(stack):
         until(lambda: functions.get_function_configuration(FunctionName=stack.function_name)["LastUpdateStatus"] == "Successful")
 
     right = functions.get_function_configuration(FunctionName=stack.function_name)["Environment"]["Variables"]
-    # Takes connections and never answers.
+    # Accepts connections and never answers.
     silent = socket.create_server(("127.0.0.1", 0))
     try:
         for wrong, message in [
-            ({"DATABASE_TLS": "prefer"}, "set DATABASE_TLS to verify-full or disable: its value is not one of these"),
+            ({"DATABASE_TLS": "prefer"}, "set DATABASE_TLS to verify-full or disable: its value is invalid"),
             ({"MASKING_SECRET_ID": "gone"}, 'cannot read the secret "gone" (ResourceNotFoundException)'),
             ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}, f'cannot read the secret "{right["MASKING_SECRET_ID"]}" (TimeoutError)'),
             ({"AWS_CA_BUNDLE": "/gone.pem"}, 'cannot use AWS_CA_BUNDLE "/gone.pem": entity not found'),

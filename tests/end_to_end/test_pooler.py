@@ -1,4 +1,4 @@
-"""The function behind PgBouncer in transaction mode, which gives each of its transactions another session."""
+"""Tests the function behind PgBouncer in transaction mode, which gives each transaction another session."""
 
 import contextlib
 import json
@@ -12,14 +12,14 @@ from world import delivery, messages, pgbouncer
 from world.pgbouncer import PgBouncer
 from world.servers import DATABASE_SECRET, DATABASE_USER
 
-# `./local/test` says that it was left out.
+# `./local/test` reports that it was left out.
 pytestmark = pytest.mark.skipif(pgbouncer.program() is None, reason=pgbouncer.MISSING)
 
 WARNING = "pooler detected; prepared statements disabled"
 
 
 def open_sessions(pooler, credentials, number):
-    """Has the pooler open so many sessions, by as many transactions at once; each transaction afterwards has the session that rested longest."""
+    """Has the pooler open `number` sessions, with as many transactions at once. Each later transaction then gets the longest idle session."""
     user, password = credentials["username"], credentials["password"]
     with contextlib.ExitStack() as transactions:
         for _ in range(number):
@@ -58,7 +58,7 @@ def test_every_message_is_a_row_once(servers, stack, copy_threshold):
 
 
 def test_a_rotated_password_is_read_again_behind_the_pooler(servers, stack, tmp_path):
-    """PgBouncer refuses a wrong password with a code that is not PostgreSQL's."""
+    """PgBouncer's SQLSTATE for a wrong password differs from PostgreSQL's."""
     secrets, user, secret = stack.localstack.client("secretsmanager"), "rotated_behind_the_pooler", "test/rotated-behind-the-pooler"
     program = pgbouncer.program()
     with servers.postgres.connect(autocommit=True) as database:

@@ -1,4 +1,4 @@
-"""The key is changed, from the original's cipher to AES-SIV, while messages flow through the deployed stack."""
+"""Rotates the key, from the original's cipher to AES-SIV, while messages flow through the deployed stack."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def etlctl(servers, stack, *arguments):
 
 
 def recover(keyring, field, masked):
-    """By means of another program than ours."""
+    """Recovers a value with another implementation than ours."""
     id, encoded = masked.split(":")
     cipher = AES.new(bytes.fromhex(keyring["keys"][id]["key"]), AES.MODE_SIV)
     cipher.update(field.encode())
@@ -33,7 +33,7 @@ def recover(keyring, field, masked):
 
 
 def shared(logins, field):
-    """How many values occur how often, of those that occur more than once."""
+    """For values that occur more than once: how many values occur how often."""
     counts = Counter(login[field] for login in logins)
     return Counter(count for count in counts.values() if count > 1)
 
@@ -44,7 +44,7 @@ def test_a_rotation_loses_no_message_and_leaves_every_row_under_the_new_key(serv
     with servers.postgres.connect(autocommit=True) as database:
         database.execute("truncate user_logins, etl_ledger")
     chance = random.Random(11)
-    # Many share an address or a device, across all of the time that the rotation takes.
+    # Many logins share an address or a device, during the whole rotation.
     addresses = [messages.login(chance)["ip"] for _ in range(50)]
     devices = [messages.login(chance)["device_id"] for _ in range(50)]
     logins = []
@@ -66,7 +66,7 @@ def test_a_rotation_loses_no_message_and_leaves_every_row_under_the_new_key(serv
         stop.set()
         sender.join()
         rows_are(servers, at_least=len(logins))
-        # Until all environments had the new ring, rows came in under the old key.
+        # Until all environments had the new keyring, they inserted rows under the old key.
         remask(servers, stack)
 
         _, keys, _ = etlctl(servers, stack, "keys", "list")
@@ -93,7 +93,7 @@ def test_a_rotation_loses_no_message_and_leaves_every_row_under_the_new_key(serv
 
 
 def remask(servers, stack):
-    """Again and again, while the tool says that rows still come in under the old key."""
+    """Repeats the remask while etlctl reports that rows are still inserted under the old key."""
     deadline = time.monotonic() + 120
     while (remasked := etlctl(servers, stack, "keys", "remask"))[0] != 0:
         assert remasked[0] == 1, remasked

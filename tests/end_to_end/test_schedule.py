@@ -1,4 +1,4 @@
-"""The schedule of the deployed stack: what its event does, and that no other event does it. LocalStack keeps schedules, and runs none."""
+"""Tests the deployed stack's schedule: its event deletes expired data, and no other event does. LocalStack stores schedules, but runs none."""
 
 import json
 
@@ -14,7 +14,7 @@ def schedule(stack):
 
 @pytest.fixture
 def expired(servers):
-    """A thousand ledger keys that have expired; gives how many are left."""
+    """Inserts a thousand expired ledger keys; yields a function that returns how many are left."""
     with servers.postgres.connect(autocommit=True) as database:
         database.execute("insert into etl_ledger select now() - interval '36 days' - n * interval '1 s', md5(n::text)::uuid from generate_series(1, 1000) n")
         yield lambda: database.execute(f"select count(*) from {EXPIRED}").fetchone()[0]
@@ -27,12 +27,12 @@ def invoke(stack, event):
     return answer.get("FunctionError"), json.load(answer["Payload"])
 
 
-def test_the_schedule_s_event_has_what_expired_deleted(servers, stack, schedule, expired):
+def test_the_schedules_event_deletes_expired_data(servers, stack, schedule, expired):
     assert schedule["State"] == "ENABLED" and schedule["Target"]["Arn"].split(":")[-1] == stack.function_name
     assert json.loads(schedule["Target"]["Input"]) == {"maintenance": schedule["Arn"]}
     assert invoke(stack, schedule["Target"]["Input"]) == (None, {"batchItemFailures": []})
     assert expired() == 0
-    # Each environment has a log of its own.
+    # Each environment has its own log.
     done = max((line for line in stack.log() if line.get("message") == "maintenance done"), key=lambda line: line["timestamp"])
     assert (done["keys"], done["rows"], done["more"]) == (1000, 0, False)
     metric = max((line for line in stack.log() if "Maintained" in line), key=lambda line: line["_aws"]["Timestamp"])
@@ -53,13 +53,13 @@ def test_the_schedule_s_event_has_what_expired_deleted(servers, stack, schedule,
     ],
     ids=str,
 )
-def test_no_other_event_has_anything_deleted(stack, expired, event):
+def test_no_other_event_deletes_anything(stack, expired, event):
     error, answer = invoke(stack, json.dumps(event))
     assert error and answer["errorType"] == "InvalidEvent"
     assert expired() == 1000
 
 
-def test_a_batch_beside_the_schedule_s_arn_is_a_batch(servers, stack, schedule):
+def test_an_event_with_records_and_the_schedules_arn_is_a_batch(servers, stack, schedule):
     event = {"Records": [], "maintenance": schedule["Arn"]}
     assert invoke(stack, json.dumps(event)) == (None, {"batchItemFailures": []})
     with servers.postgres.connect() as database:

@@ -1,4 +1,4 @@
-"""Signing in by tokens of IAM's, which PostgreSQL has botocore's code check, as RDS has its own."""
+"""Tests signing in with IAM tokens, which botocore's code checks for PostgreSQL, as RDS checks them itself."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from world.servers import DATABASE_USER
 from world.tokens import LIFE_SECONDS, Tokens
 
 USER = "signs in by-token"
-# The clock that a program sees, moved by the seconds in a file.
+# Shifts a program's clock by the seconds in a file.
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -68,13 +68,13 @@ def test_a_batch_is_loaded_without_a_password_and_the_token_is_in_no_log(setting
     assert signature not in log.read_text()
 
 
-def test_after_twenty_minutes_a_new_connection_has_a_new_token(settings, servers, tokens, tmp_path):
+def test_after_twenty_minutes_a_new_connection_uses_a_new_token(settings, servers, tokens, tmp_path):
     (tmp_path / "clock.c").write_text(CLOCK)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"], check=True)
     clock = tmp_path / "clock"
     clock.write_text("-1200")
     tokens.clock = lambda: time.time() + int(clock.read_text())
-    # A path in LD_PRELOAD would end at a space.
+    # LD_PRELOAD cannot contain a path with a space.
     settings |= {"LD_PRELOAD": "clock.so", "LD_LIBRARY_PATH": str(tmp_path), "CLOCK_FILE": str(clock)}
     with environment(settings, tmp_path / "log") as api:
         assert load(api) == ("response", {"batchItemFailures": []})
@@ -87,30 +87,30 @@ def test_after_twenty_minutes_a_new_connection_has_a_new_token(settings, servers
     assert first.token != second.token
 
 
-def test_a_token_that_is_refused_is_signed_anew_once_and_the_error_says_what_to_do(settings, tokens, tmp_path):
+def test_a_refused_token_is_signed_again_once_and_the_error_says_what_to_do(settings, tokens, tmp_path):
     tokens.clock = lambda: time.time() + LIFE_SECONDS + 300
     with environment(settings, tmp_path / "log") as api:
         kind, answer = load(api)
         assert (kind, answer["errorType"]) == ("error", "DatabaseCredentials")
-        assert "SQLSTATE 28000: it refuses the token: allow the AWS identity rds-db:connect" in answer["errorMessage"]
-        # While it starts, and with the batch.
+        assert "SQLSTATE 28000: the server refused the token: allow the AWS identity rds-db:connect" in answer["errorMessage"]
+        # Two at the start, and two with the batch.
         assert len(tokens.verdicts) == 4
         tokens.clock = time.time
         assert load(api) == ("response", {"batchItemFailures": []})
 
 
-def test_an_identity_that_nobody_lets_in_is_told_so(settings, tokens, tmp_path):
+def test_an_identity_without_access_gets_an_error_that_says_so(settings, tokens, tmp_path):
     with environment(settings | {"AWS_SECRET_ACCESS_KEY": "another"}, tmp_path / "log") as api:
         kind, answer = load(api)
     assert (kind, answer["errorType"]) == ("error", "DatabaseCredentials")
     assert f'rds-db:connect as "{USER}" on this database' in answer["errorMessage"]
-    assert {verdict.reason for verdict in tokens.verdicts} == {"it is signed wrongly"}
+    assert {verdict.reason for verdict in tokens.verdicts} == {"its signature is wrong"}
 
 
-def test_a_user_who_is_not_of_rds_iam_is_named(settings, tokens, tmp_path):
+def test_a_user_without_rds_iam_is_named(settings, tokens, tmp_path):
     tokens.admit(USER, admitted=False)
     with environment(settings, tmp_path / "log") as api:
         kind, answer = load(api)
     assert (kind, answer["errorType"]) == ("error", "DatabaseCredentials")
-    assert f'SQLSTATE 28P01: it takes the token for a password: grant rds_iam to "{USER}"' in answer["errorMessage"]
+    assert f'SQLSTATE 28P01: the server treated the token as a password: grant rds_iam to "{USER}"' in answer["errorMessage"]
     assert tokens.verdicts == []

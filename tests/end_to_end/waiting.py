@@ -1,10 +1,10 @@
-"""Waiting for what the deployed stack does in its own time."""
+"""Waits for the deployed stack."""
 
 import time
 
 
 def until(condition, seconds=120):
-    """Waits for what `condition` returns to be true, and returns it."""
+    """Waits until `condition` returns a true value, and returns it."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"

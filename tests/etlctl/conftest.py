@@ -1,4 +1,4 @@
-"""`etlctl` against a real PostgreSQL and LocalStack, and the function that is deployed there."""
+"""Tests of `etlctl` against a real PostgreSQL, LocalStack, and the function deployed there."""
 
 import pytest
 from driver import Etlctl, World
@@ -33,7 +33,7 @@ def pipeline(servers, stack):
     pipeline = Pipeline(servers, stack)
     result = pipeline.run("migrate")
     assert result.returncode == 0, result.stderr
-    # Makes the log.
+    # Creates the log.
     assert pipeline.invoke([]) == set()
     yield pipeline
     pipeline.delete()

@@ -1,4 +1,4 @@
-"""`etlctl` as a process: with pipes, on a terminal, and in a world of one test's own."""
+"""Runs `etlctl` as a process: with pipes, on a terminal, and with a test's own database and keyring."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ class Etlctl:
         self.directory = directory
 
     def start(self, *arguments: str, environment: dict[str, str | None] | None = None, **options) -> subprocess.Popen:
-        """Starts `etlctl`, with pipes where a person would have a terminal. `environment` overrides variables; None unsets one."""
+        """Starts `etlctl` with pipes instead of a terminal. `environment` overrides variables; None unsets one."""
         environment = {name: value for name, value in (self.environment | (environment or {})).items() if value is not None}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         options = pipes | {"cwd": self.directory} | options
@@ -50,7 +50,7 @@ class Etlctl:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def on_terminal(self, *arguments: str, answer: str = "", **options) -> tuple[str, int]:
-        """Runs `etlctl` on a terminal, where `answer` is typed once it asks; returns what could be seen there, and the exit status."""
+        """Runs `etlctl` on a terminal and types `answer` once it asks; returns what the terminal showed, and the exit status."""
         with Terminal(self, *arguments, **options) as terminal:
             seen = ""
             if answer:
@@ -59,14 +59,14 @@ class Etlctl:
             return seen + terminal.until(None), terminal.end()
 
     def json(self, *arguments: str, status: int = 0, **options):
-        """What `etlctl --json` answers."""
+        """The output of `etlctl --json`."""
         result = self.run("--json", *arguments, **options)
         assert result.returncode == status, result.stderr
         return json.loads(result.stdout)
 
 
 class Terminal:
-    """`etlctl` on a terminal that a test looks at while it runs, and types into."""
+    """`etlctl` on a terminal that a test reads and types into while it runs."""
 
     def __init__(self, etlctl: Etlctl, *arguments: str, **options):
         self.ours, theirs = pty.openpty()
@@ -86,14 +86,14 @@ class Terminal:
         os.close(self.ours)
 
     def until(self, text: str | None, seconds: float = 30) -> str:
-        """Waits for a text, or for the end, and returns what there was up to it since the last wait."""
+        """Waits for a text, or for the end, and returns the output since the last wait up to it."""
         deadline = time.monotonic() + seconds
         while text is None or text not in self.unread:
             assert select.select([self.ours], [], [], max(0, deadline - time.monotonic()))[0], f"no {text or 'end'} in {self.unread!r}"
             try:
                 self.unread += os.read(self.ours, 65536).decode().replace("\r\n", "\n")
             except OSError:
-                # Nobody is left at the other end.
+                # The process has ended.
                 assert text is None, f"ended without {text}: {self.unread!r}"
                 break
         seen = self.unread if text is None else self.unread[: self.unread.index(text) + len(text)]
@@ -104,13 +104,13 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def end(self, seconds: float = 30) -> int:
-        """Waits for its end, and returns its exit status."""
+        """Waits for the end, and returns the exit status."""
         self.until(None, seconds)
         return self.process.wait(10)
 
 
 class World(Etlctl):
-    """A database and a keyring of one test's own, and `etlctl` pointed at them."""
+    """A test's own database and keyring, and `etlctl` with settings for them."""
 
     def __init__(self, servers: Servers):
         self.servers = servers
@@ -133,11 +133,11 @@ class World(Etlctl):
         super().__init__(environment, servers.localstack.directory)
 
     def connect(self) -> psycopg.Connection:
-        """A session of the database's owner, each statement committed by itself."""
+        """A session of the database's owner, with autocommit."""
         return self.servers.postgres.connect(self.name, autocommit=True)
 
     def user(self, *roles: str) -> dict[str, str | None]:
-        """A database user of the test's own in these roles: the environment that makes `etlctl` be that user."""
+        """Creates a database user with these roles, and returns the environment that makes `etlctl` use it."""
         user, password = f"{self.name}_user", uuid.uuid4().hex
         with self.connect() as database:
             database.execute(f"create role {user} login password '{password}' {'in role ' if roles else ''}{', '.join(roles)}")
@@ -145,19 +145,19 @@ class World(Etlctl):
 
     @contextmanager
     def locked(self, table: str, mode: str):
-        """Holds a lock that keeps others waiting."""
+        """Holds a lock on a table."""
         with self.connect() as database, database.transaction():
             database.execute(f"lock table {table} in {mode} mode")
             yield
 
     def sessions(self) -> list[str | None]:
-        """The sessions of `etlctl` in this database: what kind of lock each waits for, or None."""
+        """The kind of lock that each session of `etlctl` in this database waits for, or None."""
         query = "select case wait_event_type when 'Lock' then wait_event end from pg_stat_activity where datname = %s and application_name = 'etlctl'"
         with self.servers.postgres.connect(autocommit=True) as database:
             return [kind for (kind,) in database.execute(query, [self.name])]
 
     def until(self, condition, seconds: float = 30):
-        """Waits for what `condition` returns to be true."""
+        """Waits until `condition` returns something true, and returns that."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
             assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -176,6 +176,6 @@ class World(Etlctl):
 
 
 def take_terminal() -> None:
-    """Makes standard input the terminal of this session, so that Ctrl-C reaches it; a shell lets its background jobs ignore that."""
+    """Makes standard input this session's terminal, and restores Ctrl-C, which a shell's background jobs ignore."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

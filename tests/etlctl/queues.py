@@ -1,4 +1,4 @@
-"""Queues of a test's own, the function behind them, and a tap on the wire to LocalStack."""
+"""A test's own queues, the function behind them, and a proxy that records requests to LocalStack."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ from world.stack import Stack
 
 
 class Queues:
-    """A queue and its dead-letter queue, of one test's own; `delivery` takes them for a stack. `attributes` are the queue's."""
+    """A test's own queue and dead-letter queue, usable as a stack by `delivery`. `attributes` are the queue's."""
 
     def __init__(self, servers: Servers, kind: str = "", receives: int = 5, **attributes: str):
         self.localstack, self.sqs = servers.localstack, servers.localstack.client("sqs")
@@ -38,14 +38,14 @@ class Queues:
 
 
 class Pipeline(World):
-    """Besides, a queue of its own and behind it the stack's function, loading into that database and logging for itself."""
+    """A world with its own queue and its own copy of the stack's function, which loads into its database and has its own log."""
 
     VARIABLES = ("DATABASE_HOST", "DATABASE_PORT", "DATABASE_NAME", "DATABASE_CA", "DATABASE_SECRET_ID", "MASKING_SECRET_ID", "OUTAGE_DELAY")
 
     def __init__(self, servers: Servers, stack: Stack):
         super().__init__(servers)
         self.localstack, self.function_name = servers.localstack, self.name
-        # What failed does not come back while a test looks at it, sooner or later.
+        # Long enough that no failed message returns to the queue during a test.
         self.queues = Queues(servers, VisibilityTimeout="300")
         self.queue_url = self.queues.queue_url
         self.environment |= self.queues.environment | {"FUNCTION_NAME": self.name, "OUTAGE_DELAY": "0"}
@@ -64,7 +64,7 @@ class Pipeline(World):
         self.mapping = self.lead(self.queues)
 
     def lead(self, queues: Queues, **options) -> str:
-        """Has the function handle what is in a queue; returns the mapping's id."""
+        """Creates an event source mapping from a queue to the function; returns its id."""
         usual = {"Enabled": True, "FunctionResponseTypes": ["ReportBatchItemFailures"], "ScalingConfig": {"MaximumConcurrency": 2}}
         mapping = self.functions.create_event_source_mapping(
             FunctionName=self.name,
@@ -77,14 +77,14 @@ class Pipeline(World):
         return mapping
 
     def invoke(self, messages: list[dict]) -> set[str]:
-        """Hands the function messages as they were received, and returns the ids of those that it did not take."""
+        """Invokes the function with received messages, and returns the ids of the batch item failures."""
         event = json.dumps({"Records": [delivery.record(message) for message in messages]})
         answer = self.functions.invoke(FunctionName=self.name, Payload=event)
         return {failure["itemIdentifier"] for failure in json.load(answer["Payload"])["batchItemFailures"]}
 
     @contextmanager
     def without(self, table: str):
-        """The database lacks a table for a while, so that no batch can be loaded."""
+        """Renames a table for a while, so that no batch can be loaded."""
         with self.connect() as database:
             database.execute(f"alter table {table} rename to away")
             try:
@@ -93,7 +93,7 @@ class Pipeline(World):
                 database.execute(f"alter table away rename to {table}")
 
     def logged(self, text: str) -> list[dict]:
-        """The lines of the function's log that have a text, as soon as there are any."""
+        """Waits for lines of the function's log that contain a text, and returns them."""
         logs, group = self.localstack.client("logs"), f"/aws/lambda/{self.name}"
 
         def lines() -> list[dict]:
@@ -118,7 +118,7 @@ class Pipeline(World):
 
 
 class Wiretap(ThreadingHTTPServer):
-    """Between `etlctl` and LocalStack: passes requests on, notes what messages are received, and keeps requests of the kind `hold` for ever."""
+    """A proxy between `etlctl` and LocalStack. Records the messages that are received, and never answers requests of the kind `hold`."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Dead letters: what died, why, and back again, past the function as it was built."""
+"""`etlctl dlq`: dead messages listed, explained, shown, redriven and purged, with the deployed function."""
 
 import json
 import random
@@ -27,21 +27,21 @@ def user(body):
 
 
 class DeadLetters(Queues):
-    """Where messages die at their second receive."""
+    """Queues whose messages die at their second receive."""
 
     def __init__(self, pipeline, kind=""):
         super().__init__(pipeline.servers, kind, receives=1)
         self.pipeline = pipeline
 
     def bury(self, *bodies):
-        """Sends messages and has all that wait die; returns the bodies by message id."""
+        """Sends messages, and receives until all waiting messages are dead; returns the sent bodies by message id."""
         sent = delivery.send(self, list(bodies))
         while self.sqs.receive_message(QueueUrl=self.queue_url, MaxNumberOfMessages=10, VisibilityTimeout=0).get("Messages"):
             pass
         return sent
 
     def in_sight(self, url=None):
-        """What anybody who asks now would receive, by message id."""
+        """The bodies of the visible messages, by message id."""
         received = delivery.receive_all(self, url or self.dead_letter_queue_url)
         self.show_again(received, url)
         return {message["MessageId"]: message["Body"] for message in received}
@@ -61,7 +61,7 @@ class DeadLetters(Queues):
         return options | {"environment": self.environment | options.get("environment", {})}
 
     def rows(self, bodies):
-        """How many rows each of the bodies has."""
+        """The number of rows of each body."""
         with self.pipeline.connect() as database:
             query = "select user_id from user_logins where user_id = any(%s)"
             rows = Counter(row[0] for row in database.execute(query, [[user(body) for body in bodies]]))
@@ -77,7 +77,7 @@ def dead(pipeline):
 
 @contextmanager
 def refusing(pipeline, body):
-    """The database refuses this login's row."""
+    """Has the database refuse this login's row."""
     with pipeline.connect() as database:
         database.execute(f"alter table user_logins add constraint no_canary check (user_id <> '{user(body)}')")
         try:
@@ -92,11 +92,11 @@ BAD = {
     messages.WRONG_TYPE: "user_id is missing",
 }
 REFUSED = 'refused by the database: SQLSTATE 23514, constraint "no_canary", table public.user_logins'
-UNKNOWN = "nothing in the log: its batches failed, or ran out of time"
+UNKNOWN = "nothing in the log: its batches failed or timed out"
 
 
 class Graveyard(DeadLetters):
-    """Thirty-five dead messages. Two are valid: the database refused the one, and nobody knows of the other."""
+    """Thirty-five dead messages. Two are valid: the database refused one, and the log has nothing about the other."""
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -108,7 +108,7 @@ class Graveyard(DeadLetters):
         pipeline.logged(refused_id)
         bad = self.bury(*BAD)
         (unknown_id,) = self.bury(unknown)
-        # Sent first, it dies last.
+        # The refused message was sent first, and dies last.
         self.show_again(received, self.queue_url)
         self.bury()
         self.bodies = {refused_id: refused, unknown_id: unknown} | bad
@@ -128,7 +128,7 @@ LOOKS = ("list", "list --json", "explain", "explain --json")
 
 @pytest.fixture(scope="module")
 def looks(graveyard):
-    """What each says of the thirty-five."""
+    """The output of each command for the thirty-five messages."""
     return {look: graveyard.run(*look.split()).stdout for look in LOOKS}
 
 
@@ -155,7 +155,7 @@ def test_the_list_is_a_table_that_ends_with_the_total(graveyard, looks):
     assert {row[0]: row[2:] for row in (re.split("  +", row) for row in rows)} == expected
 
 
-def test_explain_groups_by_the_functions_own_reason_and_asks_its_log_for_those_that_are_valid(graveyard, looks):
+def test_explain_groups_by_the_functions_reason_and_by_its_log_for_valid_messages(graveyard, looks):
     groups = json.loads(looks["explain --json"])
     assert {group["why"]: group["messages"] for group in groups} == Counter(graveyard.why.values())
     assert [group["messages"] for group in groups] == sorted((group["messages"] for group in groups), reverse=True)
@@ -167,7 +167,7 @@ def test_explain_groups_by_the_functions_own_reason_and_asks_its_log_for_those_t
         assert (group["first_sent_at"], group["last_sent_at"]) == (times[0], times[-1])
 
 
-def test_explain_is_a_table_that_says_how_to_load_what_is_valid(graveyard, looks):
+def test_explain_is_a_table_that_says_how_to_load_valid_messages(graveyard, looks):
     heading, *rows, empty, total, valid = looks["explain"].splitlines()
     assert re.split("  +", heading) == ["messages", "now", "why", "first sent", "last sent", "for example"]
     expected = {why: [str(number), "valid" if why in (REFUSED, UNKNOWN) else "invalid"] for why, number in Counter(graveyard.why.values()).items()}
@@ -176,20 +176,20 @@ def test_explain_is_a_table_that_says_how_to_load_what_is_valid(graveyard, looks
     assert valid == "2 messages valid now: `etlctl dlq redrive --fixed` loads them."
 
 
-def test_explain_does_not_say_what_the_log_has_when_it_cannot_be_read(graveyard):
+def test_explain_claims_nothing_about_a_log_that_it_cannot_read(graveyard):
     explained = graveyard.run("explain", environment={"FUNCTION_NAME": "none-of-ours"})
     assert "nothing in the log" not in explained.stdout
     assert "none-of-ours" in explained.stdout + explained.stderr
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_no_value_is_in_what_is_said_of_many(looks, look):
+def test_list_and_explain_show_no_value(looks, look):
     assert looks[look]
     assert CANARY not in looks[look]
 
 
 @pytest.mark.parametrize("command", ["list", "explain", "show"])
-def test_looking_hides_nothing(graveyard, command):
+def test_messages_that_were_looked_at_stay_visible(graveyard, command):
     looked = graveyard.run(command, *(list(graveyard.bodies)[:1] if command == "show" else []))
     assert looked.returncode == 0
     assert graveyard.in_sight() == graveyard.bodies
@@ -200,7 +200,7 @@ def test_a_limit_bounds_the_list_which_says_that_there_is_more(graveyard):
     assert (len(rows), empty, total) == (3, "", "3 of about 35 messages read; --limit reads more")
 
 
-def test_show_says_of_what_kind_each_value_is_but_not_the_value(dead):
+def test_show_gives_the_kind_of_each_value_but_not_the_value(dead):
     body = login(user_id=None, app_version=7, ip=[CANARY, CANARY], device_id={CANARY: CANARY}, **{CANARY: CANARY, "another": 1})
     (message_id,) = dead.bury(body)
     shown = dead.json("show", message_id)
@@ -227,7 +227,7 @@ def test_show_says_of_what_kind_each_value_is_but_not_the_value(dead):
 
 
 def test_a_body_is_revealed_for_a_reason_that_is_recorded_and_cannot_steer_the_terminal(dead):
-    # A command for a terminal, in its one-character form, and one that reverses text.
+    # A terminal command that starts with a one-character CSI, and a character that reverses text.
     body = f"first {CANARY} \x9b31m\nsecond \u202e{CANARY}"
     (message_id,) = dead.bury(body)
     shown = dead.run("show", message_id, "--reveal", "--reason", "Ticket 12")
@@ -268,7 +268,7 @@ def test_an_empty_queue_is_good_news(dead):
     assert dead.json("redrive", "--fixed", "--yes") == {"loaded": 0, "refused": 0, "invalid": 0}
 
 
-def test_a_redrive_brings_all_back_to_the_queue_they_came_from(dead):
+def test_a_redrive_returns_all_messages_to_their_queue(dead):
     sent = dead.bury(login(), login(), f"not JSON: {CANARY}")
     assert dead.json("redrive", "--yes") == {"moved": 3}
     assert sorted(dead.in_sight(dead.queue_url).values()) == sorted(sent.values())
@@ -295,17 +295,17 @@ def test_purge_deletes_all(dead):
     assert dead.in_sight() == {}
 
 
-def test_of_a_mix_what_is_valid_becomes_a_row_each_and_the_rest_stays_in_sight(dead):
+def test_fixed_loads_the_valid_messages_and_leaves_the_others_visible(dead):
     valid = [login() for _ in range(12)]
     dead.bury(*valid)
     bad = dead.bury(*list(BAD)[:15])
     redriven = dead.run("redrive", "--fixed", "--yes")
-    assert (redriven.returncode, redriven.stdout) == (0, "12 messages loaded and gone from the queue\n15 messages left, not valid\n")
+    assert (redriven.returncode, redriven.stdout) == (0, "12 messages loaded and deleted from the dead-letter queue\n15 invalid messages left in it\n")
     assert dead.rows(valid) == [1] * 12
     assert dead.in_sight() == bad
 
 
-def test_what_was_written_before_it_died_is_not_written_again(dead):
+def test_a_message_that_was_written_before_it_died_is_not_written_again(dead):
     bodies = [login(), login()]
     delivery.send(dead, bodies)
     received = delivery.receive_all(dead, dead.queue_url)
@@ -317,7 +317,7 @@ def test_what_was_written_before_it_died_is_not_written_again(dead):
     assert dead.in_sight() == {}
 
 
-def test_what_the_database_would_refuse_once_more_is_known_and_stays(dead):
+def test_fixed_leaves_messages_that_the_database_still_refuses(dead):
     good, refused = login(), login()
     sent = dead.bury(good, refused)
     with refusing(dead.pipeline, refused):
@@ -328,13 +328,13 @@ def test_what_the_database_would_refuse_once_more_is_known_and_stays(dead):
     assert dead.in_sight() == {message_id: body for message_id, body in sent.items() if body == refused}
 
 
-def test_where_the_database_cannot_be_asked_explain_says_so(graveyard):
+def test_explain_says_that_it_cannot_try_the_database(graveyard):
     result = graveyard.run("explain", environment={"DATABASE_SECRET_ID": "gone"})
     assert result.returncode == 0
     assert 'Not tried against the database: cannot read the secret "gone"' in result.stdout
 
 
-def test_a_function_that_cannot_be_invoked_costs_nothing(dead):
+def test_a_function_that_cannot_be_invoked_loses_no_message(dead):
     sent = dead.bury(login(), messages.WRONG_TYPE)
     failed = dead.run("redrive", "--fixed", "--yes", environment={"FUNCTION_NAME": "none-of-ours"})
     assert (failed.returncode, failed.stdout) == (3, "")
@@ -342,7 +342,7 @@ def test_a_function_that_cannot_be_invoked_costs_nothing(dead):
     assert dead.in_sight() == sent
 
 
-def test_a_function_that_fails_costs_nothing_and_its_error_is_shown(dead):
+def test_a_function_that_fails_loses_no_message_and_its_error_is_shown(dead):
     sent = dead.bury(login(), login())
     with dead.pipeline.without("etl_ledger"):
         failed = dead.run("redrive", "--fixed", "--yes")
@@ -351,7 +351,7 @@ def test_a_function_that_fails_costs_nothing_and_its_error_is_shown(dead):
     assert dead.in_sight() == sent
 
 
-def test_killed_before_it_deletes_what_it_loaded_it_can_be_run_again_and_doubles_nothing(dead):
+def test_a_redrive_killed_between_loading_and_deleting_can_be_run_again_without_duplicates(dead):
     bodies = [login() for _ in range(4)]
     sent = dead.bury(*bodies)
     command = ["dlq", "redrive", "--fixed", "--yes", "--rate", "1"]
@@ -360,7 +360,7 @@ def test_killed_before_it_deletes_what_it_loaded_it_can_be_run_again_and_doubles
             assert wire.held.wait(30)
             process.kill()
         assert sum(dead.rows(bodies)) == 1
-        # They are there, and nobody may say that they are not.
+        # They are hidden, but still in the queue, so it must not be reported as empty.
         assert dead.in_sight() == {}
         assert "No dead messages" not in dead.run("list").stdout
         dead.show_again(wire.received)
@@ -370,7 +370,7 @@ def test_killed_before_it_deletes_what_it_loaded_it_can_be_run_again_and_doubles
     assert dead.in_sight() == {}
 
 
-def test_interrupted_at_its_question_a_redrive_lets_go_of_what_it_holds(dead):
+def test_a_redrive_interrupted_at_its_question_releases_its_messages(dead):
     sent = dead.bury(login(), login())
     with Terminal(dead.pipeline, "dlq", "redrive", "--fixed", environment=dead.environment) as terminal:
         terminal.until("[y/N]")
@@ -379,7 +379,7 @@ def test_interrupted_at_its_question_a_redrive_lets_go_of_what_it_holds(dead):
     assert dead.in_sight() == sent
 
 
-def test_interrupted_at_work_a_redrive_lets_go_of_what_it_has_not_loaded(dead):
+def test_a_redrive_interrupted_while_loading_releases_what_it_has_not_loaded(dead):
     bodies = [login() for _ in range(4)]
     dead.bury(*bodies)
     with Terminal(dead.pipeline, "dlq", "redrive", "--fixed", "--yes", "--rate", "1", environment=dead.environment) as terminal:
@@ -404,7 +404,7 @@ def send_in_order(fifo, bodies, group):
     fifo.bury()
 
 
-def test_of_a_fifo_queue_all_groups_are_listed_and_what_is_valid_is_loaded(fifo):
+def test_all_groups_of_a_fifo_queue_are_listed_and_their_valid_messages_loaded(fifo):
     valid = [login() for _ in range(3)]
     send_in_order(fifo, [valid[0], messages.WRONG_TYPE, valid[1]], "one")
     send_in_order(fifo, [valid[2]], "another")
@@ -415,10 +415,10 @@ def test_of_a_fifo_queue_all_groups_are_listed_and_what_is_valid_is_loaded(fifo)
     assert list(fifo.in_sight().values()) == [messages.WRONG_TYPE]
 
 
-def test_of_a_fifo_queue_a_long_group_is_loaded_to_its_end(fifo):
+def test_a_long_group_of_a_fifo_queue_is_loaded_completely(fifo):
     valid = [login() for _ in range(12)]
     send_in_order(fifo, valid, "one")
-    # SQS shows ten of a group, and the rest once these are gone.
+    # SQS returns ten messages of a group at a time, and the next ones after these are deleted.
     assert "--limit" not in fifo.run("list").stdout
     assert fifo.json("redrive", "--fixed", "--yes") == {"loaded": 12, "refused": 0, "invalid": 0}
     assert fifo.rows(valid) == [1] * 12

@@ -1,4 +1,4 @@
-"""From values to masks and rows, and what must not be seen on the way."""
+"""`etlctl mask` and `find`: from values to masks and rows, without a trace of the value."""
 
 import base64
 import subprocess
@@ -23,7 +23,7 @@ def ring(world):
 
 @pytest.fixture
 def logins(ring):
-    """An address and a device under both keys on three days, and a login of neither."""
+    """Logins on three days with one address and one device, masked under either key, and a login with others."""
     addresses, devices = ring.masks("ip", ADDRESS), ring.masks("device_id", DEVICE)
     rows = [
         ("first", addresses[""], devices["new"], "2026-11-01"),
@@ -53,13 +53,13 @@ def test_a_value_is_masked_under_every_key_of_the_ring_and_the_active_one_is_mar
     assert [line.split() for line in table[1:]] == [["(unnamed)", "aes-cbc", old["mask"]], ["new", "aes-siv", "active", new["mask"]]]
 
 
-def test_an_address_has_one_mask_in_whatever_way_it_is_written_and_a_device_is_taken_literally(ring):
+def test_all_spellings_of_an_address_have_one_mask_and_devices_are_literal(ring):
     assert ring.masks("ip", "2001:DB8:0:0::1") == ring.masks("ip", "2001:db8::1")
     assert ring.masks("device_id", "2001:DB8:0:0::1") != ring.masks("device_id", "2001:db8::1")
 
 
 def test_rows_that_the_original_script_wrote_are_found_by_the_spelling_that_was_sent(world):
-    # That script masked an address as it came.
+    # That script did not normalize addresses.
     keyring = world.keyring()
     cipher = AES.new(bytes.fromhex(keyring["key"]), AES.MODE_CBC, bytes.fromhex(keyring["iv"]))
     masked = base64.b64encode(cipher.encrypt(pad(b"2001:DB8:0:0::1", 16))).decode()
@@ -94,11 +94,11 @@ def test_since_leaves_earlier_days_out_and_limit_shows_fewer_but_counts_all(logi
     assert "--limit" not in logins.run("find", "--ip", ADDRESS, "--limit", "3").stdout
 
 
-def test_a_limit_that_shows_nothing_does_not_say_that_there_is_nothing(logins):
+def test_a_limit_of_zero_does_not_claim_that_there_is_no_row(logins):
     assert "No row" not in logins.run("find", "--ip", ADDRESS, "--limit", "0").stdout
 
 
-def test_a_value_that_no_row_has_is_said_to_be_in_none(logins):
+def test_a_value_without_rows_is_reported_as_such(logins):
     result = logins.run("find", "--ip", "192.0.2.1")
     assert (result.returncode, result.stdout) == (0, "No row has this value.\n")
     assert logins.json("find", "--ip", "192.0.2.1")["rows"] == []
@@ -111,7 +111,7 @@ def test_a_row_of_an_unknown_day_is_found_as_well(logins):
     assert (days(answer), answer["row_count"]) == (["2026-11-03", "2026-11-02", None], 3)
 
 
-def test_what_would_steer_a_terminal_is_shown_as_escapes(logins):
+def test_control_characters_are_shown_as_escapes(logins):
     with logins.connect() as database:
         database.execute("update user_logins set user_id = %s", ["\x1b[2J\x9b1m\r\n\u202ename"])
     for seen in (logins.run("find", "--ip", ADDRESS).stdout, logins.on_terminal("find", "--ip", ADDRESS, environment={"NO_COLOR": "1"})[0]):
@@ -120,7 +120,7 @@ def test_what_would_steer_a_terminal_is_shown_as_escapes(logins):
         assert not set(row) & set("\x1b\x9b\r\u202e")
 
 
-def test_the_plain_value_is_nowhere_but_in_the_question(world):
+def test_the_plain_value_is_in_no_output_query_or_log(world):
     log, value = world.servers.postgres.log_file, uuid.uuid4().hex
     masked = world.masks("device_id", value)[""]
     with world.connect() as database:
@@ -136,17 +136,17 @@ def test_the_plain_value_is_nowhere_but_in_the_question(world):
     found, recovered = process.stdout.read() + process.stderr.read(), world.run("recover", "--field", "device_id", "--reason", "why", masked)
     assert (process.wait(), recovered.stdout) == (0, f"{value}\n")
     logged = log.read_bytes()[before:].decode()
-    # The log does have the statements and their parameters.
+    # The log has the statements with their parameters.
     assert masked in logged
     for text in (found, recovered.stderr, logged, str(activity)):
         assert value not in text
 
 
-def test_what_others_made_in_schemas_that_are_looked_into_is_not_taken_for_ours(logins):
+def test_objects_of_other_users_in_searched_schemas_are_not_used(logins):
     operator = logins.user("login_etl_operator")
     user = operator["DATABASE_USER"]
     with logins.connect() as database:
-        # A schema of the operator's name is looked into first; functions whose types fit better than PostgreSQL's own are taken.
+        # By default, PostgreSQL searches the schema with the user's name first, and prefers functions whose types fit better.
         for statement in (
             f"create schema {user} authorization {user}; create table {user}.etl_audit (like etl_audit including all)",
             f"create table {user}.user_logins (like user_logins); grant all on all tables in schema {user} to {user}",

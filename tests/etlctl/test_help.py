@@ -1,4 +1,4 @@
-"""What `etlctl` says of itself, its settings, and how it behaves in scripts and on a terminal."""
+"""Help, completions, exit statuses, settings and colours of `etlctl`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ GROUPS = {
 COMMANDS = [(*group, name) for group, names in GROUPS.items() for name in names]
 HELP = [("-h",), ("--help",), *((*command, "--help") for command in COMMANDS)]
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# Some key; what tells one ring from another here is its id.
+# The same key in every ring; here the key's id identifies the ring.
 KEY = {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"}
 
 
@@ -38,7 +38,7 @@ def golden(arguments):
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_is_the_one_that_was_approved(etlctl, arguments):
+def test_help_matches_its_approved_copy(etlctl, arguments):
     text, file = shown(etlctl, *arguments), golden(arguments)
     if os.environ.get("ETLCTL_GOLDEN") == "renew":
         file.parent.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def test_help_is_the_one_that_was_approved(etlctl, arguments):
     assert text == (file.read_text() if file.exists() else None), "if this is better, approve it: run the test with ETLCTL_GOLDEN=renew"
 
 
-def test_the_approved_help_is_that_of_every_command_and_of_no_other(etlctl):
+def test_every_command_and_nothing_else_has_approved_help(etlctl):
     for group, names in GROUPS.items():
         listed = shown(etlctl, *group, "--help").split("\nCommands:\n")[1].split("\n\n")[0]
         assert [line.split()[0] for line in listed.splitlines()] == names
@@ -58,7 +58,7 @@ def test_every_command_option_and_argument_is_described(etlctl, arguments):
     text = shown(etlctl, *arguments)
     lines = text.split("\n\nExamples:")[0].splitlines()
     assert lines[0] and not lines[0].startswith("Usage:")
-    # With its description behind it or in the next line.
+    # The description is on the same line or on the next.
     entries = [(line.strip(), after) for line, after in zip(lines, [*lines[1:], ""], strict=True) if re.match(r" {2,6}[-<\[a-z]", line)]
     assert "-h, --help" in " ".join(line for line, _ in entries)
     assert [line for line, after in entries if not re.search(r"\S {2,}\S", line) and not re.match(r" {10}\S", after)] == []
@@ -93,7 +93,7 @@ def test_bash_completes_commands(etlctl, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("completions", "bash")])
-def test_a_reader_that_has_enough_is_no_error(etlctl, arguments):
+def test_a_closed_pipe_is_no_error(etlctl, arguments):
     reader, writer = os.pipe()
     os.close(reader)
     process = etlctl.start(*arguments, stdout=writer)
@@ -101,19 +101,19 @@ def test_a_reader_that_has_enough_is_no_error(etlctl, arguments):
     assert (process.communicate()[1], process.returncode) == ("", 0)
 
 
-# Exit statuses, and what is missing.
+# Exit statuses, and missing settings.
 
 
 @pytest.mark.parametrize(
     "command", ["", "migrat", "help", "keys", "keys lst", "status --what", "find", "find --ip x --since yesterday", "mask --field user_id x"]
 )
-def test_what_was_asked_wrongly_is_status_2_and_help_is_offered(etlctl, command):
+def test_wrong_usage_is_status_2_and_points_to_help(etlctl, command):
     result = etlctl.run(*command.split())
     assert (result.returncode, result.stdout) == (2, "")
     assert "--help" in result.stderr
 
 
-def test_the_version_is_told(etlctl):
+def test_the_version_is_printed(etlctl):
     assert re.fullmatch(r"etlctl \d+\.\d+\.\d+\n", shown(etlctl, "--version"))
 
 
@@ -144,7 +144,7 @@ def test_a_setting_that_is_missing_or_wrong_is_named_with_its_flag(etlctl, comma
 
 @pytest.fixture
 def key_of(empty_world, tmp_path):
-    """Which key masks, under these arguments and options: of three secrets it is called like the secret."""
+    """Returns the id of the key that masks with these arguments. Three secrets each have a key named after the secret."""
     for name in ("flag", "variable", "file"):
         ring = {"active": name, "keys": {name: KEY}}
         empty_world.secrets.create_secret(Name=f"{empty_world.name}/{name}", SecretString=json.dumps(ring))
@@ -157,7 +157,7 @@ def key_of(empty_world, tmp_path):
     return ask
 
 
-def test_flags_come_before_the_stack_that_before_the_environment_and_that_before_the_file(empty_world, key_of, stack, tmp_path):
+def test_precedence_is_flag_stack_environment_file(empty_world, key_of, stack, tmp_path):
     of_stack = key_of("--masking-secret", stack.masking_secret_arn)
     assert of_stack not in ("flag", "variable", "file")
     (tmp_path / ".env").write_text(f"# comment\nMASKING_SECRET_ID='{empty_world.name}/file'\n")
@@ -167,7 +167,7 @@ def test_flags_come_before_the_stack_that_before_the_environment_and_that_before
     assert key_of("--stack", stack.name, "--masking-secret", f"{empty_world.name}/flag", variable="variable") == "flag"
 
 
-def test_a_file_that_is_named_is_read_instead(empty_world, key_of, tmp_path):
+def test_a_named_file_is_read_instead_of_dotenv(empty_world, key_of, tmp_path):
     (tmp_path / ".env").write_text("not read")
     (tmp_path / "other").write_text(f"MASKING_SECRET_ID={empty_world.name}/file\n")
     assert key_of("--env-file", "other") == "file"
@@ -181,7 +181,7 @@ def test_a_broken_file_is_named_and_not_quoted(etlctl, tmp_path, name, arguments
     assert name in result.stderr and "hunter2" not in result.stderr
 
 
-def test_a_file_that_is_named_and_not_there_is_an_error(etlctl):
+def test_a_named_file_that_does_not_exist_is_an_error(etlctl):
     result = etlctl.run("mask", "--field", "ip", "x", "--env-file", "none.env")
     assert (result.returncode, result.stdout) == (3, "")
     assert "none.env" in result.stderr
@@ -191,7 +191,7 @@ def test_a_file_that_is_named_and_not_there_is_an_error(etlctl):
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("migrate", "--check"), ("mask", "--field", "ip", "x", "--masking-secret", "none")])
-def test_there_are_colours_on_a_terminal_only_and_not_where_they_are_not_wanted(empty_world, arguments):
+def test_colours_are_only_on_a_terminal_and_can_be_turned_off(empty_world, arguments):
     result = empty_world.run(*arguments)
     plain = result.stdout + result.stderr
     coloured, status = empty_world.on_terminal(*arguments)

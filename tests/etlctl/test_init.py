@@ -1,4 +1,4 @@
-"""A mapping and settings from sample messages: by flags, on a terminal, and from a queue."""
+"""`etlctl init`: a mapping and settings from sample messages, by flags, on a terminal, and from a queue."""
 
 import json
 import tomllib
@@ -42,7 +42,7 @@ def test_flags_answer_everything(etlctl, sample, tmp_path):
     deploy = config["default"]["deploy"]["parameters"]
     assert deploy["stack_name"] == "visits"
     assert deploy["parameter_overrides"] == ["DatabaseSecretArn=arn:x", "DatabaseHost=db.example", "VpcSubnetIds=subnet-1,subnet-2"]
-    # What it says comes next, works; and the samples become rows.
+    # The command that it prints as the next step works, and makes rows of the samples.
     tried = etlctl.run("mapping", "try", str(sample), "--mapping", str(tmp_path / "mine" / "mapping.toml"))
     assert tried.returncode == 0 and "2 messages would be rows of app.visits, 0 refused" in tried.stdout
     assert f"etlctl mapping try {sample} --mapping {tmp_path}/mine/mapping.toml" in told.stdout
@@ -57,16 +57,16 @@ def test_nothing_is_overwritten(etlctl, sample, tmp_path, name):
     assert len(list(tmp_path.glob("*.toml"))) == 1
 
 
-def test_where_nobody_can_be_asked_every_field_wants_a_flag(etlctl, sample, tmp_path):
+def test_without_a_terminal_every_field_needs_a_flag(etlctl, sample, tmp_path):
     told = etlctl.run("init", "--sample", str(sample), *ALL[:-2], "--directory", str(tmp_path))
     assert told.returncode == 2 and "Open: app_version" in told.stderr
-    for wrong, says in ((("--masked", "count"), "only strings are masked"), (("--plain", "nobody"), "no sample has a field"), (("--subject", "app_version"), "is not a field that is kept")):
+    for wrong, says in ((("--masked", "count"), "only strings are masked"), (("--plain", "nobody"), "no sample has a field"), (("--subject", "app_version"), "is not a kept field")):
         told = etlctl.run("init", "--sample", str(sample), *ALL, *wrong, "--directory", str(tmp_path))
         assert told.returncode == 2 and says in told.stderr
     assert not list(tmp_path.glob("*.toml"))
 
 
-def test_on_a_terminal_it_asks_and_an_empty_answer_takes_the_likely_one(etlctl, sample, tmp_path):
+def test_on_a_terminal_it_asks_and_an_empty_answer_takes_the_default(etlctl, sample, tmp_path):
     with Terminal(etlctl, "init", "--sample", str(sample), "--directory", str(tmp_path)) as terminal:
         for question, answer in (
             ("user_id (text)", ""),
@@ -76,7 +76,7 @@ def test_on_a_terminal_it_asks_and_an_empty_answer_takes_the_likely_one(etlctl, 
             ("locale (text)", ""),
             ("count (bigint)", "masked"),
             ("count (bigint)", ""),
-            ("whom a row is about", "user_id"),
+            ("the person a row is about", "user_id"),
             ("Which table?", ""),
             ("the stack called?", ""),
             ("credentials?", ""),
@@ -116,7 +116,7 @@ def test_samples_from_the_queue_stay_there_and_notifications_are_unwrapped(world
 
 
 @pytest.mark.parametrize("example", ["orders", "clicks"])
-def test_the_examples_samples_make_a_mapping_that_takes_them(etlctl, tmp_path, example):
+def test_the_examples_samples_make_a_mapping_that_accepts_them(etlctl, tmp_path, example):
     sample = paths.ROOT / "examples" / example / "messages.jsonl"
     asked = etlctl.run("init", "--sample", str(sample), "--directory", str(tmp_path))
     fields = asked.stderr.split("Open: ")[1].strip().split(", ")

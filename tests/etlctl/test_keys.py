@@ -1,4 +1,4 @@
-"""The keyring's keys: listed, added, activated, retired; and never shown."""
+"""`etlctl keys`: keys listed, added, activated and retired, and never shown."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NO_DATABASE = {"DATABASE_HOST": None, "DATABASE_SECRET_ID": None, "ETLCTL_DATABA
 
 
 def replaced_ago(world, key, **ago):
-    """Has the ring say that this key was replaced so long ago."""
+    """Sets the time at which this key was replaced."""
     ring = world.keyring()
     ring["keys"][key]["replaced"] = (datetime.now(UTC) - timedelta(**ago)).strftime("%Y-%m-%dT%H:%M:%SZ")
     world.put_keyring(ring)
@@ -35,14 +35,14 @@ def versions(world):
 
 
 def rotated(world):
-    """From the unnamed key to `new`, which no function can still be ignorant of."""
+    """Rotates from the unnamed key to `new`, long enough ago that every function uses it."""
     world.json("keys", "add", "new")
     world.json("keys", "activate", "new")
     replaced_ago(world, "", days=1)
 
 
 def refused(world, *arguments, status, **options):
-    """That it was refused, and changed nothing; returns why."""
+    """Checks that a command is refused and changes nothing; returns its error text."""
     before = world.keyring()
     result = world.run("keys", *arguments, **options)
     assert result.returncode == status, result.stderr
@@ -79,7 +79,7 @@ def test_the_list_has_each_keys_cipher_age_and_rows(world):
     assert re.search(r"^cbc +aes-cbc +unknown +0$", shown, re.MULTILINE)
 
 
-def test_rows_of_a_key_that_is_not_in_the_ring_are_told_with_status_1(world):
+def test_rows_of_a_key_that_is_not_in_the_ring_are_reported_with_status_1(world):
     insert(world, ("gone:AAAA", None), ("gone:AAAA", "AAAA"), (None, "lost:AAAA"))
     assert world.json("keys", "list", status=1)["rows_of_unknown_keys"] == {"gone": 2, "lost": 1}
     result = world.run("keys", "list")
@@ -97,7 +97,7 @@ def test_without_rows_the_list_needs_no_database(empty_world):
 # Add.
 
 
-def test_the_first_key_added_makes_a_ring_of_the_one_key_which_masks_on_as_before(empty_world):
+def test_the_first_added_key_makes_a_ring_and_the_old_key_stays_active(empty_world):
     one = empty_world.keyring()
     before = empty_world.masks("ip", ADDRESS)
     assert empty_world.json("keys", "add", "new") == {"added": "new", "cipher": "aes-siv"}
@@ -122,7 +122,7 @@ def test_a_key_is_random_and_of_256_bits(empty_world, cipher):
     assert {mask["cipher"] for mask in empty_world.json("mask", "--field", "ip", ADDRESS) if mask["key"]} == {cipher}
 
 
-def test_a_key_without_an_id_is_the_months(empty_world):
+def test_the_default_id_of_a_key_is_the_month(empty_world):
     before = f"{datetime.now():%Y-%m}"
     added = empty_world.json("keys", "add")["added"]
     assert added in {before, f"{datetime.now():%Y-%m}"}
@@ -141,7 +141,7 @@ def test_an_id_that_is_there_already_is_refused(empty_world):
     assert 'there is a key "new" already' in refused(empty_world, "add", "new", status=2)
 
 
-def test_of_people_who_add_at_once_those_told_so_have_added_and_no_key_is_lost(empty_world):
+def test_concurrent_adds_either_succeed_or_report_a_conflict_and_lose_no_key(empty_world):
     expected = {""}
     told_off = 0
     for attempt in range(20):
@@ -156,10 +156,10 @@ def test_of_people_who_add_at_once_those_told_so_have_added_and_no_key_is_lost(e
             told_off += 1
         assert set(empty_world.keyring()["keys"]) == expected
         assert sorted(map(sorted, versions(empty_world))) == [["AWSCURRENT"], ["AWSPREVIOUS"]]
-        # Not before they did meet.
+        # Repeat until there was a conflict.
         if attempt >= 4 and told_off:
             return
-    pytest.fail("they never met")
+    pytest.fail("there was no conflict")
 
 
 # Activate.
@@ -176,7 +176,7 @@ def test_the_active_key_masks_and_the_one_before_is_marked_as_replaced(empty_wor
     assert "replaced" not in keys["new"]
 
 
-def test_a_key_that_is_active_again_is_no_replaced_one(empty_world):
+def test_a_key_that_is_active_again_is_not_marked_as_replaced(empty_world):
     empty_world.json("keys", "add", "new")
     empty_world.json("keys", "activate", "new")
     empty_world.json("keys", "activate", "")
@@ -185,7 +185,7 @@ def test_a_key_that_is_active_again_is_no_replaced_one(empty_world):
     assert "replaced" in keys["new"]
 
 
-def test_activating_tells_when_running_functions_follow(empty_world):
+def test_activating_says_when_running_functions_follow(empty_world):
     empty_world.json("keys", "add", "new")
     assert "within 2 min" in empty_world.run("keys", "activate", "new", environment={"SECRETS_TTL": "120"}).stdout
 
@@ -198,7 +198,7 @@ def test_activating_the_active_key_changes_nothing(empty_world):
     assert empty_world.keyring() == before
 
 
-def test_an_unknown_key_is_refused_with_those_there_are(empty_world):
+def test_an_unknown_key_is_refused_with_a_list_of_the_keys(empty_world):
     empty_world.json("keys", "add", "new")
     for command in ("activate", "retire"):
         assert 'there is no key "nwe" in the ring; it has "", "new"' in refused(empty_world, command, "nwe", status=2)
@@ -244,7 +244,7 @@ def test_one_way_columns_have_a_key_of_their_own(world, tmp_path):
     mapping = tmp_path / "mapping.toml"
     mapping.write_text((paths.ROOT / "mapping.toml").read_text().replace('from = "device_id"\nkeep = "masked"', 'from = "device_id"\nkeep = "one-way"'))
     world.environment["MAPPING_FILE"] = str(mapping)
-    assert 'says no "one_way" key' in world.run("doctor").stdout
+    assert 'has no "one_way" key' in world.run("doctor").stdout
     world.json("keys", "add", "devices", "--cipher", "hmac-sha256")
     assert world.json("keys", "activate", "devices", "--one-way")["one_way"] == "devices"
     assert [(key["id"], key["active"], key["one_way"]) for key in world.json("keys", "list")["keys"]] == [("", True, False), ("devices", False, True)]
@@ -274,7 +274,7 @@ def test_a_key_with_a_row_is_not_retired(world):
 
 def test_a_key_is_not_retired_while_a_running_function_may_use_it(world):
     rotated(world)
-    # An invocation that began with the keyring before may last 15 minutes.
+    # An invocation that began with the previous keyring may last 15 minutes.
     for ttl, minutes, retired in [("1", 0, False), ("1", 15.5, False), ("3600", 17, False), ("3600", 75, False), ("1", 17, True), ("3600", 77, True)]:
         replaced_ago(world, "", minutes=minutes)
         ring, retire = world.keyring(), ("retire", "", "--yes")
@@ -293,7 +293,7 @@ def test_a_key_that_was_replaced_by_hand_just_now_is_not_retired(world):
     assert "running functions may still mask under (unnamed)" in refused(world, "retire", "", "--yes", status=3)
 
 
-def test_retiring_wants_a_yes(world):
+def test_retiring_needs_confirmation(world):
     rotated(world)
     assert "--yes" in refused(world, "retire", "", status=2)
     seen, status = world.on_terminal("keys", "retire", "", answer="n")
@@ -309,7 +309,7 @@ TALKATIVE = {"RUST_LOG": "trace", "RUST_BACKTRACE": "full"}
 
 
 def shown_by(world, commands):
-    """All that these commands print, as text and as JSON."""
+    """The output of these commands, as text and as JSON."""
     for command in commands:
         for format in ([], ["--json"]):
             result = world.run("keys", *command, *format, environment=TALKATIVE)
@@ -317,13 +317,13 @@ def shown_by(world, commands):
 
 
 def parts(key):
-    """An error may quote the beginning of a key, or its end."""
+    """The beginning and the end of a key, either of which an error might quote."""
     return {key[:12], key[-12:]}
 
 
 def test_no_key_is_ever_shown(world):
     hidden = {world.keyring()["iv"]}
-    # Each key is that of some moment.
+    # Collects the keys of every state of the ring.
     for command in ([], ["add", "a"], ["add", "b"], ["add", "c"], ["activate", "a"], *COMMANDS, ["activate", "c"], *COMMANDS):
         shown = "".join(shown_by(world, [command] if command else []))
         ring = world.keyring()
@@ -349,7 +349,7 @@ NO_KEYRINGS = [
 ]
 
 
-def test_no_key_is_shown_of_a_secret_that_is_no_keyring(empty_world):
+def test_an_invalid_keyring_secret_shows_no_key(empty_world):
     for secret in NO_KEYRINGS:
         empty_world.secrets.put_secret_value(SecretId=empty_world.masking_secret, SecretString=secret)
         for shown in shown_by(empty_world, COMMANDS):
@@ -358,7 +358,7 @@ def test_no_key_is_shown_of_a_secret_that_is_no_keyring(empty_world):
         assert empty_world.secrets.get_secret_value(SecretId=empty_world.masking_secret)["SecretString"] == secret
 
 
-def test_a_date_that_somebody_wrote_by_hand_keeps_no_key_from_use(empty_world):
+def test_a_key_with_an_invalid_date_can_be_used(empty_world):
     empty_world.put_keyring({"active": "", "keys": {"": {"key": KEY, "created": "2026-11-01", "replaced": KEY}}})
     shown = "".join(shown_by(empty_world, [["list", "--no-rows"], ["add", "new"]]))
     assert not [part for part in parts(KEY) if part in shown]

@@ -1,4 +1,4 @@
-"""`etlctl mapping`, and the other commands under a mapping that is not the one that is built in."""
+"""`etlctl mapping`: mappings checked, tried and printed as SQL."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_trying_under_a_keyring_makes_the_masks_of_the_table(etlctl, tmp_path):
     assert json.loads(result.stdout)[0]["row"]["masked_ip"] == "FGV999l/wJpqUDVxPK7Ouw=="
 
 
-def test_what_is_no_mapping_or_no_message_says_so(etlctl, tmp_path):
+def test_a_missing_mapping_message_or_field_is_an_error(etlctl, tmp_path):
     assert "cannot be read" in etlctl.run("mapping", "show", "--mapping", tmp_path / "none.toml").stderr
     result = etlctl.run("mapping", "try", "-", input="\n")
     assert (result.returncode, "no message" in result.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""The schema: applied once, in order, whatever is there already, and never by halves."""
+"""`etlctl migrate`: the schema is applied once, in order, and never by halves, whatever exists already."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from world import paths
 
 *FILES, TABLE_FILE = sorted((paths.ROOT / "schema").glob("*.sql"))
 NAMES = [*(file.stem for file in FILES), "table user_logins"]
-# As a table of the exercise's stands in a database in which nothing else was made.
+# The exercise's table alone, in an otherwise empty database.
 TABLE = re.search(r"create table [^;]*;", TABLE_FILE.read_text()).group()
 BEFORE_THE_MAPPING = sorted((Path(__file__).parent / "before_the_mapping").glob("*.sql"))
 VIEWS = "user_logins_masked_ip_duplicates, user_logins_masked_device_id_duplicates"
@@ -24,13 +24,13 @@ from (values (repeat('l', 32)), (null)) as wide (locale)
 
 
 def relations(database):
-    """What the schema is made of, but for the table of the records."""
+    """The relations of the schema, without the table of the records."""
     query = "select relname, relkind from pg_class where relnamespace = 'public'::regnamespace and relname not like 'login_etl_migrations%'"
     return set(database.execute(query))
 
 
 def recorded(database):
-    """The names that are recorded, in the order of their application."""
+    """The recorded names, in the order in which they were applied."""
     if database.execute("select to_regclass('login_etl_migrations')").fetchone() == (None,):
         return []
     return [name for (name,) in database.execute("select name from login_etl_migrations order by applied_at")]
@@ -61,14 +61,14 @@ def test_check_says_what_is_missing_and_changes_nothing(empty_world):
 
 def test_what_is_applied_is_not_applied_again(world):
     with world.connect() as database:
-        # The file would make it again.
+        # If the file were applied again, it would make the view again.
         database.execute("drop view user_logins_masked_ip_duplicates")
         before = relations(database)
         assert world.json("migrate") == {"applied": []}
         assert relations(database) == before
 
 
-def test_of_several_at_once_each_succeeds_and_each_file_is_applied_by_one(empty_world):
+def test_concurrent_migrations_all_succeed_and_apply_each_file_once(empty_world):
     processes = [empty_world.start("--json", "migrate") for _ in range(4)]
     answers = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, answers
@@ -77,7 +77,7 @@ def test_of_several_at_once_each_succeeds_and_each_file_is_applied_by_one(empty_
         assert recorded(database) == NAMES
 
 
-def test_a_schema_that_was_applied_by_hand_is_taken_with_all_that_is_in_it(empty_world):
+def test_a_schema_that_was_applied_by_hand_is_adopted_with_its_rows(empty_world):
     empty_world.servers.apply_schema(empty_world.name)
     with empty_world.connect() as database:
         database.execute(WIDEST)
@@ -97,7 +97,7 @@ def test_a_schema_that_was_applied_by_hand_is_taken_with_all_that_is_in_it(empty
         "add id bigint generated always as identity primary key",
     ],
 )
-def test_a_table_that_takes_what_the_function_writes_is_adopted_with_its_rows(empty_world, change):
+def test_a_table_that_fits_is_adopted_with_its_rows(empty_world, change):
     with empty_world.connect() as database:
         database.execute(TABLE)
         database.execute("insert into user_logins values ('u', 'ios', 'ip', 'device', 'RU', 230, '2026-11-01')")
@@ -124,7 +124,7 @@ def test_a_table_that_takes_what_the_function_writes_is_adopted_with_its_rows(em
         ("add region text not null", "region"),
     ],
 )
-def test_a_table_that_does_not_is_refused_by_the_name_of_its_column_and_nothing_is_recorded(empty_world, change, column):
+def test_a_table_that_does_not_fit_is_refused_with_its_column_and_nothing_is_recorded(empty_world, change, column):
     with empty_world.connect() as database:
         database.execute(TABLE)
         database.execute(f"alter table user_logins {change}")
@@ -149,9 +149,9 @@ def test_a_file_that_has_changed_since_it_was_applied_is_refused_and_no_migratio
     assert "run `etlctl migrate`" not in check.stdout
 
 
-def test_who_lacks_the_rights_is_told_the_sqlstate_and_who_has_them(empty_world):
+def test_missing_rights_are_reported_with_the_sqlstate_and_the_user_that_has_them(empty_world):
     with empty_world.connect() as database:
-        # As it is from PostgreSQL 15 on.
+        # The default since PostgreSQL 15.
         database.execute("revoke create on schema public from public")
         result = empty_world.run("migrate", environment=empty_world.user())
         assert (result.returncode, result.stdout) == (3, "")
@@ -160,7 +160,7 @@ def test_who_lacks_the_rights_is_told_the_sqlstate_and_who_has_them(empty_world)
         assert relations(database) == set()
 
 
-def test_who_may_not_make_roles_is_told_who_may(empty_world):
+def test_a_user_who_may_not_make_roles_is_told_who_may(empty_world):
     with empty_world.connect() as database:
         environment = empty_world.user()
         database.execute(f"alter database {empty_world.name} owner to {environment['DATABASE_USER']}")
@@ -189,7 +189,7 @@ def test_tables_that_were_moved_to_another_schema_are_not_made_again(world):
         assert relations(database) & {("user_logins", b"r"), ("etl_ledger", b"r")} == set()
 
 
-def test_login_etl_signs_in_by_tokens_once_it_is_said(world):
+def test_login_etl_signs_in_with_tokens_only_on_request(world):
     result = world.run("migrate", "--iam")
     assert (result.returncode, result.stdout) == (3, "")
     assert "there is no role rds_iam" in result.stderr
@@ -216,7 +216,7 @@ def test_a_migration_that_is_killed_leaves_nothing_half_applied_and_the_next_fin
         database.execute(f"drop view {VIEWS}; drop index user_logins_masked_ip_idx, user_logins_masked_device_id_idx")
         database.execute("delete from login_etl_migrations where name = 'table user_logins'")
         before = relations(database)
-        # In the way of the file's first statement, or of the record when all of the file is done.
+        # The lock blocks the file's first statement, or the record after the whole file.
         with world.locked(table, mode):
             process = world.start("migrate")
             world.until(lambda: "relation" in world.sessions())
@@ -229,7 +229,7 @@ def test_a_migration_that_is_killed_leaves_nothing_half_applied_and_the_next_fin
         assert relations(database) == complete
 
 
-def test_a_database_from_before_the_mapping_keeps_its_rows_and_the_function_of_that_time_goes_on(empty_world):
+def test_a_database_from_before_the_mapping_keeps_its_rows_and_the_old_function_still_works(empty_world):
     with empty_world.connect() as database:
         database.execute("create table login_etl_migrations (name text primary key, checksum text not null, applied_at timestamptz not null default now(), applied_by text not null default session_user)")
         for file in BEFORE_THE_MAPPING:
@@ -256,7 +256,7 @@ def test_a_database_from_before_the_mapping_keeps_its_rows_and_the_function_of_t
         ):
             database.execute(statement)
         assert database.execute("select count(*) from etl_ledger").fetchone() == (2,)
-        # Run again, nothing is left to do.
+        # A second run has nothing to do.
         assert empty_world.json("migrate") == {"applied": []}
 
 
@@ -274,5 +274,5 @@ def test_the_table_of_another_mapping_is_made_and_follows_its_changes(empty_worl
     with empty_world.connect() as database:
         database.execute("alter table app.visits alter device_type type varchar(64)")
     assert empty_world.json("migrate", "--mapping", mapping) == {"applied": ["table app.visits"]}
-    # The built-in mapping's table is another one, which is not there yet.
+    # The built-in mapping's table is missing.
     assert missing(empty_world) == ["table user_logins"]

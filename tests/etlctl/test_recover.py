@@ -1,4 +1,4 @@
-"""From masks to values: nothing is shown before it is on record, wherever the process dies."""
+"""`etlctl recover`: from masks to values. Nothing is shown before it is on record, wherever the process dies."""
 
 import base64
 import csv
@@ -17,7 +17,7 @@ NEW_KEY = {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3
 
 
 def masked(field, value):
-    """What RFC 5297 makes of a value under the new key."""
+    """A value's mask by RFC 5297, under the new key."""
     cipher = AES.new(bytes.fromhex(NEW_KEY["key"]), AES.MODE_SIV)
     cipher.update(field.encode())
     text, tag = cipher.encrypt_and_digest(value.encode())
@@ -25,7 +25,7 @@ def masked(field, value):
 
 
 ADDRESSES, DEVICE = ["199.172.111.135", "2001:db8::1"], "593-47-5928"
-# The first under the first key, which has no name.
+# The first mask is made with the first key, which has no name.
 MASKS, DEVICE_MASK = ["FGV999l/wJpqUDVxPK7Ouw==", masked("ip", ADDRESSES[1])], masked("device_id", DEVICE)
 HOSTILE = ["a\x1b[31mred\x1b[0m", "bell\x07 \x7f", "\u202ename", "two\nlines"]
 
@@ -53,7 +53,7 @@ def shows_no_value(*texts):
     return not any(value in text for value in (*ADDRESSES, DEVICE) for text in texts)
 
 
-# What is recovered, from where.
+# Sources of masks.
 
 
 def test_one_value_is_recovered_and_the_record_says_who_what_when_and_why(ring):
@@ -65,7 +65,7 @@ def test_one_value_is_recovered_and_the_record_says_who_what_when_and_why(ring):
     assert audit(ring, "clock_timestamp() - at between interval '0' and interval '1 minute'") == [(True,)]
 
 
-def test_several_values_come_back_a_line_each_in_their_order(ring, tmp_path):
+def test_several_values_are_printed_one_per_line_in_their_order(ring, tmp_path):
     file = tmp_path / "masks.txt"
     file.write_text("\n\n".join(MASKS) + "\n")
     answer = [{"mask": mask, "value": value} for mask, value in zip(MASKS, ADDRESSES, strict=True)]
@@ -123,14 +123,14 @@ def test_a_query_that_would_change_anything_is_refused(ring):
     assert audit(ring) == []
 
 
-def test_what_a_query_makes_in_spite_of_that_is_gone_when_it_ends(ring):
-    """Before PostgreSQL 16, large objects can be made in a transaction that may only read."""
+def test_large_objects_that_a_query_makes_are_rolled_back(ring):
+    """Before PostgreSQL 16, a read-only transaction can make large objects."""
     ring.run("recover", "--reason", "r", "--yes", "--query", "select lo_create(0)::text as masked_ip")
     with ring.connect() as database:
         assert database.execute("select count(*) from pg_largeobject_metadata").fetchone() == (0,)
 
 
-def test_json_has_each_value_as_it_was(ring):
+def test_json_has_each_value_unchanged(ring):
     masks = [masked("ip", value) for value in HOSTILE]
     assert ring.json(*recover("--yes", *masks)) == [{"mask": mask, "value": value} for mask, value in zip(masks, HOSTILE, strict=True)]
 
@@ -155,7 +155,7 @@ def test_a_value_cannot_steer_the_terminal_that_shows_it(ring):
         assert seen.replace("\n", "").isprintable(), arguments
 
 
-# What is asked first.
+# Reason and confirmation.
 
 
 def test_nothing_is_recovered_without_a_reason(ring):
@@ -166,7 +166,7 @@ def test_nothing_is_recovered_without_a_reason(ring):
     assert audit(ring) == []
 
 
-def test_many_values_are_refused_where_nobody_can_be_asked(ring, tmp_path):
+def test_many_values_are_refused_without_a_terminal(ring, tmp_path):
     file = tmp_path / "masks.txt"
     file.write_text(MASKS[0])
     output = tmp_path / "values.txt"
@@ -195,7 +195,7 @@ def test_at_a_terminal_a_yes_shows_and_records(ring):
 # Where the values go.
 
 
-def test_an_output_file_is_its_owners_alone_and_then_nothing_else_has_the_values(ring, tmp_path):
+def test_only_the_owner_can_read_an_output_file_and_nothing_else_has_the_values(ring, tmp_path):
     output = tmp_path / "values.txt"
     result = ring.run(*recover("--yes", *MASKS, "--output", str(output)), umask=0)
     assert (result.returncode, output.read_text().splitlines()) == (0, ADDRESSES)
@@ -219,7 +219,7 @@ def test_a_file_that_is_there_already_is_left_alone(ring, tmp_path):
     assert audit(ring) == []
 
 
-# What cannot be recovered.
+# Unrecoverable input.
 
 UNDECIPHERABLE = {
     "nothing": "",
@@ -236,7 +236,7 @@ UNDECIPHERABLE = {
 }
 
 
-def test_all_that_cannot_be_recovered_reads_alike_and_is_recorded_without_what_was_given(ring):
+def test_all_unrecoverable_input_looks_alike_and_is_recorded_without_the_input(ring):
     seen = {}
     for kind, given in UNDECIPHERABLE.items():
         result = ring.run(*recover(given, reason=kind))
@@ -245,7 +245,7 @@ def test_all_that_cannot_be_recovered_reads_alike_and_is_recorded_without_what_w
     assert audit(ring, "reason, requested, recovered, key_ids, masks") == [(kind, 1, 0, [], []) for kind in UNDECIPHERABLE]
 
 
-def test_what_can_be_recovered_is_and_the_rest_is_counted(ring):
+def test_recoverable_masks_are_recovered_and_the_others_counted(ring):
     plain = "198.51.100.7"
     result = ring.run(*recover("--yes", plain, *MASKS, "gone:AAAA"))
     assert (result.returncode, result.stdout.split("\n")) == (1, ["", *ADDRESSES, "", ""])
@@ -255,7 +255,7 @@ def test_what_can_be_recovered_is_and_the_rest_is_counted(ring):
     assert MASKS[0] in record[0] and plain not in record[0] and "gone" not in record[0]
 
 
-# What is on record.
+# The record.
 
 
 def test_not_even_the_owner_changes_a_record(ring):
@@ -272,12 +272,12 @@ def test_not_even_the_owner_changes_a_record(ring):
         "alter table etl_audit rename to elsewhere",
         "alter table etl_audit add check (reason <> 'a ticket')",
         "alter database {} set default_transaction_read_only = on",
-        # No sooner than at the commit.
+        # This one fails only at the commit.
         "create constraint trigger late after insert on etl_audit initially deferred"
         " for each row execute procedure etl_audit_only_grows()",
     ],
 )
-def test_what_cannot_be_recorded_is_not_shown(ring, tmp_path, obstacle):
+def test_a_value_is_not_shown_if_it_cannot_be_recorded(ring, tmp_path, obstacle):
     output = tmp_path / "values.txt"
     with ring.connect() as database:
         database.execute(obstacle.format(ring.name))
@@ -288,7 +288,7 @@ def test_what_cannot_be_recorded_is_not_shown(ring, tmp_path, obstacle):
     assert not output.exists()
 
 
-def test_a_record_that_the_database_swallows_is_none(ring):
+def test_a_record_that_the_database_drops_is_an_error(ring):
     with ring.connect() as database:
         database.execute("create rule swallow as on insert to etl_audit do instead nothing")
     result = ring.run(*recover(MASKS[0]))
@@ -322,7 +322,7 @@ def test_a_process_that_dies_before_its_record_is_written_has_shown_nothing(ring
 
 def test_a_process_that_dies_before_its_reader_has_read_is_on_record(ring):
     reader, writer = os.pipe()
-    # Full, so that whatever is shown has to wait.
+    # The pipe is full, so any output has to wait.
     os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)))
     process = ring.start(*recover(MASKS[0]), stdout=writer)
     os.close(writer)
@@ -334,7 +334,7 @@ def test_a_process_that_dies_before_its_reader_has_read_is_on_record(ring):
     assert audit(ring) == [(1, 1)]
 
 
-def test_who_is_shown_nothing_after_all_is_on_record(ring):
+def test_a_recovery_whose_output_fails_is_on_record(ring):
     reader, writer = os.pipe()
     os.close(reader)
     ring.start(*recover(MASKS[0], reason="closed"), stdout=writer).communicate()
@@ -360,7 +360,7 @@ def test_however_often_it_is_killed_nothing_was_shown_that_is_not_on_record(ring
             with ring.locked("etl_audit", "share"):
                 process = ring.start(*recover(MASKS[0], reason=str(number)))
                 ring.until(lambda: "relation" in ring.sessions())
-            # Its record is being written.
+            # The record is being written.
             time.sleep(chance.uniform(0, length / 10))
         process.kill()
         shown[str(number)] = not shows_no_value(process.communicate()[0])

@@ -1,4 +1,4 @@
-"""The pipeline on one screen, after messages went through it: once, again and again, and with parts that cannot be had."""
+"""`etlctl status`: once, repeatedly, and with parts that cannot be read."""
 
 import json
 import random
@@ -17,7 +17,7 @@ CLEAR = "\x1b[2J\x1b[H"
 
 @pytest.fixture(scope="module")
 def ran(servers, pipeline):
-    """Twelve messages loaded, three refused that wait to come back; one delivered twice; one whose batch failed; two dead."""
+    """A pipeline after 12 messages loaded, one loaded and delivered again, three failed and still hidden, one failed batch, and two dead."""
     chance = random.Random(3)
     logins = [json.dumps(messages.login(chance)) for _ in range(13)]
     delivery.send(pipeline, [*logins[1:], messages.NOT_JSON[0], messages.WRONG_TYPE, messages.WRONG_TYPE])
@@ -37,7 +37,7 @@ def ran(servers, pipeline):
     return pipeline
 
 
-def test_it_counts_what_is_where_and_what_the_last_hour_came_to(ran):
+def test_it_counts_messages_rows_and_the_last_hours_results(ran):
     status = ran.json("status")
     now = datetime.now(UTC)
     assert abs((datetime.fromisoformat(status.pop("at")) - now).total_seconds()) < 10
@@ -66,21 +66,21 @@ def test_it_counts_what_is_where_and_what_the_last_hour_came_to(ran):
     "part, environment, why",
     [
         ("queue", {"QUEUE_URL": "http://127.0.0.1:1/000000000000/none-of-ours"}, "NonExistentQueue"),
-        ("dead_letters", {"DLQ_URL": None}, "DLQ_URL is not known"),
+        ("dead_letters", {"DLQ_URL": None}, "DLQ_URL is not set"),
         ("last_hour", {"FUNCTION_NAME": "none-of-ours"}, "none-of-ours"),
         ("rows", {"ETLCTL_DATABASE_SECRET_ID": None}, "set ETLCTL_DATABASE_SECRET_ID"),
         ("rows", {"DATABASE_NAME": "none_of_ours"}, "3D000"),
         ("keys", {"MASKING_SECRET_ID": "none-of-ours"}, "ResourceNotFoundException"),
     ],
 )
-def test_a_part_that_cannot_be_had_leaves_the_others_and_says_why(ran, part, environment, why):
+def test_a_part_that_cannot_be_read_says_why_and_leaves_the_others(ran, part, environment, why):
     whole, status = ran.json("status"), ran.json("status", environment=environment)
     assert list(status[part]) == ["unknown"]
     assert why in status[part]["unknown"]
     assert {name: status[name] for name in status if name not in (part, "at")} == {name: whole[name] for name in whole if name not in (part, "at")}
     text = ran.run("status", environment=environment)
     assert text.returncode == 0
-    assert re.search(rf"^{part.replace('_', ' ')} +not known: .*{why}", text.stdout, re.MULTILINE)
+    assert re.search(rf"^{part.replace('_', ' ')} +unknown: .*{why}", text.stdout, re.MULTILINE)
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def queues(servers):
 
 
 def put_age(queues, url, seconds):
-    """What CloudWatch knows of a queue within a minute or two, and LocalStack's not by itself."""
+    """Writes the metric that CloudWatch has within a minute or two. LocalStack does not write it."""
     metric = {"MetricName": "ApproximateAgeOfOldestMessage", "Dimensions": [{"Name": "QueueName", "Value": url.rpartition("/")[2]}]}
     data = metric | {"Value": seconds, "Timestamp": datetime.now(UTC)}
     queues.localstack.client("cloudwatch").put_metric_data(Namespace="AWS/SQS", MetricData=[data])
 
 
-def test_the_age_of_what_waits_longest_is_shown(pipeline, queues):
+def test_the_age_of_the_oldest_message_is_shown(pipeline, queues):
     delivery.send(queues, ["waits"])
     put_age(queues, queues.queue_url, 4000)
     pipeline.until(lambda: pipeline.json("status", environment=queues.environment)["queue"]["oldest_seconds"] == 4000)
@@ -105,7 +105,7 @@ def test_the_age_of_what_waits_longest_is_shown(pipeline, queues):
 
 
 def test_an_empty_queue_has_no_oldest_message(pipeline, queues):
-    """CloudWatch goes on telling the age that the last message had."""
+    """CloudWatch keeps the age of the last message for a while."""
     delivery.send(queues, ["waits"])
     put_age(queues, queues.queue_url, 4000)
     pipeline.until(lambda: pipeline.json("status", environment=queues.environment)["queue"]["oldest_seconds"] == 4000)
@@ -113,7 +113,7 @@ def test_an_empty_queue_has_no_oldest_message(pipeline, queues):
     assert re.search("^queue +0 waiting, 0 in flight$", pipeline.run("status", environment=queues.environment).stdout, re.MULTILINE)
 
 
-def test_of_a_stack_it_needs_to_know_only_the_name_and_who_asks(stack, pipeline):
+def test_a_stacks_name_and_a_database_user_are_enough(stack, pipeline):
     names = {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "PATH", "ETLCTL_DATABASE_SECRET_ID"}
     status = pipeline.run("status", "--stack", stack.name, environment={name: None for name in pipeline.environment if name not in names})
     assert status.returncode == 0
@@ -122,7 +122,7 @@ def test_of_a_stack_it_needs_to_know_only_the_name_and_who_asks(stack, pipeline)
 
 
 def shown(screen, pipeline):
-    """A screen with what differs from run to run made alike."""
+    """A screen with placeholders for what differs from run to run."""
     screen = screen.replace(pipeline.name, "FUNCTION").replace(f"{datetime.now(UTC):%Y-%m-%d}", "TODAY").replace("\x1b", "ESC")
     for volatile, name in ((r"\d\d:\d\d:\d\d", "TIME"), (r"\d+ batches", "N batches"), (r"[\d.]+ kB", "SIZE")):
         screen = re.sub(volatile, name, screen)
@@ -142,7 +142,7 @@ def test_on_a_terminal_it_refreshes_the_screen_until_ctrl_c(ran):
 
 
 @pytest.mark.parametrize("screens", [0, 1])
-def test_ctrl_c_ends_it_in_order_also_while_it_looks(ran, screens):
+def test_ctrl_c_ends_it_cleanly_also_while_it_reads(ran, screens):
     with Wiretap(ran.localstack) as wire, Terminal(ran, "status", "--watch", "1", environment=wire.environment) as terminal:
         for _ in range(screens):
             terminal.until(CLEAR)
@@ -161,7 +161,7 @@ def read_until(process, done):
     return said
 
 
-def test_through_a_pipe_it_says_the_same_without_clearing_or_colours(ran):
+def test_a_pipe_gets_the_same_text_without_clearing_or_colours(ran):
     with ran.start("status", "--watch", "1") as process:
         said = read_until(process, lambda said: said.count("aes-cbc, active\n") == 2)
         process.send_signal(signal.SIGINT)
@@ -189,7 +189,7 @@ def test_as_json_it_is_a_stream_of_documents(ran):
     assert {**first, "at": None} == {**second, "at": None}
 
 
-def test_it_ends_when_nobody_reads_on(ran):
+def test_it_ends_when_the_pipe_is_closed(ran):
     with ran.start("status", "--watch", "1") as process:
         read_until(process, lambda said: "aes-cbc" in said)
         process.stdout.close()

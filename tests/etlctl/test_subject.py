@@ -1,4 +1,4 @@
-"""A person's data: found, exported, erased, and on record; as processes, on real servers."""
+"""`etlctl subject`: a person's data found, exported and erased, on record."""
 
 import json
 import random
@@ -38,7 +38,7 @@ SIV = {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5
 
 
 class DeadLetters(Queues):
-    """A dead-letter queue with these bodies in it, in one group where it keeps an order."""
+    """A dead-letter queue that messages can be put into; in a FIFO queue, all are in one group."""
 
     def bury(self, *bodies: str) -> None:
         fifo = self.dead_letter_queue_url.endswith(".fifo")
@@ -88,14 +88,14 @@ def audited(world, columns="action, reason, erased_rows, erased_messages"):
 
 
 def everything(world):
-    """All that the tables hold, as text."""
+    """The content of all tables, as text."""
     with world.connect() as database:
         tables = database.execute("select oid::regclass::text from pg_class where relkind in ('r', 'p') and relnamespace = 'public'::regnamespace").fetchall()
         return "\n".join(str(row) for (table,) in tables for row in database.execute(f"select * from {table}").fetchall())
 
 
 def partition_by_day(world, **partitions):
-    """Makes the table of visits, with partitions that each begin and end so many days ago."""
+    """Makes the table of visits, with partitions given as the days since their begin and end."""
     with world.connect() as database:
         database.execute("create table visits (masked_mail varchar(256), page text, visited_on date) partition by range (visited_on)")
         for name, days in partitions.items():
@@ -121,7 +121,7 @@ def test_a_person_is_found_by_the_subject_and_by_masks_of_every_key(ring):
     assert ring.json("subject", "find", "nobody")["row_count"] == 0
 
 
-def test_an_export_has_every_row_and_without_a_reason_its_masks_alone(ring, tmp_path):
+def test_an_export_has_every_row_and_without_a_reason_only_masks(ring, tmp_path):
     insert(ring, PERSON, count=3)
     insert(ring, "other")
     file = tmp_path / "export.jsonl"
@@ -156,7 +156,7 @@ def test_an_erasure_counts_unless_it_is_confirmed(ring, dead):
     assert count(ring) == 3 and len(dead.bodies()) == 2 and audited(ring) == []
 
 
-def test_an_erasure_takes_the_person_s_rows_and_dead_messages_and_no_other_and_is_recorded(ring, dead):
+def test_an_erasure_deletes_only_the_persons_rows_and_dead_messages_and_is_recorded(ring, dead):
     insert(ring, PERSON, count=7)
     insert(ring, "other", count=2)
     kept = {body(user_id="other"), body(user_id=f"x{PERSON}"), "not JSON at all", body(user_id="other", locale=PERSON)}
@@ -165,10 +165,10 @@ def test_an_erasure_takes_the_person_s_rows_and_dead_messages_and_no_other_and_i
     with ring.connect() as database:
         database.execute("insert into etl_ledger values (now(), gen_random_uuid())")
     told = ring.run("subject", "erase", "-", "--reason", "Request 7", "--yes", "--batch", "3", input=PERSON, environment=dead.environment)
-    # What mentions the person without the field is named, and stays.
+    # Messages that mention the person but lack the field are listed, and stay.
     assert (told.returncode, told.stderr) == (1, ""), told.stderr
-    assert "7 rows erased, 1 dead message deleted; recorded in etl_audit." in told.stdout and "run it again" in told.stdout
-    assert "3 dead messages have the value and not the field" in told.stdout
+    assert "7 rows erased, 1 dead message deleted; recorded in etl_audit." in told.stdout and "run this again" in told.stdout
+    assert "3 dead messages have the value but not the field" in told.stdout
     assert count(ring) == 2 and dead.bodies() == {*kept, *broken} and count(ring, table="etl_ledger") == 1
     again = ring.json("subject", "erase", PERSON, "--reason", "Request 7", "--yes", "--mentions", environment=dead.environment)
     assert (again["rows"], again["messages"], again["mentions"]) == (0, 3, []) and dead.bodies() == kept
@@ -176,12 +176,12 @@ def test_an_erasure_takes_the_person_s_rows_and_dead_messages_and_no_other_and_i
     assert {record[:2] for record in records} == {("erase", "Request 7")}
     assert [sum(number or 0 for number in numbers) for numbers in zip(*(record[2:] for record in records))] == [7, 4]
     assert PERSON not in everything(ring) + told.stdout
-    # Again, there is nothing; that is on record, too.
+    # A further run erases nothing, and that is on record, too.
     again = ring.json("subject", "erase", PERSON, "--reason", "Request 7", "--yes", environment=dead.environment)
     assert (again["rows"], again["messages"]) == (0, 0) and audited(ring)[-1] == ("erase", "Request 7", 0, 0)
 
 
-def test_of_a_fifo_queue_s_group_all_of_the_person_s_messages_go(servers, ring):
+def test_all_of_a_persons_messages_in_a_fifo_group_are_deleted(servers, ring):
     dead = DeadLetters(servers, ".fifo")
     dead.bury(*(body(user_id=PERSON, locale=str(number)) for number in range(25)), body(user_id="other"))
     erased = ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", environment=dead.environment)
@@ -190,7 +190,7 @@ def test_of_a_fifo_queue_s_group_all_of_the_person_s_messages_go(servers, ring):
     dead.delete()
 
 
-def test_messages_that_another_run_has_hidden_are_told_of(ring, dead):
+def test_messages_that_another_run_has_hidden_are_reported(ring, dead):
     dead.bury(body(user_id=PERSON))
     hidden = dead.sqs.receive_message(QueueUrl=dead.dead_letter_queue_url, VisibilityTimeout=60)["Messages"]
     for words in ((), ("--yes",)):
@@ -222,7 +222,7 @@ def test_a_masked_subject_is_found_exported_and_erased(empty_world, tmp_path):
     assert count(world, table="visits") == 1
 
 
-def test_partitions_by_another_column_lose_expired_rows_alone(empty_world, tmp_path):
+def test_partitions_by_another_column_lose_only_expired_rows(empty_world, tmp_path):
     (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT)
     with empty_world.connect() as database:
         database.execute("create table visits (masked_mail varchar(256), page text, visited_on date) partition by range (page)")
@@ -234,7 +234,7 @@ def test_partitions_by_another_column_lose_expired_rows_alone(empty_world, tmp_p
     assert count(empty_world, table="visits") == 3
 
 
-def test_a_partitioned_table_needs_no_default_partition_and_a_reader_of_one_keeps_no_other(empty_world, tmp_path):
+def test_a_reader_of_one_partition_does_not_stop_others_from_being_dropped(empty_world, tmp_path):
     (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT)
     partition_by_day(empty_world, oldest=(90, 60), old=(60, 40), young=(40, -9))
     assert empty_world.run("migrate", "--mapping", str(tmp_path / "mapping.toml")).returncode == 0
@@ -245,7 +245,7 @@ def test_a_partitioned_table_needs_no_default_partition_and_a_reader_of_one_keep
         assert database.execute("select count(*) from pg_inherits where inhparent = 'visits'::regclass").fetchone() == (1,)
 
 
-def test_rows_past_retention_go_by_a_call_that_deletes_nothing_else(empty_world, tmp_path):
+def test_the_expiry_call_deletes_only_rows_past_retention(empty_world, tmp_path):
     (tmp_path / "mapping.toml").write_text(MASKED_SUBJECT)
     assert empty_world.run("migrate", "--mapping", str(tmp_path / "mapping.toml")).returncode == 0
     with empty_world.connect() as database:
@@ -269,13 +269,13 @@ def test_partitions_past_retention_are_dropped_whole(empty_world, tmp_path):
     assert empty_world.run("migrate", "--mapping", str(tmp_path / "mapping.toml")).returncode == 0
     with empty_world.connect() as database:
         database.execute("set role login_etl")
-        # One partition, and the rows of the default one that are as old.
+        # Drops one partition, and deletes the rows of the same age from the default partition.
         assert database.execute("select * from visits_expire(1000)").fetchone() == (9, 1)
         assert database.execute("select * from visits_expire(1000)").fetchone() == (0, 0)
     assert count(empty_world, table="visits") == 41
 
 
-# Who may.
+# Roles and refusals.
 
 
 def test_who_erases_can_neither_read_nor_recover_and_who_recovers_cannot_erase(ring, dead):
@@ -296,7 +296,7 @@ def test_who_erases_can_neither_read_nor_recover_and_who_recovers_cannot_erase(r
         for statement in ("delete from user_logins", "select from etl_audit", "insert into etl_audit default values", "select from user_logins"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 database.execute(statement)
-    # It needs no keyring for a plain subject.
+    # A plain subject needs no keyring.
     without = privacy | dead.environment | {"MASKING_SECRET_ID": None}
     assert ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", environment=without)["rows"] == 2
 
@@ -328,12 +328,12 @@ def test_an_operator_that_somebody_made_in_the_schema_is_not_used(ring):
 @pytest.mark.parametrize(
     ("value", "words", "says"),
     [
-        (PERSON, ("--reason", " "), "--reason says nothing"),
-        (PERSON, ("--reason", f"Request of {PERSON.upper()}"), "--reason has the value in it"),
+        (PERSON, ("--reason", " "), "--reason is blank"),
+        (PERSON, ("--reason", f"Request of {PERSON.upper()}"), "--reason contains the value"),
         ("", ("--reason", "r"), "the value is empty"),
     ],
 )
-def test_what_would_be_a_mistake_is_refused_before_anything_is_done(ring, value, words, says):
+def test_a_bad_reason_or_value_is_refused_before_anything_is_done(ring, value, words, says):
     insert(ring, PERSON)
     told = ring.run("subject", "erase", value, *words, "--yes")
     assert told.returncode == 2 and says in told.stderr and count(ring) == 1 and audited(ring) == []
@@ -344,16 +344,16 @@ def test_without_a_dead_letter_queue_it_says_so(ring):
     erased = ring.json("subject", "erase", PERSON, "--reason", "r", "--yes", status=1)
     assert (erased["rows"], erased["messages"]) == (1, None) and audited(ring) == [("erase", "r", 1, None)]
     told = ring.run("subject", "erase", PERSON, "--reason", "r", "--yes")
-    assert told.returncode == 1 and "Dead messages were not looked at" in told.stdout and "recorded" not in told.stdout
+    assert told.returncode == 1 and "Dead messages were not searched" in told.stdout and "recorded" not in told.stdout
 
 
-def test_rows_that_a_trigger_keeps_end_the_run_with_a_word(ring, dead):
+def test_rows_that_a_trigger_keeps_end_the_run_with_an_error(ring, dead):
     insert(ring, PERSON)
     with ring.connect() as database:
         database.execute("create function keep() returns trigger language plpgsql as 'begin return null; end'")
         database.execute("create trigger keep before delete on user_logins for each row execute function keep()")
     told = ring.run("subject", "erase", PERSON, "--reason", "r", "--yes", environment=dead.environment)
-    assert told.returncode == 3 and "1 row left that cannot be erased" in told.stderr
+    assert told.returncode == 3 and "1 row cannot be erased" in told.stderr
 
 
 def test_a_value_that_the_column_cannot_hold_reaches_no_log(empty_world, servers, tmp_path):
@@ -367,10 +367,10 @@ def test_a_value_that_the_column_cannot_hold_reaches_no_log(empty_world, servers
     assert value not in servers.postgres.log_file.read_text(errors="replace")
 
 
-# Whatever happens meanwhile.
+# Kills and redeliveries.
 
 
-def test_killed_at_any_point_it_has_recorded_just_what_it_erased_and_finishes_when_it_is_run_again(ring, dead):
+def test_a_killed_erasure_has_recorded_exactly_what_it_erased_and_finishes_when_run_again(ring, dead):
     insert(ring, PERSON, count=10_000)
     insert(ring, "other", count=500)
     erase = ("subject", "erase", PERSON, "--reason", "r", "--yes")
@@ -378,12 +378,12 @@ def test_killed_at_any_point_it_has_recorded_just_what_it_erased_and_finishes_wh
     left = [10_000]
     for number in range(50):
         with ring.start(*erase, "--batch", "2", environment=dead.environment) as process:
-            # Some before anything is done, most while rows go, however slow the machine is.
+            # Kill some runs before they erase anything, and most while they erase, however slow the machine is.
             if number % 3:
                 ring.until(lambda: count(ring, f"user_id = '{PERSON}'") < left[-1] or process.poll() is not None)
             time.sleep(chance.uniform(0, 0.05))
             process.kill()
-        # The server may still be at the last batch.
+        # The server may still be executing the last batch.
         ring.until(lambda: not ring.sessions())
         left.append(count(ring, f"user_id = '{PERSON}'"))
         assert sum(rows for _, _, rows, _ in audited(ring)) == 10_000 - left[-1]

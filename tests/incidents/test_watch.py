@@ -1,4 +1,4 @@
-"""The picture of the incidents: samples, the template's alarms over them, and its dashboard."""
+"""Tests the samples of the incidents, the template's alarms over them, and its dashboard."""
 
 import json
 from html import escape
@@ -18,7 +18,7 @@ def resources():
 
 
 def samples_of(values, metric=FAILED):
-    """One sample a minute; None for a minute without any."""
+    """One sample a minute; None for a minute without a sample."""
     samples = Samples()
     for minute, value in enumerate(values):
         if value is not None:
@@ -47,7 +47,7 @@ def rings(values, minute=None, **properties):
     ("values", "expected"),
     [([9, 0, 9], True), ([9, 0, 0], False), ([0, 9, 9], True), ([9, 9, 0, 0], False), ([9, 9, 0], True)],
 )
-def test_an_alarm_rings_while_so_many_of_so_many_datapoints_breach(values, expected):
+def test_an_alarm_rings_while_m_of_n_datapoints_breach(values, expected):
     assert rings(values, DatapointsToAlarm=2) == expected
 
 
@@ -57,7 +57,7 @@ def test_without_a_number_of_datapoints_all_must_breach():
 
 @pytest.mark.parametrize(
     ("values", "of_breaching", "of_not_breaching"),
-    # The table of CloudWatch's documentation: three of three, and the two datapoints before them.
+    # The table in CloudWatch's documentation: three of three datapoints, and the two before them.
     [
         ([0, None, 9, None, 9], False, False),
         ([None, None, None, None, 0], False, False),
@@ -66,7 +66,7 @@ def test_without_a_number_of_datapoints_all_must_breach():
         ([None, None, 9, None, None], True, False),
     ],
 )
-def test_older_datapoints_take_the_place_of_missing_ones_and_only_the_rest_is_filled_in(values, of_breaching, of_not_breaching):
+def test_older_datapoints_replace_missing_ones_before_missing_data_is_treated(values, of_breaching, of_not_breaching):
     assert rings(values, TreatMissingData="breaching") == of_breaching
     assert rings(values, TreatMissingData="notBreaching") == of_not_breaching
 
@@ -82,11 +82,11 @@ def test_the_window_of_a_longer_period_slides_by_the_minute():
     [("100 * a / b", 50), ("100 * a / (1000 * 3)", 1 / 15), ("100 * a / zero", None), ("100 * a / gone", None)]
     + [("MAX([FILL(a, 0), FILL(gone, 0)])", 2), ("MAX([FILL(gone, 0), FILL(gone, 0)])", 0), ("MAX([a, b])", 4)],
 )
-def test_metric_math_makes_a_missing_datapoint_of_missing_ones_unless_they_are_filled(expression, expected):
+def test_metric_math_on_a_missing_datapoint_is_missing_unless_filled(expression, expected):
     assert calculate(expression, {"a": 2, "b": 4, "zero": 0, "gone": None}) == (expected if expected is None else pytest.approx(expected))
 
 
-def test_what_is_not_known_of_metric_math_is_refused():
+def test_unknown_metric_math_is_refused():
     with pytest.raises(ValueError, match="RATE"):
         calculate("RATE(a)", {"a": 1})
 
@@ -96,7 +96,7 @@ def test_a_composite_alarm_follows_its_rule():
     assert [follows(rule, ringing) for ringing in ({"A"}, {"A", "B"}, {"B", "C"}, set())] == [True, False, True, False]
 
 
-def test_the_page_goes_out_for_rows_that_are_late_and_not_for_messages_that_fail(resources):
+def test_the_page_rings_for_late_rows_and_not_for_failing_messages(resources):
     late = samples_of([60] * 3, Metric("login-etl", "AgeOfOldestMessage", FUNCTION))
     assert {"Late", "Page"} <= Alarms(resources, late).ringing(3)
     failing = Alarms(resources, samples_of([50] * 3)).ringing(3)
@@ -108,7 +108,7 @@ def test_no_alarm_of_the_template_rings_while_all_is_well(resources):
     assert calm.changes(30) == []
 
 
-def test_the_age_of_a_queue_s_oldest_message_leaves_out_what_was_received_three_times():
+def test_the_age_of_the_oldest_message_ignores_messages_received_three_times():
     sent_and_received = ((10, 3), (40, 2), (90, 0))
     messages = [
         {"Attribute": {"SentTimestamp": str(sent * 1000), "ApproximateReceiveCount": str(receives)}} for sent, receives in sent_and_received

@@ -1,4 +1,4 @@
-//! PostgreSQL refuses a batch: for a row's sake, or for the table's.
+//! PostgreSQL refuses a batch, and either a row or the table is at fault.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::world::{World, bodies, body, event, failed, invoke, invoke_within, message_id};
 
-/// Whoever writes to the table writes through this, as the function does.
+/// Changes to the table by which PostgreSQL refuses the row of `user-1`, or a row without a locale.
 const ONE_BAD: [(&str, &str); 8] = [
     (
         "a trigger",
@@ -40,11 +40,11 @@ const ONE_BAD: [(&str, &str); 8] = [
     ("a unique index", "
         create unique index on user_logins (user_id);
         insert into user_logins (user_id, locale) values ('user-1', '')"),
-    ("a column that is demanded", "alter table user_logins alter locale set not null"),
+    ("a NOT NULL column", "alter table user_logins alter locale set not null"),
 ];
 
 #[tokio::test]
-async fn a_row_that_is_refused_leaves_the_others_of_its_batch_alone() {
+async fn a_refused_row_does_not_affect_the_rest_of_its_batch() {
     for (what, change) in ONE_BAD {
         let world = World::new().await;
         world.admin.batch_execute(change).await.unwrap();
@@ -58,13 +58,13 @@ async fn a_row_that_is_refused_leaves_the_others_of_its_batch_alone() {
 }
 
 #[tokio::test]
-async fn a_table_that_takes_no_row_fails_the_batch_and_says_why() {
+async fn a_table_that_refuses_every_row_fails_the_batch_with_the_reason() {
     let partitioned = "
         alter table user_logins rename to old;
         create table user_logins (like old) partition by range (create_date);
         create table early partition of user_logins for values from (minvalue) to ('2000-01-01');
         grant insert on user_logins to login_etl";
-    for (change, says) in [
+    for (change, expected) in [
         (
             "alter table user_logins add tenant text not null",
             "SQLSTATE 23502, column \"tenant\", table public.user_logins",
@@ -74,7 +74,7 @@ async fn a_table_that_takes_no_row_fails_the_batch_and_says_why() {
             "SQLSTATE 22001",
         ),
         ("revoke insert on user_logins from login_etl", "SQLSTATE 42501: the user may not write"),
-        ("alter table user_logins enable row level security", "SQLSTATE 42501: a policy of row security forbids it"),
+        ("alter table user_logins enable row level security", "SQLSTATE 42501: a row security policy forbids it"),
         (partitioned, "SQLSTATE 23514, table public.user_logins: no partition takes the row"),
     ] {
         let world = World::new().await;
@@ -84,14 +84,14 @@ async fn a_table_that_takes_no_row_fails_the_batch_and_says_why() {
         for count in [3, 1000] {
             let error = invoke(&handler, &event(0, bodies(0..count))).await.unwrap_err();
             assert_eq!(error.error_type(), "Table", "{error}");
-            assert!(error.to_string().contains(says), "{error}");
+            assert!(error.to_string().contains(expected), "{error}");
         }
         assert_eq!(world.count("etl_ledger").await, 3);
     }
 }
 
 #[tokio::test]
-async fn a_table_that_takes_no_row_is_found_by_a_handful_of_statements() {
+async fn a_table_that_refuses_every_row_costs_few_statements() {
     let world = World::new().await;
     world.admin.batch_execute("alter table user_logins add tenant text not null").await.unwrap();
     let handler = world.handler().await;
@@ -102,7 +102,7 @@ async fn a_table_that_takes_no_row_is_found_by_a_handful_of_statements() {
 }
 
 #[tokio::test]
-async fn refused_rows_that_come_back_together_are_still_refused_for_their_own_sake() {
+async fn a_redelivered_batch_of_refused_rows_does_not_blame_the_table() {
     let world = World::new().await;
     let refuse = "alter table user_logins add check (user_id not in ('user-1', 'user-2', 'user-3', 'user-4'))";
     world.admin.batch_execute(refuse).await.unwrap();
@@ -113,7 +113,7 @@ async fn refused_rows_that_come_back_together_are_still_refused_for_their_own_sa
 }
 
 #[tokio::test]
-async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_gets_further() {
+async fn a_batch_out_of_time_acknowledges_written_rows_and_each_delivery_gets_further() {
     let world = World::new().await;
     let slow = "
         create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.05); return null; end $$;
@@ -124,7 +124,7 @@ async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_g
     let all: Value = serde_json::from_str(&event(0, bodies(0..400))).unwrap();
     let mut messages = all["Records"].as_array().unwrap().clone();
     let mut progress = 0;
-    // A busy machine can let a delivery's time pass before its first statement. Such a batch fails, and comes back.
+    // On a busy machine a delivery can run out of time before its first statement. Then the batch fails, and is delivered again.
     for _ in 0..10 {
         let before = messages.len();
         let event = json!({"Records": messages}).to_string();
@@ -132,18 +132,18 @@ async fn where_time_runs_out_what_is_written_is_acknowledged_and_each_delivery_g
             Ok(answer) => {
                 let failed = failed(&answer);
                 messages.retain(|message| failed.contains(&message["messageId"].as_str().unwrap()));
-                assert!(messages.len() < before, "{before} messages, and none is written");
+                assert!(messages.len() < before, "none of {before} messages was written");
                 progress += 1;
             }
             Err(error) => assert_eq!(error.error_type(), "Deadline", "{error}"),
         }
-        // What was under way at the end may have been written, too.
+        // The last statement may also have been written.
         assert!(world.count("user_logins").await >= 400 - messages.len() as i64);
         if progress == 3 {
             return;
         }
     }
-    panic!("only {progress} of ten deliveries got further");
+    panic!("only {progress} of ten deliveries made progress");
 }
 
 #[tokio::test]
@@ -161,7 +161,7 @@ async fn many_refused_rows_take_little_more_than_a_statement_each() {
 }
 
 #[tokio::test]
-async fn a_table_that_is_changed_or_replaced_under_a_warm_connection_is_written_on() {
+async fn a_warm_connection_survives_a_changed_or_replaced_table() {
     let world = World::new().await;
     let handler = world.handler().await;
     for (start, change) in [
@@ -185,7 +185,7 @@ async fn a_table_that_is_changed_or_replaced_under_a_warm_connection_is_written_
 }
 
 #[tokio::test]
-async fn a_database_of_another_encoding_takes_what_it_can_hold() {
+async fn a_database_of_another_encoding_takes_the_text_it_can_store() {
     for (encoding, refused) in [("LATIN1", vec![message_id(1)]), ("SQL_ASCII", vec![])] {
         let world = World::in_encoding(encoding).await;
         let named = |name: &str, number| body(number).replace("\"user-", &format!("\"{name}-"));

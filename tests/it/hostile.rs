@@ -1,4 +1,4 @@
-//! Messages that mean harm, or look like it: none is lost, none breaks the others, none is written as it should not be.
+//! Malicious and malformed messages: none is lost, affects others, or is written wrongly.
 
 use std::time::SystemTime;
 
@@ -68,7 +68,7 @@ async fn hostile_bodies_are_each_accounted_for() {
 }
 
 #[tokio::test]
-async fn hostile_metadata_is_each_message_s_own_matter() {
+async fn hostile_metadata_affects_only_its_own_message() {
     let world = World::new().await;
     let message = |id: &str, attributes: Value| json!({"messageId": id, "body": body(1), "attributes": attributes});
     let event = json!({"Records": [
@@ -77,7 +77,7 @@ async fn hostile_metadata_is_each_message_s_own_matter() {
         message(&"i".repeat(100_000), json!({"SentTimestamp": "253402300799999"})),
         message(" ", json!(null)),
         message("{00000000-0000-0000-0000-000000000001}", json!({})),
-        // The same id, spelt in another way: a second copy.
+        // A second copy: the same id in another spelling.
         message("urn:uuid:00000000-0000-0000-0000-000000000001", json!({"Unknown": "attribute"})),
     ], "version": "9.9", "unknown": [1]});
     for _ in 0..2 {
@@ -114,7 +114,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// The rules of a login, told once more.
+/// A second implementation of the built-in mapping's rules.
 fn is_login(body: &Value) -> bool {
     let text = |field: &str, max: usize| {
         body[field].as_str().is_some_and(|text| (1..=max).contains(&text.chars().count()) && !text.contains('\0'))
@@ -125,13 +125,13 @@ fn is_login(body: &Value) -> bool {
             let digits = version.split('.').all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()));
             digits && version.replace('.', "").parse::<i32>().is_ok()
         });
-    // 191 bytes and their padding are twelve blocks, which are 256 characters of Base64.
+    // 191 bytes with their padding are twelve blocks, or 256 characters of Base64.
     let short = |field: &str| body[field].as_str().is_some_and(|text| text.len() <= 191);
     let masked = ["ip", "device_id"].into_iter().all(|field| text(field, usize::MAX) && short(field));
     body.is_object() && text("user_id", 128) && text("device_type", 32) && masked && locale && version
 }
 
-/// Whether a body is a login; however its text is spelt in the event, it is the same one.
+/// Whether a body is accepted. Also checks that its JSON escapes in the event make no difference.
 fn accepts(body: &str) -> bool {
     let (mapping, keyring) = (Mapping::built_in().unwrap(), Keyring::from_json(KEYRING).unwrap());
     let envelope = Envelope { message_id: "m", sent: None, queue: None, now: SystemTime::now() };
@@ -143,7 +143,7 @@ fn accepts(body: &str) -> bool {
     row.is_ok()
 }
 
-/// A text as strings of JSON: with no more escapes than it needs, with others for its quotes, and of escapes alone.
+/// A text as three JSON strings: with the fewest escapes, with other escapes for quotes, and with every character escaped.
 fn spellings(text: &str) -> [String; 3] {
     let spelling = |escaped: fn(char) -> bool| {
         let characters = text.chars().map(|character| {
@@ -181,7 +181,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_masked_is_recovered_and_nothing_else_is(value in any::<String>(), other in any::<String>()) {
+    fn only_masked_values_are_recovered(value in any::<String>(), other in any::<String>()) {
         let siv = r#"{"active": "k", "keys": {"k": {"cipher": "aes-siv",
             "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"}}}"#;
         for text in [KEYRING, siv] {

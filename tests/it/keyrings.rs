@@ -1,4 +1,4 @@
-//! A rotated keyring reaches environments that run.
+//! Running environments use a rotated keyring.
 
 use login_etl::keyring::Keyring;
 
@@ -12,7 +12,7 @@ async fn masked_under_the_new_key(world: &World) -> i64 {
 }
 
 #[tokio::test]
-async fn a_rotated_keyring_is_used_once_the_present_one_is_old() {
+async fn a_rotated_keyring_is_used_once_the_ttl_has_passed() {
     let mut world = World::new().await;
     let patient = world.handler().await;
     world.settings.insert("SECRETS_TTL", "0".to_owned());
@@ -23,7 +23,7 @@ async fn a_rotated_keyring_is_used_once_the_present_one_is_old() {
     invoke(&eager, &event(1, [body(1)])).await.unwrap();
     assert_eq!(masked_under_the_new_key(&world).await, 1);
 
-    // An aes-siv mask holds for its own field only.
+    // An aes-siv mask can only be recovered for its own field.
     let rows = world.rows("select masked_ip, masked_device_id from user_logins where user_id = 'user-1'").await;
     let ring = Keyring::from_json(RING).unwrap();
     assert_eq!(*ring.recover("ip", rows[0].get("masked_ip")).unwrap(), "10.0.0.1");
@@ -31,7 +31,7 @@ async fn a_rotated_keyring_is_used_once_the_present_one_is_old() {
 }
 
 #[tokio::test]
-async fn a_keyring_that_cannot_be_read_again_is_used_on() {
+async fn a_keyring_stays_in_use_if_it_cannot_be_read_again() {
     let mut world = World::new().await;
     world.settings.insert("SECRETS_TTL", "0".to_owned());
     let handler = world.handler().await;

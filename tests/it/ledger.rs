@@ -1,4 +1,4 @@
-//! The ledger's memory: what it forgets, and what it never does.
+//! Which ledger keys expire, and which never do.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,7 +8,7 @@ use crate::world::{World, bodies, body, event, failed, invoke, maintain};
 
 const DAY: u64 = 86_400;
 
-/// The event, its messages sent so many days ago.
+/// The event with all messages sent `days` ago.
 fn sent_days_ago(days: u64, event: &str) -> String {
     let sent_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() - Duration::from_secs(days * DAY);
     let mut event: Value = serde_json::from_str(event).unwrap();
@@ -28,7 +28,7 @@ async fn remember_expired(world: &World, count: u32) {
 }
 
 #[tokio::test]
-async fn expired_keys_go_by_themselves_and_the_others_stay() {
+async fn expired_keys_are_pruned_and_the_others_stay() {
     let world = World::new().await;
     remember_expired(&world, 1000).await;
     let handler = world.handler().await;
@@ -47,7 +47,7 @@ async fn a_ledger_that_has_grown_shrinks_by_more_than_what_is_inserted() {
     for batch in 0..3 {
         invoke(&handler, &sent_days_ago(1, &event(batch * 10_000, bodies(0..10_000)))).await.unwrap();
     }
-    // 20,000 when the environment is new and has inserted 10,000, then twice what came in between.
+    // The first batch prunes 20,000 keys; later prunes delete twice as many keys as rows were inserted since.
     assert_eq!(world.count("etl_ledger where sent_at < now() - interval '35 days'").await, 0);
     assert_eq!(world.count("user_logins").await, 30_000);
 }
@@ -62,7 +62,7 @@ async fn retention_is_a_setting() {
 }
 
 #[tokio::test]
-async fn a_message_beyond_the_ledger_s_memory_is_inserted_once_all_the_same() {
+async fn a_message_older_than_the_retention_is_still_inserted_once() {
     let world = World::new().await;
     for _ in 0..2 {
         // New environments, each of which prunes.
@@ -85,7 +85,7 @@ async fn a_ledger_that_cannot_be_pruned_stops_nothing() {
 }
 
 #[tokio::test]
-async fn the_schedule_deletes_all_that_has_expired_and_batches_leave_that_to_it() {
+async fn the_schedule_prunes_the_ledger_and_batches_leave_that_to_it() {
     let world = World::new().await;
     let expired = "etl_ledger where sent_at < now() - interval '35 days'";
     remember_expired(&world, 25_000).await;
@@ -105,7 +105,7 @@ async fn the_schedule_deletes_all_that_has_expired_and_batches_leave_that_to_it(
 }
 
 #[tokio::test]
-async fn what_the_schedule_could_not_do_is_not_recorded_as_done() {
+async fn a_failed_maintenance_run_is_not_recorded() {
     let world = World::new().await;
     remember_expired(&world, 10).await;
     world.admin.batch_execute("revoke delete on etl_ledger from login_etl").await.unwrap();

@@ -1,4 +1,4 @@
-//! Batches that go well: what stands in the tables afterwards.
+//! What successful batches leave in the tables.
 
 use crate::world::{World, bodies, body, event, failed, invoke, recover, sample};
 
@@ -52,7 +52,7 @@ async fn a_redelivered_batch_inserts_nothing() {
 }
 
 #[tokio::test]
-async fn a_batch_of_which_some_messages_came_before_inserts_the_others() {
+async fn a_partly_redelivered_batch_inserts_only_the_new_messages() {
     let world = World::new().await;
     let handler = world.handler().await;
     invoke(&handler, &event(20, bodies(0..30))).await.unwrap();
@@ -65,7 +65,7 @@ async fn a_batch_has_the_same_rows_however_it_is_written() {
     let mut world = World::new().await;
     let mut bodies = bodies(0..50);
     bodies.push(body(50).replace(r#""RU""#, "null"));
-    // By INSERT, and by COPY.
+    // By INSERT, then by COPY.
     for (first, threshold) in [(0, "52"), (1000, "51")] {
         world.settings.insert("COPY_THRESHOLD", threshold.to_owned());
         assert!(failed(&invoke(&world.handler().await, &event(first, &bodies)).await.unwrap()).is_empty());
@@ -75,7 +75,7 @@ async fn a_batch_has_the_same_rows_however_it_is_written() {
     assert_eq!(world.count("etl_ledger").await, 102);
 }
 
-/// The driver would take one answer for another on a connection on which a `COPY` failed.
+/// After a failed `COPY` the driver confuses answers, so the connection must be replaced.
 #[tokio::test]
 async fn a_redelivered_batch_that_is_written_by_copy_gets_a_new_connection() {
     let mut world = World::new().await;
@@ -151,9 +151,9 @@ async fn environments_that_share_messages_insert_each_once() {
     assert_eq!(world.count("user_logins").await, 2500);
 }
 
-/// Sessions that insert the same keys in opposite orders would deadlock.
+/// Sessions that insert the same keys in opposite order would deadlock.
 #[tokio::test]
-async fn keys_are_written_in_one_order_whatever_the_batch_s() {
+async fn ledger_keys_are_written_in_sorted_order() {
     let world = World::new().await;
     invoke(&world.handler().await, &reversed(&event(0, bodies(0..100)))).await.unwrap();
     let unordered = "(select message_id, lag(message_id) over (order by ctid) as before from etl_ledger) as keys \
@@ -214,11 +214,11 @@ async fn the_schema_takes_an_existing_table_as_it_is_and_can_be_applied_again() 
     }
     invoke(&world.handler().await, &sample("valid")).await.unwrap();
     assert_eq!(world.count("user_logins").await, 6);
-    assert_eq!(world.count("user_logins_masked_ip_duplicates").await, 0, "what is unknown is no duplicate");
+    assert_eq!(world.count("user_logins_masked_ip_duplicates").await, 0, "NULLs are not duplicates");
 }
 
 #[tokio::test]
-async fn a_table_of_other_types_is_written_alike_whatever_the_size_of_the_batch() {
+async fn a_table_of_other_types_is_written_the_same_at_every_batch_size() {
     let world = World::new().await;
     let change = "alter table user_logins alter app_version type real, alter locale type char(4)";
     world.admin.batch_execute(change).await.unwrap();
@@ -227,7 +227,7 @@ async fn a_table_of_other_types_is_written_alike_whatever_the_size_of_the_batch(
 }
 
 #[tokio::test]
-async fn an_id_is_the_same_in_upper_case_and_is_answered_as_it_came() {
+async fn a_message_id_in_upper_case_is_the_same_and_is_reported_unchanged() {
     let world = World::new().await;
     let handler = world.handler().await;
     let id = "d25e75b7-9d01-4b4c-8f83-6b2b8f1e7f0a";

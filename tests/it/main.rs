@@ -1,6 +1,6 @@
-//! The function's library against a real PostgreSQL, over TLS, with its secrets in LocalStack's Secrets Manager.
+//! Tests the function's library against a real PostgreSQL over TLS, with its secrets in LocalStack's Secrets Manager.
 //!
-//! `./local/test` starts both and says in the environment where they are. A test without them fails.
+//! `./local/test` starts both, and sets environment variables with their addresses. Without them, every test fails.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by panicking")]
 

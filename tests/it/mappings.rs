@@ -1,11 +1,11 @@
-//! Mappings other than the one that ships, into a real table.
+//! Mappings other than the built-in one, into a real table.
 
 use login_etl::keyring::Keyring;
 use serde_json::{Value, json};
 
 use crate::world::{World, event, failed, invoke, message_id};
 
-/// A column of each type; two have the names of the ledger's.
+/// A column of each type. Two columns have the names of ledger columns.
 const MAPPING: &str = r#"
     table = "app.every type"
     [[column]]
@@ -116,7 +116,7 @@ async fn a_row_has_every_type_and_is_inserted_once() {
     let handler = world.handler().await;
     let bodies = [body(1, "Ann@Example.com"), body(-2, "ann@example.com"), body(1, "x"), json!({"text": "longer"})];
     let mut bodies = bodies.map(|body| body.to_string());
-    // A nesting that PostgreSQL's stack does not hold.
+    // Nested too deeply for PostgreSQL's stack.
     bodies[2] = bodies[2].replace("0.1", &format!("0.1, \"x\": {}{}", "[".repeat(20_000), "]".repeat(20_000)));
     for _ in 0..2 {
         let response = invoke(&handler, &event(7, &bodies)).await.unwrap();
@@ -162,7 +162,7 @@ const ONE_WAY_BESIDE_RECOVERABLE: &str = r#"
 "#;
 
 #[tokio::test]
-async fn a_one_way_column_has_masks_that_nobody_recovers_beside_one_that_can_be() {
+async fn one_way_and_recoverable_columns_work_side_by_side() {
     let mut world = World::new().await;
     world
         .admin

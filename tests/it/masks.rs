@@ -1,4 +1,4 @@
-//! Masks, beside the tools that made the original's.
+//! Compares masks with those of other tools, among them the original script's.
 
 use std::process::Command;
 
@@ -57,7 +57,7 @@ fn siv_masks_follow_rfc_5297_with_the_field_as_associated_data() {
     assert_eq!(*keyring.recover("ip", &masked).unwrap(), "199.172.111.135");
 }
 
-/// Python's `hmac` makes the same, and nobody recovers them.
+/// Python's `hmac` makes the same masks, and the keyring cannot recover them.
 #[test]
 fn one_way_masks_are_the_mac_of_field_zero_byte_and_value() {
     const HMAC: &str = "
@@ -76,7 +76,7 @@ print('one-way:' + b64encode(hmac.digest(bytes.fromhex(sys.argv[1]), sys.argv[2]
     }
 }
 
-/// The values that the tools below mask too: short, of one block, longer, not ASCII.
+/// Values that all tools mask: short, one block, longer, not ASCII.
 const VALUES: [&str; 5] = ["199.172.111.135", "2001:db8::1", "593-47-5928", "0123456789abcdef", "é\"'$"];
 
 #[test]
@@ -118,10 +118,10 @@ print('siv:' + b64encode(tag + text).decode())";
     }
 }
 
-/// Runs a tool of `./local/test`'s environment on `input`.
+/// Runs a tool on `input`, and returns its output.
 pub fn output(mut command: Command, input: &str) -> String {
     use std::{io::Write, process::Stdio};
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("openssl is on PATH");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the tool is on PATH");
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{command:?} failed");

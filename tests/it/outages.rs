@@ -1,4 +1,4 @@
-//! The database fails: between invocations, during one, at the door.
+//! The database fails: between invocations, during an invocation, and while connecting.
 
 use std::{
     collections::BTreeSet,
@@ -17,7 +17,7 @@ use crate::{
 const SESSIONS: &str =
     "select state from pg_stat_activity where datname = current_database() and application_name = 'login-etl'";
 
-/// A function that lets a transaction wait for as long as another session holds a lock.
+/// A trigger function that makes a transaction wait while another session holds a lock.
 const STOP: &str = "create function stop() returns trigger language plpgsql as
     'begin perform pg_advisory_xact_lock_shared(1); return new; end';";
 
@@ -85,7 +85,7 @@ async fn a_large_batch_whose_connection_breaks_half_way_is_written_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_batch_that_cannot_finish_fails_before_its_deadline_and_may_come_back() {
+async fn a_batch_that_cannot_finish_fails_before_its_deadline_and_loads_on_redelivery() {
     let world = World::new().await;
     let handler = world.handler().await;
     let event = event(0, bodies(0..10));
@@ -124,7 +124,7 @@ async fn concurrent_invocations_of_one_environment_share_its_connection_each_wit
         async {
             world.until(&format!("{} = 1", world.waiting())).await;
             let first = world.session().await;
-            // The first is given up, the server ends it, and the next waits in its place, alone.
+            // The first times out, the server ends its session, and only the next one waits.
             world
                 .until(&format!(
                     "{} = 1 and not exists (select from pg_stat_activity where pid = {first})",
@@ -190,7 +190,7 @@ async fn a_large_batch_whose_commit_s_answer_is_lost_is_not_repeated() {
         .unwrap();
     world.admin.batch_execute("select pg_advisory_lock(1)").await.unwrap();
     let losing = async {
-        // It is at its commit, and has had all other answers.
+        // The batch is at its commit, and has received all other answers.
         world.until(&format!("{} = 1", world.waiting())).await;
         proxy.turn(Mode::CutAnswer);
         world.admin.batch_execute("select pg_advisory_unlock(1)").await.unwrap();
@@ -213,11 +213,11 @@ async fn a_half_open_connection_fails_one_batch_at_its_deadline_and_is_replaced(
 }
 
 #[tokio::test]
-async fn after_a_pause_a_half_open_connection_is_found_out_and_replaced_at_once() {
+async fn after_a_pause_a_half_open_connection_is_detected_and_replaced() {
     let mut world = World::new().await;
     let (proxy, handler) = behind_a_proxy(&mut world).await;
     proxy.turn(Mode::Stall);
-    // The pause is what makes the environment check.
+    // The environment checks its connection only after a pause.
     tokio::time::sleep(Duration::from_millis(5100)).await;
     assert!(
         failed(&invoke_within(&handler, &event(1, bodies(1..11)), Duration::from_secs(5)).await.unwrap()).is_empty()
@@ -269,7 +269,7 @@ async fn a_full_disk_fails_the_batch_and_no_message() {
 }
 
 #[tokio::test]
-async fn the_gap_of_a_rotation_is_ridden_out() {
+async fn a_password_rotation_in_progress_is_retried() {
     let world = World::new().await;
     let role = &world.database;
     world.admin.batch_execute(&format!("create role {role} login password 'before' in role login_etl")).await.unwrap();
@@ -318,14 +318,14 @@ async fn a_rotated_password_is_read_again() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_fails_the_batch() {
+async fn an_unreachable_database_fails_the_batch() {
     let mut world = World::new().await;
     // A port that was free a moment ago.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     world.settings.insert("DATABASE_PORT", free.to_string());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseUnavailable");
-    // Which is no matter of messages that are not valid.
+    // Invalid messages are still reported one by one.
     let bad = ["bad"; 3000];
     assert_eq!(failed(&invoke(&world.handler().await, &event(0, bad)).await.unwrap()).len(), 3000);
 }
@@ -349,7 +349,7 @@ async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do()
 }
 
 #[tokio::test]
-async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starting() {
+async fn a_missing_or_malformed_secret_fails_initialisation_and_is_not_quoted() {
     let mut world = World::new().await;
     world.put_secret("database", r#"{"username": "canary"}"#).await;
     let error = world.try_handler().await.unwrap_err().to_string();
@@ -361,9 +361,9 @@ async fn a_secret_that_is_missing_or_malformed_keeps_the_environment_from_starti
         let secret = json!({"username": "canary", "password": "canary", "host": odd, "port": 5432});
         world.put_secret("database", &secret.to_string()).await;
         let error = world.try_handler().await.unwrap_err();
-        assert!(error.to_string().contains("is no host"), "{error}");
+        assert!(error.to_string().contains("\"host\" of the database secret is not valid"), "{error}");
         assert!(!format!("{error} {error:?}").contains("canary"));
-        // Where the settings say the host, the secret's is of no interest.
+        // If the settings have a host, the secret's is ignored.
         world.settings.insert("DATABASE_HOST", host.clone());
         world.try_handler().await.unwrap();
         world.settings.remove("DATABASE_HOST");
@@ -399,7 +399,7 @@ async fn a_session_that_the_server_ends_for_being_idle_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_statement_that_the_server_ends_for_its_time_fails_the_batch_until_there_is_time() {
+async fn a_server_side_timeout_fails_the_batch() {
     for timeout in ["statement_timeout", "lock_timeout"] {
         let world = World::new().await;
         let set = format!("alter role login_etl in database {} set {timeout} = 100", world.database);
@@ -414,7 +414,7 @@ async fn a_statement_that_the_server_ends_for_its_time_fails_the_batch_until_the
     }
 }
 
-/// A long password of any characters, as a person might choose it, or a program.
+/// Passwords with unusual characters, and very long ones.
 #[tokio::test]
 async fn any_password_signs_in() {
     for password in ["é\u{202e}😀 \\'\"%s", &"long".repeat(325)] {
@@ -432,7 +432,7 @@ async fn any_password_signs_in() {
 }
 
 #[tokio::test]
-async fn a_secret_may_say_the_host_with_its_port_and_the_database_by_another_name() {
+async fn a_secret_may_have_a_port_in_its_host_and_another_key_for_the_database() {
     for name in ["dbname", "database", "db"] {
         let mut world = World::new().await;
         let credentials: Value = serde_json::from_str(&world.credentials(&world.database, "p")).unwrap();
@@ -450,7 +450,7 @@ async fn a_secret_may_say_the_host_with_its_port_and_the_database_by_another_nam
     }
 }
 
-/// What RDS keeps in Secrets Manager says nothing of where the database is.
+/// A secret that RDS manages has no host.
 #[tokio::test]
 async fn a_secret_that_rds_manages_signs_in() {
     let mut world = World::new().await;
@@ -464,8 +464,8 @@ async fn a_secret_that_rds_manages_signs_in() {
     assert!(failed(&invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap()).is_empty());
 }
 
-/// Several environments get overlapping windows of the messages, with hardly any time, and lose their sessions now and then; and
-/// in the end enough time for what is left.
+/// Several environments get overlapping windows of the messages with very short deadlines, and lose their sessions now and then.
+/// In the end one environment gets enough time for the rest.
 #[tokio::test]
 async fn short_deadlines_and_lost_sessions_lose_and_double_nothing() {
     const COUNT: usize = 2500;
@@ -487,7 +487,7 @@ async fn short_deadlines_and_lost_sessions_lose_and_double_nothing() {
     let rounds = async |environment: usize| {
         for round in 0..ROUNDS {
             let chance = (environment * ROUNDS + round) * 7919;
-            // An invocation keeps 200 ms for its answer.
+            // An invocation reserves 200 ms for its response.
             deliver(&handlers[environment], chance % 2000, Duration::from_millis(203 + chance as u64 % 298)).await;
         }
     };

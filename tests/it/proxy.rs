@@ -1,4 +1,4 @@
-//! A TCP proxy before the database that can turn on the function.
+//! A TCP proxy in front of the database that can break connections.
 
 use std::sync::Arc;
 
@@ -10,11 +10,11 @@ use tokio::{
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mode {
-    /// Bytes go through.
+    /// Forwards all bytes.
     Pass,
-    /// The peer is gone without a word: no byte goes through, and nothing is closed.
+    /// A half-open connection: forwards no bytes, and closes nothing.
     Stall,
-    /// What the server answers is lost, and then the connection.
+    /// Drops the server's next answer, and closes the connection.
     CutAnswer,
 }
 
@@ -37,7 +37,7 @@ impl Proxy {
         Self { port, mode }
     }
 
-    /// From now on the connections that there are behave so; new ones pass, as over another path.
+    /// Sets the mode of all open connections. New connections pass.
     pub fn turn(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }

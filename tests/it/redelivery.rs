@@ -1,4 +1,4 @@
-//! Messages of a batch that failed for the database's sake come back later than the queue would have it.
+//! Messages of a batch that failed with the database are redelivered later than after the queue's visibility timeout.
 
 use std::{
     collections::HashSet,
@@ -28,7 +28,7 @@ struct Queue {
 }
 
 impl Queue {
-    /// A queue of its own, whose messages come back after a second.
+    /// A new queue with a visibility timeout of one second.
     async fn new(world: &World) -> Self {
         Self::with_visibility(world, 1).await
     }
@@ -37,7 +37,7 @@ impl Queue {
         Self::named(&world.database, seconds).await
     }
 
-    /// A FIFO queue if the name ends so.
+    /// A FIFO queue if the name ends in `.fifo`.
     async fn named(name: &str, seconds: u32) -> Self {
         let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config(login_etl::roots::of_system()).await);
         let mut created = sqs.create_queue().queue_name(name);
@@ -51,7 +51,7 @@ impl Queue {
         Self { sqs, url, arn }
     }
 
-    /// Up to ten messages that are visible within a moment: their ids and receipt handles.
+    /// Receives up to ten messages within two seconds: their ids and receipt handles.
     async fn receive(&self) -> Vec<(String, String)> {
         let received = self.sqs.receive_message().queue_url(&self.url).max_number_of_messages(10).wait_time_seconds(2);
         let received = received.message_system_attribute_names(MessageSystemAttributeName::All).send().await.unwrap();
@@ -60,7 +60,7 @@ impl Queue {
     }
 }
 
-/// Sends messages with these bodies, and hands them over in one event, in which they are in the same order.
+/// Sends messages with these bodies, receives them, and invokes the handler with them in the same order.
 async fn hand_over(handler: &Handler, queue: &Queue, bodies: &[String], groups: &[&str]) -> SqsBatchResponse {
     for (index, body) in bodies.iter().enumerate() {
         let message = queue.sqs.send_message().queue_url(&queue.url).message_body(body);
@@ -85,7 +85,7 @@ async fn hand_over(handler: &Handler, queue: &Queue, bodies: &[String], groups: 
 }
 
 #[tokio::test]
-async fn what_can_never_succeed_is_back_at_once() {
+async fn messages_that_can_never_succeed_are_redelivered_at_once() {
     let world = World::new().await;
     world.admin.batch_execute("alter table user_logins add check (user_id <> 'user-2')").await.unwrap();
     let queue = Queue::with_visibility(&world, 600).await;
@@ -100,7 +100,7 @@ async fn what_can_never_succeed_is_back_at_once() {
 }
 
 #[tokio::test]
-async fn what_waits_behind_it_in_its_group_is_back_with_it() {
+async fn messages_held_back_in_their_group_are_redelivered_at_once() {
     let world = World::new().await;
     let queue = Queue::named(&format!("{}.fifo", world.database), 600).await;
     let bodies = [body(0), "bad".to_owned(), body(2), body(3), body(4), body(5)];
@@ -116,7 +116,7 @@ async fn what_waits_behind_it_in_its_group_is_back_with_it() {
 }
 
 #[tokio::test]
-async fn nothing_is_hurried_where_half_of_the_messages_are_invalid() {
+async fn redelivery_is_not_hastened_if_half_of_the_messages_are_invalid() {
     let world = World::new().await;
     let queue = Queue::with_visibility(&world, 600).await;
     let bodies = [body(0), "bad".to_owned(), "bad".to_owned(), body(3)];
@@ -125,17 +125,17 @@ async fn nothing_is_hurried_where_half_of_the_messages_are_invalid() {
 }
 
 #[tokio::test]
-async fn a_lone_row_that_may_be_refused_for_the_table_s_sake_comes_back_later() {
+async fn a_lone_row_is_redelivered_later_if_the_table_may_be_at_fault() {
     let world = World::new().await;
     world.admin.batch_execute("alter table user_logins add tenant text not null").await.unwrap();
     let queue = Queue::new(&world).await;
     assert_eq!(failed(&hand_over(&world.handler().await, &queue, &[body(0)], &[]).await).len(), 1);
-    // The queue itself would have it back after a second.
+    // The visibility timeout of one second has passed.
     assert_eq!(queue.receive().await, []);
 }
 
-/// Sends twelve messages and lets a batch of ten of them fail. Returns how many of these come back by the time that the
-/// other two are back and a moment longer, and the others' number.
+/// Sends twelve messages, and lets a batch of ten of them fail. Waits until the other two are redelivered, and a moment longer.
+/// Returns how many of the ten were redelivered by then, and how many others.
 async fn coming_back(world: &World, queue: &Queue) -> (usize, usize) {
     let mut received = Vec::new();
     for body in bodies(0..12) {
@@ -165,13 +165,13 @@ async fn coming_back(world: &World, queue: &Queue) -> (usize, usize) {
 #[tokio::test]
 async fn an_outage_hides_the_messages_of_a_failed_batch_and_no_others() {
     let mut world = World::new().await;
-    world.settings.insert("DATABASE_HOST", "127.0.0.1".to_owned()); // which the certificate does not name
+    world.settings.insert("DATABASE_HOST", "127.0.0.1".to_owned()); // not in the certificate
     let queue = Queue::new(&world).await;
     assert_eq!(coming_back(&world, &queue).await, (0, 2));
 }
 
 #[tokio::test]
-async fn without_a_delay_they_come_back_when_the_queue_would_have_it() {
+async fn without_an_outage_delay_the_visibility_timeout_applies() {
     let mut world = World::new().await;
     world.settings.insert("DATABASE_HOST", "127.0.0.1".to_owned());
     world.settings.insert("OUTAGE_DELAY", "0".to_owned());
@@ -180,7 +180,7 @@ async fn without_a_delay_they_come_back_when_the_queue_would_have_it() {
 }
 
 #[tokio::test]
-async fn without_the_permission_it_is_asked_for_once() {
+async fn without_the_permission_only_one_request_is_sent() {
     let service = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", service.local_addr().unwrap());
     let asked = Arc::new(AtomicU32::new(0));
@@ -197,7 +197,7 @@ async fn without_the_permission_it_is_asked_for_once() {
         }
     });
     let usual = login_etl::config::sdk_config(login_etl::roots::of_system()).await;
-    // Made anew, because the endpoint of the environment goes before one that is set.
+    // A new configuration, as the environment's endpoint takes precedence over one set on a copy.
     let sdk_config = SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(usual.region().cloned())

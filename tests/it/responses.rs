@@ -1,4 +1,4 @@
-//! What Lambda is answered, failure by failure.
+//! The response to Lambda for each kind of failure.
 
 use lambda_runtime::{Context, LambdaEvent};
 use login_etl::runtime::Event;
@@ -77,7 +77,7 @@ async fn an_invocation_is_never_given_the_event_of_another() {
 }
 
 #[tokio::test]
-async fn missing_bodies_and_attributes_are_the_message_s_own_matter() {
+async fn missing_bodies_and_attributes_affect_only_their_own_message() {
     let world = World::new().await;
     let event = json!({"Records": [
         {"messageId": "not-a-uuid", "body": body(1)},
@@ -144,13 +144,13 @@ async fn in_a_large_batch_each_message_has_its_own_fate() {
             bodies[*place as usize] = "bad".to_owned();
         }
         let mut event: Value = serde_json::from_str(&event(0, bodies)).unwrap();
-        // Second copies: of a message that is bad, and of a good one.
+        // Second copies of a bad message and of a good message.
         for (copy, first) in [(1000, 5), (2000, 10)] {
             event["Records"][copy] = event["Records"][first].clone();
         }
         event.to_string()
     };
-    // Nothing that PostgreSQL would refuse; then that, too, and what is there already.
+    // First without rows that PostgreSQL refuses; then with them, and with rows that are stored already.
     let all_bad = [5, 300, 700, 2500, 2999];
     let response = invoke(&handler, &event(&all_bad)).await.unwrap();
     assert_eq!(failed(&response), all_bad.map(message_id));
@@ -233,7 +233,7 @@ async fn ten_thousand_invalid_messages_are_each_reported() {
 }
 
 #[tokio::test]
-async fn of_ten_thousand_groups_each_is_held_back_by_its_own_failure_alone() {
+async fn each_of_ten_thousand_groups_is_held_back_only_by_its_own_failure() {
     let world = World::new().await;
     let bodies = (0..10_000).map(|number| if number % 2 == 0 { body(number) } else { "{}".to_owned() });
     let mut event: Value = serde_json::from_str(&event(0, bodies)).unwrap();

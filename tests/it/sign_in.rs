@@ -1,4 +1,4 @@
-//! Tokens of IAM's, beside botocore's.
+//! Compares IAM authentication tokens with those of botocore.
 
 use std::{
     process::Command,
@@ -24,7 +24,7 @@ for key, secret, session, region, host, port, user, seconds in json.load(sys.std
 "#;
 
 #[test]
-fn tokens_are_botocore_s() {
+fn tokens_equal_those_of_botocore() {
     let mut given = Vec::new();
     for session in [None, Some("a/session+token=".repeat(30))] {
         for user in ["login_etl", "Zoë +&=%/ ~.-_"] {

@@ -1,4 +1,4 @@
-//! The connection to the database is private, and to nobody else.
+//! The connection to the database is encrypted, and the server's certificate is verified.
 
 use std::sync::{
     Arc,
@@ -29,7 +29,7 @@ async fn the_connection_is_encrypted_unless_that_is_disabled() {
     assert!(!world.rows(query).await[0].get::<_, bool>("ssl"));
 }
 
-/// A server that answers the request for TLS with `answer`, says no more and closes; how often it was asked.
+/// Starts a server that answers the request for TLS with `answer`, and then closes. Returns its port, and how often it was asked.
 async fn server_that_answers(answer: &'static [u8]) -> (u16, Arc<AtomicU32>) {
     let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = server.local_addr().unwrap().port();
@@ -53,7 +53,7 @@ async fn a_connection_that_breaks_in_the_handshake_is_tried_again() {
     world.settings.insert("DATABASE_PORT", port.to_string());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseUnavailable", "{error}");
-    // First of all at the start, while the secrets are read.
+    // Once at the start while the secrets are read, then four tries.
     assert_eq!(asked.load(Ordering::Relaxed), 1 + 4);
 }
 
@@ -64,7 +64,7 @@ async fn a_server_without_tls_is_refused() {
     world.settings.insert("DATABASE_PORT", port.to_string());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseTls");
-    assert!(error.to_string().contains("the server does not offer it"), "{error}");
+    assert!(error.to_string().contains("the server does not offer TLS"), "{error}");
 }
 
 #[tokio::test]
@@ -73,9 +73,9 @@ async fn a_certificate_for_another_host_name_is_refused() {
     world.settings.insert("DATABASE_HOST", "127.0.0.1".to_owned());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseTls");
-    let says =
-        "no TLS: the database's certificate is not for \"127.0.0.1\", but for localhost: connect by a name that it has";
-    assert_eq!(error.to_string(), says);
+    let expected = "TLS failed: the database's certificate is not for \"127.0.0.1\", but for localhost: \
+                    connect by a name in the certificate";
+    assert_eq!(error.to_string(), expected);
     assert_eq!(world.count("user_logins").await, 0);
 }
 
@@ -83,34 +83,34 @@ async fn a_certificate_for_another_host_name_is_refused() {
 async fn a_certificate_of_an_unknown_authority_is_refused() {
     let mut world = World::new().await;
     let other = concat!(env!("CARGO_MANIFEST_DIR"), "/src/roots/amazon.pem");
-    for (roots, says) in [("aws", "the system's"), ("system", "the system's"), (other, "those of ")] {
+    for (roots, trusted) in [("aws", "the system's"), ("system", "the system's"), (other, "those in ")] {
         world.settings.insert("DATABASE_CA", roots.to_owned());
         let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
         assert_eq!(error.error_type(), "DatabaseTls");
-        let says = format!("leads to none of the roots that are trusted, which are {says}");
-        assert!(error.to_string().contains(&says), "{error}");
+        let expected = format!("no trusted root signed the database's certificate; trusted are {trusted}");
+        assert!(error.to_string().contains(&expected), "{error}");
     }
 }
 
 #[tokio::test]
-async fn where_tls_is_off_a_server_that_may_demand_it_is_told_from_a_wrong_password() {
+async fn with_tls_off_a_refusal_suggests_tls_before_the_password() {
     let mut world = World::new().await;
-    // As a server without an entry of pg_hba.conf for connections in clear.
+    // Like a server without an entry in pg_hba.conf for unencrypted connections.
     let (port, _) = server_that_answers(b"E\0\0\0\x29SFATAL\0VFATAL\0C28000\0Mno entry here\0\0").await;
     world.settings.insert("DATABASE_PORT", port.to_string());
     world.settings.insert("DATABASE_TLS", "disable".to_owned());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseCredentials");
-    assert!(error.to_string().contains("does the server demand TLS?"), "{error}");
+    assert!(error.to_string().contains("if the server requires TLS"), "{error}");
 }
 
 #[tokio::test]
-async fn a_host_that_nobody_knows_is_said_to_be_unknown() {
+async fn an_unknown_host_name_is_reported() {
     let mut world = World::new().await;
     world.settings.insert("DATABASE_HOST", "nowhere.invalid".to_owned());
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseUnavailable");
-    assert!(error.to_string().contains("its host's name is not known"), "{error}");
+    assert!(error.to_string().contains("the host name is unknown"), "{error}");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! A database, secrets and a handler of one test's own.
+//! A database, secrets and a handler for a single test.
 
 use std::{
     collections::HashMap,
@@ -22,7 +22,7 @@ use login_etl::{
 use serde_json::{Value, json};
 use tokio_postgres::{Client, NoTls, Row, config::SslMode};
 
-/// AES-256, with the IV given.
+/// An AES-256 key with an explicit IV.
 pub const KEYRING: &str = r#"{"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4",
                               "iv": "000102030405060708090a0b0c0d0e0f"}"#;
 
@@ -34,7 +34,7 @@ const SCHEMA: [&str; 5] = [
     include_str!("../../schema/user_logins.sql"),
 ];
 
-/// Reads a variable that says where the servers are.
+/// Reads an environment variable with a server's address or credentials.
 pub fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| {
         panic!("{name} is not set: run ./local/test, or ./local/demo --keep and then `set -a; . target/local/env`")
@@ -51,12 +51,12 @@ pub struct World {
 }
 
 impl World {
-    /// A new database with the schema, and secrets that let the function's own user into it.
+    /// A new database with the schema, and secrets with the credentials of the function's own user.
     pub async fn new() -> Self {
         Self::in_encoding("UTF8").await
     }
 
-    /// The same, with the database in this encoding.
+    /// Like [`new`](Self::new), with a database in this encoding.
     pub async fn in_encoding(encoding: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let database = format!("test_{}_{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -79,7 +79,7 @@ impl World {
         let create = format!("create database {database} encoding '{encoding}' locale 'C' template template0");
         server.batch_execute(&create).await.unwrap();
         let admin = connect(superuser.dbname(&database)).await;
-        // Every test holds for every way of writing a batch.
+        // `./local/test` runs all tests with each way of writing a batch.
         let way = |name| (name, std::env::var(name).unwrap_or_default());
         let settings = HashMap::from([
             way("COPY_THRESHOLD"),
@@ -98,7 +98,7 @@ impl World {
     }
 
     pub async fn apply_schema(&self) {
-        // The role is the whole server's: two sessions cannot alter it at once.
+        // The role belongs to the whole server, and two sessions cannot alter it at once.
         static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
         let _alone = ALONE.lock().await;
         for file in SCHEMA {
@@ -114,7 +114,7 @@ impl World {
         self.create_secret_named(&format!("{}/{name}", self.database), text).await;
     }
 
-    /// Gives its ARN.
+    /// Returns its ARN.
     pub async fn create_secret_named(&self, name: &str, text: &str) -> String {
         let created = self.secrets.create_secret().name(name).secret_string(text).send().await.unwrap();
         created.arn.unwrap()
@@ -125,7 +125,7 @@ impl World {
         self.secrets.put_secret_value().secret_id(id).secret_string(text).send().await.unwrap();
     }
 
-    /// Has the function load messages as this mapping says.
+    /// Sets the function's mapping.
     pub fn use_mapping(&mut self, text: &str) {
         let file = std::env::temp_dir().join(format!("{}.toml", self.database));
         std::fs::write(&file, text).unwrap();
@@ -168,14 +168,14 @@ impl World {
         panic!("not within 10 s: {condition}");
     }
 
-    /// A session of its own that locks the table until it is told to `commit`.
+    /// A session that locks the table until it runs `commit`.
     pub async fn lock_table(&self) -> Client {
         let session = connect(&self.superuser).await;
         session.batch_execute("begin; lock table user_logins").await.unwrap();
         session
     }
 
-    /// An expression: how many sessions of the function's wait for a lock.
+    /// An SQL expression: how many sessions of the function wait for a lock.
     pub fn waiting(&self) -> String {
         format!(
             "(select count(*) from pg_stat_activity where datname = '{}' \
@@ -184,7 +184,7 @@ impl World {
         )
     }
 
-    /// Has the server count the statements that write to the table, those that fail, too.
+    /// Makes the server count the statements that write to the table, including those that fail.
     pub async fn count_statements(&self) {
         let counting = "
             create sequence statements;
@@ -198,19 +198,19 @@ impl World {
         self.admin.query_one("select last_value from statements", &[]).await.unwrap().get(0)
     }
 
-    /// How many sessions of the function's there are.
+    /// How many sessions the function has.
     pub async fn sessions(&self) -> i64 {
         self.count("pg_stat_activity where datname = current_database() and application_name = 'login-etl'").await
     }
 
-    /// The process of the function's one session.
+    /// The server process id of the function's only session.
     pub async fn session(&self) -> i32 {
         let query = "select pid from pg_stat_activity \
                      where datname = current_database() and application_name = 'login-etl'";
         self.admin.query_one(query, &[]).await.unwrap().get(0)
     }
 
-    /// Ends the function's sessions; the server tells them so, as at a shutdown.
+    /// Terminates the function's sessions with a notice to the client, as at a shutdown. Returns how many.
     pub async fn terminate_sessions(&self) -> i64 {
         let query = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
                      where datname = current_database() and application_name = 'login-etl'";
@@ -235,10 +235,10 @@ pub async fn invoke_within(handler: &Handler, event: &str, time: Duration) -> Re
     context.deadline = deadline.as_millis() as u64;
     let event = LambdaEvent::new(Event::new(event.to_owned().into(), context.request_id.clone()), context);
     let answer = tokio::time::timeout(time + Duration::from_secs(10), handler.invoke(event)).await;
-    answer.expect("no answer long after the deadline")
+    answer.expect("no response long after the deadline")
 }
 
-/// Handles an event of the schedule's.
+/// Handles an event of the schedule.
 pub async fn maintain(handler: &Handler) {
     let mut context = Context::default();
     let deadline = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() + Duration::from_secs(20);
@@ -261,12 +261,12 @@ pub fn ids(event: &str) -> Vec<String> {
     event.records.into_iter().map(|message| message.message_id.unwrap()).collect()
 }
 
-/// An event of the messages with these bodies; the ids follow from `first` and the place.
+/// An event of messages with these bodies. Their ids count up from `first`.
 pub fn event<B: AsRef<str>>(first: u128, bodies: impl IntoIterator<Item = B>) -> String {
     event_of((first..).zip(bodies))
 }
 
-/// An event of messages with these numbers, from which their ids follow, and bodies.
+/// An event of messages with these bodies. The numbers give their ids.
 pub fn event_of<B: AsRef<str>>(messages: impl IntoIterator<Item = (u128, B)>) -> String {
     let messages = messages.into_iter().enumerate().map(|(place, (number, body))| {
         json!({
@@ -287,7 +287,7 @@ pub fn message_id(number: u128) -> String {
     uuid::Uuid::from_u128(number).to_string()
 }
 
-/// A valid body; the number makes its values its own.
+/// A valid body. The number makes its values unique.
 pub fn body(number: usize) -> String {
     json!({
         "user_id": format!("user-{number}"),

@@ -1,4 +1,4 @@
-"""The archive that people deploy without a compiler."""
+"""Tests the archive that people deploy without a compiler."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ EXAMPLE = paths.ROOT / "examples" / "clicks"
 
 
 def release():
-    """Packs what `sam build` made, and gives the archive."""
+    """Packs the output of `sam build`, and returns the archive."""
     words = [sys.executable, "-m", "world.release", "--function", BINARY, "--without-etlctl"]
     subprocess.run(words, cwd=paths.ROOT, check=True, capture_output=True)
     [archive] = (paths.ROOT / "target" / "release-archive").glob("*.tar.gz")
@@ -36,7 +36,7 @@ def test_its_checksum_is_beside_it(archive):
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=archive.parent, check=True, capture_output=True)
 
 
-def test_it_is_deployed_without_a_compiler_and_with_a_mapping_of_one_s_own(servers, archive, tmp_path, monkeypatch):
+def test_it_deploys_without_a_compiler_and_with_another_mapping(servers, archive, tmp_path, monkeypatch):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     [directory] = tmp_path.iterdir()
@@ -46,7 +46,7 @@ def test_it_is_deployed_without_a_compiler_and_with_a_mapping_of_one_s_own(serve
         ddl = [etlctl, "mapping", "ddl", "--mapping", directory / "function" / "mapping.toml"]
         database.execute(subprocess.run(ddl, check=True, capture_output=True, text=True).stdout)
         database.execute("truncate web.clicks")
-    # SAM CLI, and what its script may call. No compiler, and nothing that could find one.
+    # Only SAM CLI, and the programs that its script may call; no compiler.
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sam", "sh", "dirname", "realpath"):

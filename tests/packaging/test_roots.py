@@ -1,4 +1,4 @@
-"""The roots that are built in are what they seem, and the page tells of them and of no others."""
+"""Checks that the built-in roots are genuine, and that the page lists exactly these."""
 
 import re
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ FILES = {file: x509.load_pem_x509_certificates((ROOTS / file).read_bytes()) for 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_is_valid_signed_by_itself_and_an_authority(file):
+def test_each_is_a_valid_self_signed_ca(file):
     for root in FILES[file]:
         root.verify_directly_issued_by(root)
         assert root.not_valid_before_utc < datetime.now(UTC) < root.not_valid_after_utc, name(root)
@@ -21,7 +21,7 @@ def test_each_is_valid_signed_by_itself_and_an_authority(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_stands_below_its_own_name(file):
+def test_each_is_preceded_by_its_name(file):
     headings = re.findall(r"^(.+)\n-----BEGIN", (ROOTS / file).read_text(), re.MULTILINE)
     assert headings == [name(root) for root in FILES[file]]
 

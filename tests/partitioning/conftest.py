@@ -1,4 +1,4 @@
-"""A database of one test's own, with the schema and what partitions it."""
+"""A separate database for each test, with the schema and the partitioning functions."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Measures what partitioning does to inserts, on a PostgreSQL of its own: before, meanwhile and after; and what pruning costs.
+"""Measures inserts before, during and after partitioning, and the cost of pruning, on its own PostgreSQL.
 
-Not a test: `PYTHONPATH=local target/local/venv/bin/python tests/partitioning/measure.py [ROWS] [KEYS]`, two million and five
-million unless given.
+Not a test. Run `PYTHONPATH=local target/local/venv/bin/python tests/partitioning/measure.py [ROWS] [KEYS]`; the defaults are two million and
+five million.
 """
 
 import sys
@@ -22,7 +22,7 @@ INSERT, PRUNE = ((paths.ROOT / "src" / "store" / f"{name}.sql").read_text() for 
 PARTITIONING = paths.ROOT / "schema" / "partitioning"
 TABLES = ("user_logins", "etl_ledger")
 SESSIONS, BATCH_SIZE, SECONDS, TURNS = 3, 100, 15, 3
-# Keys that the function deletes at once: twice what it inserted since it last did.
+# The keys that the function deletes at once: twice the number of rows inserted since the last pruning.
 PRUNED_AT_ONCE = 20_000
 
 
@@ -54,7 +54,7 @@ class Bench:
         self.database.execute("checkpoint")
 
     def insert(self, stop: threading.Event) -> list[float]:
-        """How long each batch took, until told to stop."""
+        """Inserts until `stop` is set; returns each batch's seconds."""
         latencies = []
         masks = [f"{number:044}" for number in range(BATCH_SIZE)]
         with self.postgres.connect(autocommit=True, cursor_factory=psycopg.RawCursor) as session:
@@ -89,7 +89,7 @@ class Bench:
             time.sleep(SECONDS)
 
     def prune(self, before: datetime) -> None:
-        """As the function does, to the end."""
+        """Prunes as the function does, until no key is left to prune."""
         began, wal, deleted = time.monotonic(), self.wal(), 0
         while some := self.database.execute(PRUNE, [before, PRUNED_AT_ONCE]).rowcount:
             deleted += some
@@ -118,7 +118,7 @@ def main(rows: int = 2_000_000, keys: int = 5_000_000) -> None:
         try:
             bench = Bench(postgres, rows, keys)
             bench.prune(datetime.now(UTC) - timedelta(days=28))
-            # By turns, as no machine is equally fast all the time.
+            # In turns, because a machine's speed varies.
             for turn in range(TURNS):
                 bench.insert_for_a_while("one table each")
                 for table in TABLES:

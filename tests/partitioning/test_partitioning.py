@@ -1,4 +1,4 @@
-"""The tables, partitioned while the function inserts: nothing lost, doubled or refused, and all tools as before."""
+"""Partitions the tables while the function inserts: no row is lost, doubled or refused, and all tools work as before."""
 
 import json
 import random
@@ -18,15 +18,15 @@ INSERT, INSERT_UNKNOWN = ((paths.ROOT / "tests" / "statements" / f"{name}.sql").
 PRUNE = (STORE / "prune.sql").read_text()
 PARTITIONS = (paths.ROOT / "schema" / "partitioning" / "partitions.sql").read_text()
 TABLES = ("user_logins", "etl_ledger")
-# For how long ahead partitions are made.
+# How far ahead partitions are made.
 USUAL = {"user_logins": "2 months", "etl_ledger": "3 weeks"}
 EPOCH = datetime.fromtimestamp(0, UTC)
-# Rows from before that no range takes: without a day, and of a day that is far off.
+# Rows from before partitioning that fit no range: without a day, or with a day far in the future.
 STRAYS = 500
 
 
 class Function:
-    """The function, as far as the database knows it: its user, its statement, and every third batch one that was there before."""
+    """The function as the database sees it: its user and its statements. After every third batch, an earlier batch is redelivered."""
 
     def __init__(self, world, batch_size: int = 50):
         self.world, self.batch_size = world, batch_size
@@ -38,13 +38,13 @@ class Function:
         return session
 
     def insert(self, session, keys, masked_ip: str = "ip") -> int:
-        """Inserts a row for each key, whose user is the message's id; returns how many there were."""
+        """Inserts a row for each key, with the message's id as its user; returns the number of new rows."""
         keys = sorted(keys)
         sent_at, ids = zip(*keys)
         users, devices, count = [str(id) for id in ids], [f"device {id}" for id in ids], len(ids)
         columns = users, ["ios"] * count, [masked_ip] * count, devices, [None] * count, [230] * count, [datetime.now(UTC).date()] * count
         batch = [list(sent_at), list(ids), *columns]
-        # One prepared and the other not, as the function's: which it is may change the order in which tables are locked.
+        # As in the function, the first is prepared and the second is not: this may change the order in which tables are locked.
         try:
             return session.execute(INSERT, batch, prepare=True).rowcount
         except psycopg.errors.UniqueViolation:
@@ -67,7 +67,7 @@ class Function:
 
     @contextmanager
     def running(self, sessions: int = 2):
-        """Inserts all the while; a statement that is refused fails the test."""
+        """Inserts in the background; a refused statement fails the test."""
         stop = threading.Event()
         with ThreadPoolExecutor(sessions) as pool:
             inserting = [pool.submit(self.run, number, stop) for number in range(sessions)]
@@ -83,7 +83,7 @@ class Function:
 
 
 def fill(world) -> set[str]:
-    """Rows and keys from before; returns the rows' users."""
+    """Inserts rows and keys from before partitioning; returns the rows' users."""
     with world.connect() as database:
         database.execute("""
             insert into user_logins
@@ -102,7 +102,7 @@ def fill(world) -> set[str]:
 
 
 def call(world, procedure: str, *tables: str) -> list[str]:
-    """Calls it for the tables; returns what it said."""
+    """Calls a procedure for each table; returns its notices."""
     said: list[str] = []
     with world.connect() as database:
         database.add_notice_handler(lambda notice: said.append(notice.message_primary))
@@ -117,7 +117,7 @@ def partition(world) -> list[str]:
 
 
 def tend(world, tries: int = 3) -> list[str]:
-    """Makes and drops partitions as the function does; again, as its schedule does, if a lock was not to be had."""
+    """Makes and drops partitions as the function does; if a lock is not available, tries again, as the schedule does."""
     try:
         with world.connect() as database:
             database.execute("set role login_etl")
@@ -129,7 +129,7 @@ def tend(world, tries: int = 3) -> list[str]:
 
 
 def pass_time(world, **ahead: str) -> None:
-    """Has partitions made for so long ahead, `-3 months` for a table that was turned long ago; without any, as they are made in earnest."""
+    """Changes how far ahead partitions are made: `-3 months` simulates a table that was partitioned long ago. Without arguments, resets it."""
     text = PARTITIONS
     for table, usual in USUAL.items():
         assert f"interval '{usual}'" in text
@@ -160,7 +160,7 @@ def where(world, user: str) -> str:
 
 
 def relations(world) -> set[tuple]:
-    """What the schema is made of, with who owns it and who may do what."""
+    """The schema's relations, with owners, rights, options and view definitions."""
     return set(
         query(
             world,
@@ -171,10 +171,10 @@ def relations(world) -> set[tuple]:
     )
 
 
-# While messages flow.
+# During inserts.
 
 
-def test_while_the_function_inserts_tables_are_turned_and_turned_back_and_no_row_is_lost_or_doubled(world):
+def test_partitioning_and_unpartitioning_during_inserts_loses_and_doubles_no_row(world):
     before, keys_before, function = fill(world), keys(world), Function(world)
     counts, reading = set(), threading.Event()
 
@@ -192,7 +192,7 @@ def test_while_the_function_inserts_tables_are_turned_and_turned_back_and_no_row
         finally:
             reading.set()
     reader.result()
-    assert counts == {(len(before), len(before))}, "a reader sees each row from before once, at any time"
+    assert counts == {(len(before), len(before))}, "a reader always sees each earlier row once"
     sent = function.messages()
     assert len(sent) > 1000
     assert users(world) == Counter([*before, *(str(id) for _, id in sent)])
@@ -202,7 +202,7 @@ def test_while_the_function_inserts_tables_are_turned_and_turned_back_and_no_row
         assert [function.insert(session, batch) for batch in function.sent] == [0] * len(function.sent)
 
 
-def test_partitions_that_were_not_made_in_time_are_made_with_the_rows_that_have_come_meanwhile(world):
+def test_late_partitions_take_over_the_rows_in_the_default_partition(world):
     pass_time(world, user_logins="-3 months", etl_ledger="-2 weeks")
     partition(world)
     pass_time(world)
@@ -221,7 +221,7 @@ def test_partitions_that_were_not_made_in_time_are_made_with_the_rows_that_have_
     assert tend(world) == []
 
 
-def test_a_row_that_is_on_its_way_to_the_default_partition_moves_with_the_others(world):
+def test_an_uncommitted_row_in_the_default_partition_moves_with_the_others(world):
     partition(world)
     function = Function(world)
     ahead = query(world, "select max(ends) from login_etl_partitions('etl_ledger')")[0][0].replace(tzinfo=UTC)
@@ -237,7 +237,7 @@ def test_a_row_that_is_on_its_way_to_the_default_partition_moves_with_the_others
     assert in_default(world) == [0, 0]
 
 
-def test_whoever_reads_for_long_keeps_the_function_waiting_for_moments_only(world):
+def test_a_long_read_delays_the_function_only_for_moments(world):
     fill(world)
     function, said = Function(world), []
     sessions = world.locked("user_logins", "access share"), world.connect(), function.connect()
@@ -254,17 +254,17 @@ def test_whoever_reads_for_long_keeps_the_function_waiting_for_moments_only(worl
             calling.result()
 
 
-def test_the_table_is_read_through_under_a_lock_that_stops_nobody_and_not_again(world):
+def test_the_table_is_scanned_once_under_a_lock_that_blocks_nobody(world):
     fill(world)
     said = partition(world)
     assert sum(text.startswith("verifying table") for text in said) == len(TABLES)
     assert sum("is implied by existing constraints" in text for text in said) == 2 * len(TABLES)
 
 
-# What is written to them.
+# Rows in partitions.
 
 
-def test_rows_of_any_day_and_of_none_go_in_and_are_found_where_they_belong(world):
+def test_rows_of_any_day_or_none_are_in_their_partition(world):
     partition(world)
     tend(world)
     today = datetime.now(UTC).date()
@@ -288,7 +288,7 @@ def test_rows_of_any_day_and_of_none_go_in_and_are_found_where_they_belong(world
         assert [function.insert(session, messages), function.insert(session, messages)] == [4, 0]
 
 
-def test_a_week_is_dropped_once_no_message_of_it_can_come_back_and_keys_under_the_epoch_stay(world):
+def test_a_week_is_dropped_once_its_messages_cannot_be_redelivered_and_keys_under_the_epoch_stay(world):
     pass_time(world, etl_ledger="-10 weeks")
     function, now = Function(world), datetime.now(UTC)
     epoch, old = [(EPOCH, uuid.uuid4())], [(now - timedelta(days=100), uuid.uuid4())]
@@ -303,7 +303,7 @@ def test_a_week_is_dropped_once_no_message_of_it_can_come_back_and_keys_under_th
         assert {sent_at for sent_at, _ in since if sent_at > now - timedelta(days=28)} <= kept
         assert EPOCH in kept
         assert min(kept - {EPOCH}) > now - timedelta(days=35, minutes=1)
-        # One that claims to be of such a week all the same.
+        # A message that claims to be from a dropped week.
         late = [(now - timedelta(days=99), uuid.uuid4())]
         assert [function.insert(session, batch) for batch in (late, late, epoch)] == [1, 0, 0]
     assert tend(world) == []
@@ -311,7 +311,7 @@ def test_a_week_is_dropped_once_no_message_of_it_can_come_back_and_keys_under_th
         query(world, "select login_etl_tend_partitions('27 days')")
 
 
-def test_the_functions_own_pruning_deletes_an_expired_key_and_none_in_the_same_place_of_another_partition(world):
+def test_pruning_deletes_an_expired_key_and_no_key_with_the_same_ctid_in_another_partition(world):
     pass_time(world, etl_ledger="-10 weeks")
     partition(world)
     pass_time(world)
@@ -326,10 +326,10 @@ def test_the_functions_own_pruning_deletes_an_expired_key_and_none_in_the_same_p
     assert keys(world) == Counter([epoch, live])
 
 
-# What is around them.
+# Tools, views and rights.
 
 
-def test_etlctl_checks_migrates_shows_finds_recovers_and_remasks_as_before(world):
+def test_etlctl_works_as_before(world):
     def doctor():
         return [(check["area"], check["state"]) for check in json.loads(world.run("doctor", "--json").stdout)]
 
@@ -364,7 +364,7 @@ def test_etlctl_checks_migrates_shows_finds_recovers_and_remasks_as_before(world
     assert world.json("find", "--ip", "198.18.0.1", "--since", str(bound), environment=operator)["row_count"] == 1
 
 
-def test_status_counts_each_row_once_when_a_whole_was_analysed_with_its_partitions(world):
+def test_status_counts_each_row_once_after_a_partitioned_table_was_analysed(world):
     fill(world)
     partition(world)
     tend(world)
@@ -394,12 +394,12 @@ def test_owner_rights_views_and_the_names_of_indexes_are_carried_over_and_back(w
             select relowner, relacl::text from pg_class left join pg_inherits on inhrelid = pg_class.oid
             where '{table}'::regclass in (pg_class.oid, inhparent)"""
         assert len(query(world, parts)) == 4
-        assert len(set(query(world, parts))) == 1, "partitions belong to whom the table does, with its rights"
+        assert len(set(query(world, parts))) == 1, "partitions have the table's owner and rights"
     partitioned = relations(world)
     assert {name for name, *_ in partitioned} >= {name for name, *_ in before}
     assert {view for view in partitioned if view[1] == "v"} == {view for view in before if view[1] == "v"}
     world.servers.apply_schema(world.name)
-    assert relations(world) == partitioned, "the files of the schema find what they make"
+    assert relations(world) == partitioned, "the schema's files change nothing when they are applied again"
     function = Function(world)
     with function.connect() as session:
         function.insert(session, [(datetime.now(UTC), uuid.uuid4())])
@@ -420,7 +420,7 @@ def test_owner_rights_views_and_the_names_of_indexes_are_carried_over_and_back(w
         "alter table user_logins enable row level security",
     ],
 )
-def test_what_would_not_be_carried_over_is_named_before_anything_is_done(world, obstacle):
+def test_an_object_that_would_not_be_carried_over_is_refused_before_any_change(world, obstacle):
     with world.connect() as database:
         database.execute(obstacle)
     before = relations(world)
@@ -429,7 +429,7 @@ def test_what_would_not_be_carried_over_is_named_before_anything_is_done(world, 
     assert relations(world) == before
 
 
-def test_a_call_that_was_broken_off_is_undone_while_the_function_inserts_and_made_again(world):
+def test_an_interrupted_call_is_undone_during_inserts_and_repeated(world):
     before, function = fill(world), Function(world)
     original = relations(world)
     bound = "date_trunc('month', now() at time zone 'UTC') + interval '2 months'"

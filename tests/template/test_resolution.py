@@ -1,4 +1,4 @@
-"""What `world.template` makes of a template, and what it refuses."""
+"""Tests how `world.template` resolves a template, and what it refuses."""
 
 import pytest
 from world import template
@@ -62,12 +62,12 @@ def test_functions_are_resolved(monkeypatch):
         {"Ref": "Size", "Fn::Sub": "two at once"},
     ],
 )
-def test_what_is_not_known_is_refused(monkeypatch, unknown):
+def test_unknown_functions_and_references_are_refused(monkeypatch, unknown):
     with pytest.raises(ValueError):
         resolve(monkeypatch, {"value": unknown})
 
 
-def test_a_parameter_that_the_template_does_not_have_is_refused(monkeypatch):
+def test_an_unknown_parameter_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="Colour"):
         resolve(monkeypatch, {}, Colour="red")
 

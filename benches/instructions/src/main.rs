@@ -1,4 +1,4 @@
-//! Does one stage of a batch of 1,000, in a function that callgrind can tell from what goes before:
+//! Runs one stage of a batch of 1,000 messages, in a function that callgrind can tell from the preparation before it:
 //! `login-etl-instructions read|rows|cells`.
 
 use std::{hint::black_box, time::SystemTime};
@@ -29,13 +29,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// What callgrind counts: `--toggle-collect='*counted*'`.
+/// Callgrind counts only this function: `--toggle-collect='*counted*'`.
 #[inline(never)]
 fn counted<T>(work: impl FnOnce() -> T) -> T {
     black_box(work())
 }
 
-/// Bodies parsed and masked.
+/// Parses and masks the bodies.
 fn rows(mapping: &Mapping, keyring: &Keyring, messages: &[Message<'_>]) -> Vec<Row> {
     let mut buffer = BytesMut::with_capacity(ROWS_CAPACITY);
     let row = |message: &Message<'_>| {
@@ -46,7 +46,7 @@ fn rows(mapping: &Mapping, keyring: &Keyring, messages: &[Message<'_>]) -> Vec<R
     messages.iter().filter_map(row).collect()
 }
 
-/// Rows turned into columns. Returns the bytes of all cells.
+/// Turns rows into columns. Returns the number of bytes in all cells.
 fn cells(rows: &[Row]) -> usize {
     let mut columns: Vec<Vec<Option<&[u8]>>> = (0..7).map(|_| Vec::with_capacity(rows.len())).collect();
     for row in rows {

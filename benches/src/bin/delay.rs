@@ -1,4 +1,4 @@
-//! A network between a client and a server on this machine: `delay LISTEN_PORT SERVER_PORT MICROSECONDS`, each way.
+//! Delays the traffic between a client and a server on this machine, each way: `delay LISTEN_PORT SERVER_PORT MICROSECONDS`.
 
 use std::{
     error::Error,
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Carries what comes from one side to the other, each piece `delay` later. Two threads, so that pieces travel at once.
+/// Carries data from one side to the other, each piece `delay` later. Two threads, so that several pieces travel at once.
 fn carry(from: TcpStream, to: TcpStream, delay: Duration) -> io::Result<()> {
     to.set_nodelay(true)?;
     let (sender, receiver) = channel();

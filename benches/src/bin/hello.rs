@@ -1,4 +1,4 @@
-//! The least function there is: what a cold start is measured against.
+//! The smallest function possible: the baseline for cold starts.
 
 use lambda_runtime::{Error, LambdaEvent, service_fn};
 use serde_json::Value;

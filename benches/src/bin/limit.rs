@@ -1,4 +1,4 @@
-//! The limit: rows that are masked already, and their messages' keys, by `COPY BINARY` in one transaction and one round trip.
+//! The limit: writes rows that are masked already, and their ledger keys, by `COPY BINARY` in one transaction and one round trip.
 //! It speaks PostgreSQL's protocol itself, as a driver would wait for answers in between.
 
 use std::{
@@ -63,7 +63,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// All that goes to the server for an event, in one piece, and how many messages do not.
+/// The whole request for an event, and the number of messages that are left out.
 fn prepare(event: &[u8], keyring: &Keyring) -> Result<(BytesMut, usize), Box<dyn Error>> {
     let messages = messages(event)?;
     let (mapping, now) = (Mapping::built_in()?, SystemTime::now());
@@ -127,7 +127,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Sends a request and waits for all that the server has to say to it.
+    /// Sends a request and waits until the server is ready for the next one.
     fn send(&mut self, request: &[u8]) -> Result<(), Box<dyn Error>> {
         self.stream.write_all(request)?;
         self.expect(|answer| matches!(answer, Answered::ReadyForQuery(_))).map(drop)

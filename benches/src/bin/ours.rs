@@ -1,7 +1,8 @@
-//! The function without its runtime: from an event's bytes to the response's; or from the schedule's event to the end of its work.
+//! The function without its runtime: from an event's bytes to the response's bytes, or from the schedule's event to the end of
+//! maintenance.
 //!
-//! With `--observe` it does nothing for an event but what it tells of one: the metrics and the log's line. With
-//! `--profile FILE` it writes there what stacks it was found in, and how often.
+//! With `--observe` it only emits an event's metrics and log line. With `--profile FILE` it writes sampled stacks and their
+//! counts to the file.
 
 use std::{
     error::Error,
@@ -27,7 +28,7 @@ use login_etl::{
 use login_etl_benches::{Answer, Answers, cpu_time, events, files, timed};
 use pprof::ProfilerGuard;
 
-/// Prime, so as not to keep step with anything.
+/// Prime, so that samples do not fall in step with periodic work.
 const SAMPLES_A_SECOND: i32 = 997;
 
 #[tokio::main(flavor = "current_thread")]
@@ -90,7 +91,7 @@ fn context() -> Result<Context, Box<dyn Error>> {
     Ok(context)
 }
 
-/// The stacks so far, a line each: its functions from the outermost on, and the number of samples.
+/// The stacks so far, a line each: its functions, outermost first, and the number of samples.
 fn stacks(profiler: &ProfilerGuard<'_>) -> Result<String, Box<dyn Error>> {
     let mut lines = String::new();
     for (stack, samples) in profiler.report().build()?.data {

@@ -1,4 +1,4 @@
-//! The dead-letter queue: what died, why, and back again.
+//! The dead-letter queue: list, explain, show, redrive and purge dead messages.
 
 mod person;
 mod redrive;
@@ -32,21 +32,21 @@ use crate::{
     settings::Settings,
 };
 
-/// Seconds that a message is hidden while it is looked at; it is shown again as soon as that is done.
+/// Seconds that a message is hidden while it is read; it is made visible again right after.
 const LOOK: i32 = 60;
 /// Entries of a request to SQS, at most.
 const ENTRIES: usize = 10;
-/// The same, where the log is too large to say so.
+/// Reason of a valid message that is not in the searched part of a log too large to be searched whole.
 const NOT_FOUND: &str = "not found in the latest part of the log";
-/// Most messages that are hidden at once to be redriven; SQS allows 120,000, and 20,000 of a FIFO queue.
+/// Most messages that a redrive hides at once. SQS allows 120,000, and 20,000 of a FIFO queue.
 const ROUND: usize = 10_000;
-/// Why a valid message died of which the log has nothing.
-const NOT_LOGGED: &str = "nothing in the log: its batches failed, or ran out of time";
-/// Rows that are tried together in the database.
+/// Reason of a valid message that the log does not mention.
+const NOT_LOGGED: &str = "nothing in the log: its batches failed or timed out";
+/// Most rows of one trial in the database.
 const TRIED_TOGETHER: usize = 500;
-/// Requests at once.
+/// Concurrent requests.
 const REQUESTS: usize = 16;
-/// As long as a message can live.
+/// The longest that SQS keeps a message.
 const LIFE: Duration = Duration::from_secs(14 * 86_400);
 
 pub async fn run(settings: &Settings, command: &Dlq) -> Result<Reply, Failure> {
@@ -61,12 +61,12 @@ pub async fn run(settings: &Settings, command: &Dlq) -> Result<Reply, Failure> {
     }
 }
 
-/// A dead message, and why the function refuses it, if it does.
+/// A dead message, and the reason for which it is refused, if any.
 #[derive(Clone)]
 struct Dead {
     message: Message,
     reason: Option<String>,
-    /// Whether it is the database that refuses it.
+    /// Whether the database refuses it.
     refused: bool,
 }
 
@@ -94,8 +94,9 @@ pub struct Queue<'a> {
     settings: &'a Settings,
     client: Client,
     url: String,
-    /// How many messages can be read, roughly, and how many are hidden by somebody who does that now.
+    /// Approximate number of visible messages.
     depth: u64,
+    /// Approximate number of messages in flight: hidden by another reader.
     hidden: u64,
     arn: String,
 }
@@ -119,18 +120,18 @@ impl<'a> Queue<'a> {
         Ok(Self { settings, url, depth, hidden, arn: attribute(QueueAttributeName::QueueArn), client })
     }
 
-    /// About how many messages there were when this began.
+    /// Approximate number of visible messages when this was made.
     pub fn depth(&self) -> u64 {
         self.depth
     }
 
-    /// How many messages were hidden when this began.
+    /// Approximate number of hidden messages when this was made.
     pub fn hidden(&self) -> u64 {
         self.hidden
     }
 
-    /// Reads messages, up to `limit` of them, and hides them for so many seconds; with a reason, if they are to be validated. What
-    /// it had read is there also if it fails or is cut off.
+    /// Appends up to `limit` messages to `dead`, and hides them for `hidden` seconds. With `validation`, each gets its reason.
+    /// On an error or a cancellation, `dead` has what was read until then, which is still hidden.
     async fn read(
         &self,
         dead: &mut Vec<Dead>,
@@ -148,7 +149,7 @@ impl<'a> Queue<'a> {
                 break;
             }
             let receive = self.client.receive_message().queue_url(&self.url).max_number_of_messages(wanted);
-            // Waiting asks all of SQS's servers; a short look asks some, and may miss messages.
+            // Long polling asks all of SQS's servers; short polling asks some, and may miss messages.
             let receive = receive.wait_time_seconds(1).visibility_timeout(hidden);
             let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
             let messages = received.map_err(aws("read the dead-letter queue"))?.messages.unwrap_or_default();
@@ -160,11 +161,11 @@ impl<'a> Queue<'a> {
                     let reason = validation.and_then(|validation| validation.reason(body));
                     dead.push(Dead { message, reason, refused: false });
                 } else if let Some(known) = dead.iter_mut().find(|dead| dead.id() == id) {
-                    // It had come back into sight. What it can be let go with is new.
+                    // It had become visible again, and this receive gave it a new receipt handle.
                     known.message = message;
                 }
             }
-            // Nothing more; or time is up for the first ones.
+            // The queue is empty, or the first messages are about to become visible again.
             if is_end || asked.elapsed() > Duration::from_secs(hidden.unsigned_abs().into()) * 9 / 10 {
                 break;
             }
@@ -174,18 +175,18 @@ impl<'a> Queue<'a> {
         Ok(())
     }
 
-    /// Lets others see the messages again.
+    /// Makes the messages visible to others again.
     async fn release<'m>(&self, dead: impl IntoIterator<Item = &'m Dead>) {
         let dead: Vec<_> = dead.into_iter().collect();
         let requests = dead.chunks(ENTRIES).map(|part| {
             let request = self.client.change_message_visibility_batch().queue_url(&self.url);
             request.set_entries(Some(visibility(part.iter().copied(), 0))).send()
         });
-        // Those that fail come back by themselves, only later.
+        // Messages whose request fails become visible by themselves, only later.
         stream::iter(requests).buffer_unordered(REQUESTS).for_each(|answer| async { drop(answer) }).await;
     }
 
-    /// Reads messages, and tries those that are valid against the database. Returns, besides, why that could not be done.
+    /// Reads messages, and tries the rows of valid ones in the database. Also returns why that was not possible, if so.
     async fn look(&self, limit: usize) -> Result<(Vec<Dead>, Option<Failure>), Failure> {
         let mut dead = Vec::new();
         let validation = Validation::new(self.settings).await?;
@@ -196,8 +197,8 @@ impl<'a> Queue<'a> {
         Ok((dead, untried))
     }
 
-    /// Gives a reason to those valid messages whose rows PostgreSQL refuses: as the function's user, in a transaction that is
-    /// rolled back.
+    /// Gives a reason to valid messages whose rows PostgreSQL refuses. The rows are tried as the function's user, in a
+    /// transaction that is rolled back.
     async fn try_all(&self, dead: &mut [Dead]) -> Result<(), Failure> {
         let mut valid: Vec<_> = dead.iter_mut().filter(|dead| dead.reason.is_none()).collect();
         if valid.is_empty() {
@@ -250,16 +251,16 @@ impl<'a> Queue<'a> {
         Ok(Reply::new(text, json.collect()))
     }
 
-    /// The table, if there is anything in it, and how much of the queue that is.
+    /// The table, followed by the number of messages read. Without a message, a line that says why.
     fn with_total(&self, read: usize, table: String) -> String {
         match read {
             0 if self.hidden == 0 => format!("{GOOD}No dead messages.{GOOD:#}\n"),
             0 => format!(
-                "{WARNING}None in sight: {} hidden for a while, as somebody reads them, or did and was cut off.{WARNING:#}\n",
+                "{WARNING}None visible: {} hidden for now, because another command reads them or was interrupted.{WARNING:#}\n",
                 count(self.hidden, "message")
             ),
             _ if (read as u64) < self.depth && self.arn.ends_with(".fifo") => {
-                format!("{table}\n{read} of about {}; of a message group SQS shows ten at a time\n", self.depth)
+                format!("{table}\n{read} of about {}; SQS shows ten messages of a group at a time\n", self.depth)
             }
             _ if (read as u64) < self.depth => {
                 format!("{table}\n{read} of about {} read; --limit reads more\n", count(self.depth, "message"))
@@ -285,7 +286,7 @@ impl<'a> Queue<'a> {
                     let otherwise = if *whole { NOT_LOGGED } else { NOT_FOUND };
                     logged.get(dead.id()).map_or(otherwise, String::as_str).to_owned()
                 }
-                Err(_) => "not known, as the function's log cannot be read".to_owned(),
+                Err(_) => "unknown: the function's log cannot be read".to_owned(),
             });
             groups.entry((dead.reason.is_none(), why)).or_default().push(dead);
         }
@@ -330,7 +331,7 @@ impl<'a> Queue<'a> {
     async fn show(&self, id: &str, reveal: bool, reason: Option<&str>) -> Result<Reply, Failure> {
         let (all, _) = self.look(ROUND).await?;
         let dead = all.iter().find(|dead| dead.id() == id);
-        let dead = dead.ok_or_else(|| failed(format!("the dead-letter queue has no message {id:?} in sight")))?;
+        let dead = dead.ok_or_else(|| failed(format!("the dead-letter queue has no visible message {id:?}")))?;
         let why = dead.reason.as_deref().unwrap_or("valid now");
         let sent = dead.sent().map(time);
         let mut rows = vec![
@@ -363,21 +364,21 @@ impl<'a> Queue<'a> {
             return Ok(Reply::new(self.with_total(0, String::new()), json!({"deleted": 0})));
         }
         let about = count(self.depth + self.hidden, "dead message");
-        confirm(&format!("Delete about {about} for ever? They are nowhere else."), yes)?;
+        confirm(&format!("Delete about {about} for ever? There is no other copy."), yes)?;
         self.client.purge_queue().queue_url(&self.url).send().await.map_err(aws("purge the dead-letter queue"))?;
-        let text = format!("{WARNING}About {about} deleted.{WARNING:#} SQS takes up to a minute for it.\n");
+        let text = format!("{WARNING}About {about} deleted.{WARNING:#} SQS takes up to a minute to finish.\n");
         Ok(Reply::new(text, json!({"deleted": self.depth + self.hidden})))
     }
 }
 
-/// Why nothing is known of the database's judgement, if that is so.
+/// A line that says why rows were not tried in the database, if they were not.
 fn not_tried(failure: Option<&Failure>) -> String {
     failure.map_or(String::new(), |failure| {
         format!("{WARNING}Not tried against the database: {}{WARNING:#}\n", printable(failure.why()))
     })
 }
 
-/// Entries that hide messages for so many seconds, each under its index.
+/// Entries of a request that hides messages for `seconds`. The id of each is its index.
 fn visibility<'m>(
     messages: impl IntoIterator<Item = &'m Dead>,
     seconds: i32,
@@ -389,7 +390,7 @@ fn visibility<'m>(
     messages.into_iter().enumerate().filter_map(entry).collect()
 }
 
-/// The function's own judgement of a body.
+/// The function's own validation of a body.
 struct Validation<'a> {
     mapping: &'a Mapping,
     keyring: Keyring,
@@ -402,21 +403,21 @@ impl<'a> Validation<'a> {
         Ok(Self { mapping: &settings.mapping, keyring })
     }
 
-    /// Why the function refuses this body; never any of its content.
+    /// Why the function refuses this body, without any of its content.
     fn reason(&self, body: &str) -> Option<String> {
         self.row(body).err().map(|invalid| invalid.to_string())
     }
 
     fn row(&self, body: &str) -> Result<Row, Invalid> {
         let now = SystemTime::now();
-        // The function knows these of each message.
+        // Placeholders: the function always knows a message's id, time and queue.
         let envelope =
             Envelope { message_id: "00000000-0000-0000-0000-000000000000", sent: Some(now), queue: Some("queue"), now };
         self.mapping.row(body, &envelope, &self.keyring, &mut BytesMut::new())
     }
 }
 
-/// What kind of value each known field has, without the value. Names that are not ours are the sender's, and not shown.
+/// The kind of each mapped field's value, without the value. Names of other fields are the sender's data, and only counted.
 fn shape(mapping: &Mapping, body: &str) -> Vec<(String, String)> {
     let Ok(body) = serde_json::from_str::<Value>(body) else { return vec![("body".to_owned(), "not JSON".to_owned())] };
     let Value::Object(fields) = body else { return vec![("body".to_owned(), kind(&body))] };

@@ -1,7 +1,7 @@
-//! A person's dead messages: told from others', and deleted.
+//! Finds a person's dead messages, and deletes them.
 //!
-//! A message is the person's if the field has the value. Where the field is missing or the body is broken, it may mention the
-//! person and be another's: such messages are named, and deleted only if that is asked for.
+//! A message is the person's if the field has the value. If the field is missing or the body is broken, a message that contains
+//! the value may still be another person's. Such messages are reported, and deleted only with `--mentions`.
 
 use std::{borrow::Cow, collections::BTreeSet, fmt};
 
@@ -19,25 +19,26 @@ use crate::{
     output::{Failure, aws, failed},
 };
 
-/// Seconds that all messages are hidden meanwhile, so that each is seen once.
+/// Seconds that all messages are hidden during a search, so that each is read once.
 const HIDDEN: i32 = 120;
 
-/// What a dead message is to a person.
+/// How a dead message relates to a person.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Relation {
     Theirs,
-    /// It has the value somewhere, and not the field.
+    /// It has the value somewhere, but not the field.
     Mentions,
     Others,
 }
 
-/// All dead messages that SQS shows, hidden from others, and what they are to a person.
+/// All dead messages that SQS shows, with their relation to a person. They stay hidden until [`Queue::let_go`] or
+/// [`Queue::delete`].
 pub struct Looked {
     dead: Vec<(Dead, Relation)>,
 }
 
 impl Looked {
-    /// How many messages are the person's.
+    /// The number of the person's messages.
     pub fn theirs(&self) -> usize {
         self.dead.iter().filter(|(_, relation)| *relation == Relation::Theirs).count()
     }
@@ -48,12 +49,12 @@ impl Looked {
         mentions.map(|(dead, _)| dead.id().to_owned()).collect()
     }
 
-    /// How many messages it read.
+    /// The number of messages read.
     pub fn count(&self) -> usize {
         self.dead.len()
     }
 
-    /// Takes the messages that mention the person for theirs.
+    /// Treats messages that mention the person as theirs.
     pub fn with_mentions(mut self) -> Self {
         for (_, relation) in &mut self.dead {
             if *relation == Relation::Mentions {
@@ -65,7 +66,7 @@ impl Looked {
 }
 
 impl Queue<'_> {
-    /// Reads all dead messages that SQS shows, and hides them until they are let go.
+    /// Reads and hides all dead messages that SQS shows.
     pub async fn look_for(&self, person: &Person<'_>) -> Result<Looked, Failure> {
         let mut dead = Vec::new();
         loop {
@@ -87,12 +88,12 @@ impl Queue<'_> {
         Ok(Looked { dead: related.collect() })
     }
 
-    /// Lets others see all of them again.
+    /// Makes all of them visible again.
     pub async fn let_go(&self, looked: Looked) {
         self.release(looked.dead.iter().map(|(dead, _)| dead)).await;
     }
 
-    /// Deletes the person's messages, and lets others see the rest again.
+    /// Deletes the person's messages, and makes the others visible again.
     pub async fn delete(&self, looked: Looked) -> Result<(), Failure> {
         let (theirs, others): (Vec<_>, Vec<_>) =
             looked.dead.into_iter().partition(|(_, relation)| *relation == Relation::Theirs);
@@ -111,13 +112,13 @@ impl Queue<'_> {
         Ok(())
     }
 
-    /// Whether SQS shows ten messages of a group at a time.
+    /// Whether the queue is FIFO: SQS then shows only ten messages of a group at a time.
     pub fn is_fifo(&self) -> bool {
         self.arn.ends_with(".fifo")
     }
 }
 
-/// An object's fields as they stand there, also those that are given twice.
+/// An object's fields in their order, duplicates included.
 struct Fields<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
@@ -151,7 +152,7 @@ fn relation(person: &Person<'_>, mapping: &Mapping, body: &str) -> Relation {
     };
     let path: Vec<_> = person.field.path.split('.').collect();
     let found = message.map_or_else(Vec::new, |message| texts(&message, &path));
-    // Null says nothing, and neither does a list.
+    // Null, lists and objects do not tell whose message it is.
     let found: Vec<_> = found.into_iter().flatten().collect();
     if found.iter().any(|text| is_value(person, text)) {
         return Relation::Theirs;
@@ -163,7 +164,7 @@ fn relation(person: &Person<'_>, mapping: &Mapping, body: &str) -> Relation {
     if mentions { Relation::Mentions } else { Relation::Others }
 }
 
-/// The values at a path, one for each time that it is given, as text; `None` for what is no text and no number.
+/// The values at a path as text, one for each time that the message gives it; `None` for null, a list or an object.
 fn texts(message: &str, path: &[&str]) -> Vec<Option<String>> {
     let Some((first, rest)) = path.split_first() else {
         let text = match message.as_bytes().first() {
@@ -177,7 +178,7 @@ fn texts(message: &str, path: &[&str]) -> Vec<Option<String>> {
     fields.iter().filter(|(name, _)| name == first).flat_map(|(_, value)| texts(value.get(), rest)).collect()
 }
 
-/// Whether a text is the person's value, as the column's type compares.
+/// Whether a text equals the person's value by the rules of the column's type.
 fn is_value(person: &Person<'_>, text: &str) -> bool {
     let normalized = person.field.normalized(text).unwrap_or(Cow::Borrowed(text));
     person.spellings.iter().any(|spelling| {
@@ -198,8 +199,8 @@ fn is_value(person: &Person<'_>, text: &str) -> bool {
     })
 }
 
-/// How a spelling may stand in a body, in lower case: as it is, in a JSON string, in one of ASCII alone, and in a string within
-/// a string.
+/// The forms, in lower case, that the person's value can have in a body: plain, JSON-escaped, ASCII-escaped, and each of them
+/// in a JSON string within a string.
 fn needles(person: &Person<'_>) -> BTreeSet<String> {
     let escaped = |text: &str| serde_json::Value::from(text).to_string().trim_matches('"').to_owned();
     let ascii = |text: &str| {
@@ -221,7 +222,7 @@ fn needles(person: &Person<'_>) -> BTreeSet<String> {
     needles
 }
 
-/// Whether a text has this word, and not as a part of a longer one.
+/// Whether a text contains this word, not as a part of a longer word.
 fn has_word(text: &str, word: &str) -> bool {
     let is_edge = |character: Option<char>| character.is_none_or(|character| !character.is_alphanumeric());
     !word.is_empty()
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn the_field_decides_and_what_only_mentions_the_value_may_be_another_s() {
+    fn the_field_decides_whose_message_it_is_and_a_mention_elsewhere_does_not() {
         let text = "from = \"user.id\"\nkeep = \"plain\"\ntype = \"text\"";
         for (body, relation) in [
             (r#"{"user": {"id": "zoë"}}"#, Relation::Theirs),
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_compared_as_the_column_s_type_has_them() {
+    fn values_are_compared_by_the_column_type() {
         let of_type = |column_type: &str| format!("from = \"u\"\nkeep = \"plain\"\ntype = \"{column_type}\"");
         let uuid = "059f36b4-87a3-44ab-83d2-661975830a7d";
         for (column_type, value, body, relation) in [

@@ -1,4 +1,4 @@
-//! Dead messages back through the pipeline: all of them as SQS does it, or those that are valid now by way of the function.
+//! Redrives dead messages: all of them with an SQS move task, or only the valid ones by invoking the function.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -16,14 +16,14 @@ use tokio::time::{Instant, sleep};
 use super::{Dead, ENTRIES, Queue, ROUND, Validation, visibility};
 use crate::output::{BAD, FAINT, Failure, GOOD, Reply, aws, confirm, count, failed, progress, spinner};
 
-/// Seconds that a message is hidden while it is redriven.
+/// Seconds that a message is hidden for its redrive.
 const REDRIVE: i32 = 900;
-/// Messages of one invocation, at most.
+/// Most messages of one invocation.
 const BATCH: usize = 500;
-/// Bytes of one invocation's bodies, well within its 6 MB.
+/// Most bytes of one invocation's bodies, well below Lambda's limit of 6 MB.
 const BATCH_BYTES: usize = 2_000_000;
 
-/// What a redrive has hidden, and the ids of what it has loaded of that.
+/// The messages that a redrive has hidden, and the ids of those that it has loaded.
 #[derive(Default)]
 struct Taken {
     dead: Vec<Dead>,
@@ -31,8 +31,8 @@ struct Taken {
 }
 
 impl Dead {
-    /// In the form in which Lambda hands messages to the function, but for the receipt handle: should the database be out, it
-    /// is not the function's to delay a message of this queue.
+    /// The SQS event record that Lambda would send, without the receipt handle: during an outage, the function must not delay
+    /// messages of the dead-letter queue.
     fn record(&self, queue_arn: &str) -> Value {
         let attributes: BTreeMap<_, _> =
             self.message.attributes().into_iter().flatten().map(|(name, value)| (name.as_str(), value)).collect();
@@ -57,7 +57,7 @@ impl Queue<'_> {
         task.send().await.map_err(aws("start the redrive"))?;
         let bar = progress(self.depth, "Redriving {bar:30} {pos} of about {len}  {eta} to go; it goes on without you");
         loop {
-            // An earlier one may be listed until ours is.
+            // SQS may list an earlier task until ours appears.
             let ours = self.last_move().await?.filter(|task| Some(task.started_timestamp()) != earlier);
             let Some(task) = ours else {
                 sleep(Duration::from_millis(500)).await;
@@ -80,10 +80,10 @@ impl Queue<'_> {
         }
     }
 
-    /// The move of this queue's messages that was started last.
+    /// The move task that was started last for this queue.
     async fn last_move(&self) -> Result<Option<ListMessageMoveTasksResultEntry>, Failure> {
         let tasks = self.client.list_message_move_tasks().source_arn(&self.arn).max_results(1).send().await;
-        let tasks = tasks.map_err(aws("see how the redrive goes; if one has begun, it goes on"))?;
+        let tasks = tasks.map_err(aws("read the redrive's progress; a redrive that has started continues"))?;
         Ok(tasks.results.unwrap_or_default().into_iter().next())
     }
 
@@ -91,42 +91,43 @@ impl Queue<'_> {
         if !yes {
             let (dead, _) = self.look(ROUND).await?;
             let valid = dead.iter().filter(|dead| dead.reason.is_none()).count();
-            confirm(&format!("Load {} that are valid now?", count(valid as i128, "dead message")), yes)?;
+            confirm(&format!("Load {} (valid now)?", count(valid as i128, "dead message")), yes)?;
         }
-        // Cut off, it lets others see again what is left.
+        // Raced against Ctrl-C, so that an interrupted redrive still makes the remaining messages visible again.
         let mut taken = Taken::default();
         let result = tokio::select! {
             result = self.load_all(&mut taken, rate) => result,
-            _ = tokio::signal::ctrl_c() => Err(failed("interrupted; what the function had not taken is still in the queue")),
+            _ = tokio::signal::ctrl_c() => Err(failed("interrupted: messages not loaded are still in the dead-letter queue")),
         };
-        let spinner = spinner("Letting others see what is left");
+        let spinner = spinner("Making the remaining messages visible again");
         self.release(taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id()))).await;
         drop(spinner);
         result?;
 
-        // By the function, or by the database when it was asked.
+        // Refused by the function, or by the database in the trial.
         let left = |refused: bool| {
             let is_refused = |dead: &&Dead| (dead.refused || dead.reason.is_none()) == refused;
             taken.dead.iter().filter(|dead| !taken.loaded.contains(dead.id())).filter(is_refused).count() as i128
         };
         let (loaded, refused, invalid) = (taken.loaded.len() as i128, left(true), left(false));
-        let mut text = format!("{GOOD}{} loaded{GOOD:#} and gone from the queue\n", count(loaded, "message"));
+        let mut text =
+            format!("{GOOD}{} loaded{GOOD:#} and deleted from the dead-letter queue\n", count(loaded, "message"));
         if refused > 0 {
             let refused = count(refused, "valid message");
-            text += &format!("{BAD}{refused} refused once more; `etlctl dlq explain` says why{BAD:#}\n");
+            text += &format!("{BAD}{refused} refused again: `etlctl dlq explain` says why{BAD:#}\n");
         }
         if invalid > 0 {
-            text += &format!("{FAINT}{} left, not valid{FAINT:#}\n", count(invalid, "message"));
+            text += &format!("{FAINT}{} left in it{FAINT:#}\n", count(invalid, "invalid message"));
         }
         let json = json!({"loaded": loaded, "refused": refused, "invalid": invalid});
         Ok(Reply { no: refused > 0, ..Reply::new(text, json) })
     }
 
-    /// Reads and loads, round by round, until there is nothing new: of a FIFO queue's group, SQS shows ten, and the next ten
-    /// when those are gone.
+    /// Reads and loads in rounds, until a round reads nothing new. A FIFO queue needs several: SQS shows ten messages of a
+    /// group, and the next ten once those are deleted.
     async fn load_all(&self, taken: &mut Taken, rate: Option<i32>) -> Result<(), Failure> {
         let function = self.settings.require("FUNCTION_NAME")?;
-        // An invocation may take 15 minutes, and one that is given up goes on.
+        // No read timeout and no retries: an invocation may take 15 minutes, and continues after its caller gives up.
         let config = aws_sdk_lambda::config::Builder::from(&self.settings.aws)
             .timeout_config(TimeoutConfig::builder().connect_timeout(Duration::from_secs(5)).build())
             .retry_config(RetryConfig::disabled());
@@ -135,7 +136,7 @@ impl Queue<'_> {
         loop {
             let first = taken.dead.len();
             self.read(&mut taken.dead, ROUND, REDRIVE, Some(&validation)).await?;
-            // Where that cannot be asked, the function finds out.
+            // If the database cannot be asked, the function finds out.
             drop(self.try_all(&mut taken.dead[first..]).await);
             let fixed: Vec<_> = taken.dead[first..].iter().filter(|dead| dead.reason.is_none()).cloned().collect();
             if taken.dead.len() == first {
@@ -156,8 +157,8 @@ impl Queue<'_> {
         }
     }
 
-    /// Hides messages for some more time, and returns those that are still ours: what came back into sight meanwhile may be on
-    /// another way, under another id.
+    /// Extends the time that messages are hidden. Returns those that were still hidden: the others may have been redriven by
+    /// somebody else, under another id.
     async fn hold<'m>(&self, batch: &'m [Dead]) -> Result<Vec<&'m Dead>, Failure> {
         let mut held = Vec::new();
         for part in batch.chunks(ENTRIES) {
@@ -185,11 +186,12 @@ impl Queue<'_> {
             let (kind, message) = (said["errorType"].as_str(), said["errorMessage"].as_str());
             let (kind, message) = (kind.unwrap_or("Unhandled"), message.unwrap_or("no message"));
             return Err(failed(format!(
-                "the function failed: {kind}: {message}. What it had not taken is still in the queue"
+                "the function failed: {kind}: {message}. Messages that were not loaded are still in the dead-letter queue"
             )));
         }
         let failures = said["batchItemFailures"].as_array();
-        let failures = failures.ok_or_else(|| failed(format!("{function:?} does not answer as login-etl does")))?;
+        let failures = failures
+            .ok_or_else(|| failed(format!("{function:?} is not login-etl: its answer has no batchItemFailures")))?;
         let failures: HashSet<&str> =
             failures.iter().filter_map(|failure| failure["itemIdentifier"].as_str()).collect();
         let taken: Vec<_> = batch.iter().filter(|dead| !failures.contains(dead.id())).collect();
@@ -200,16 +202,16 @@ impl Queue<'_> {
             });
             let delete = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries.collect()));
             let deleted =
-                delete.send().await.map_err(aws("delete what is loaded; it may be loaded again without harm"))?;
+                delete.send().await.map_err(aws("delete loaded messages; loading them again does no harm"))?;
             if !deleted.failed.is_empty() {
-                return Err(failed("SQS did not delete some of what is loaded; it may be loaded again without harm"));
+                return Err(failed("SQS did not delete some loaded messages; loading them again does no harm"));
             }
         }
         Ok(taken.iter().map(|dead| dead.id().to_owned()).collect())
     }
 }
 
-/// Parts small enough for an invocation, and for a second if there is a rate.
+/// Splits the messages into batches that fit one invocation, and with a rate, one second.
 fn batches(mut fixed: &[Dead], rate: Option<i32>) -> impl Iterator<Item = &[Dead]> {
     let most = rate.map_or(BATCH, |rate| rate.unsigned_abs() as usize).clamp(1, BATCH);
     std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! Is everything set up right? Looks, and changes nothing.
+//! `etlctl doctor`: checks whether everything is set up right, and changes nothing.
 
 mod database;
 mod pipeline;
@@ -13,18 +13,18 @@ use crate::{
     settings::Settings,
 };
 
-/// How one thing was found to be.
+/// The result of one check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Right,
-    /// It works, and may not for long, or not as well as it could.
+    /// It works, but perhaps not for long, or not as well as it could.
     Doubtful,
     Wrong,
-    /// It could not be looked at.
+    /// It could not be checked.
     Unknown,
 }
 
-/// The list of what was looked at.
+/// The checks that were made.
 #[derive(Debug, Default)]
 struct Checks {
     area: &'static str,
@@ -44,12 +44,12 @@ impl Checks {
         self.add(State::Right, found, "");
     }
 
-    /// Right if `is`; else wrong, with what to do.
+    /// Right if `is`; else wrong, with advice.
     fn check(&mut self, is: bool, found: impl Into<String>, advice: impl Into<String>) {
         self.add(if is { State::Right } else { State::Wrong }, found, advice);
     }
 
-    /// Right if `is`; else doubtful, with what to think of.
+    /// Right if `is`; else doubtful, with advice.
     fn consider(&mut self, is: bool, found: impl Into<String>, advice: impl Into<String>) {
         self.add(if is { State::Right } else { State::Doubtful }, found, advice);
     }
@@ -59,7 +59,7 @@ impl Checks {
         self.done.push(Check { area: self.area, state, found: found.into(), advice });
     }
 
-    /// The thing, or a note that it could not be had.
+    /// The value. An error is recorded as a check that could not be made.
     fn have<T>(&mut self, result: Result<T, Failure>) -> Option<T> {
         match result {
             Ok(thing) => Some(thing),
@@ -94,25 +94,29 @@ async fn last_hour(settings: &Settings, checks: &mut Checks) {
     let batches = logs::batches(settings, Duration::from_secs(3600)).await;
     let Some(batches) = checks.have(batches) else { return };
     if !batches.whole {
-        checks.add(State::Unknown, "the log is too large to be searched whole: what follows is of its latest part", "");
+        checks.add(State::Unknown, "the log is too large to search: what follows covers its latest part only", "");
     }
     for why in &batches.not_started {
-        checks.check(false, format!("the function did not start: {why}"), "what is to be set is said there");
+        checks.check(false, format!("the function did not start: {why}"), "correct what this error names");
     }
     let broken: u64 = batches.batches_failed.values().sum();
     let kinds: Vec<_> = batches.batches_failed.keys().cloned().collect();
     let found = match broken {
-        0 => "no batch came back as a whole".to_owned(),
-        _ => format!("a batch came back as a whole {}: {}", count(broken, "time"), kinds.join(", ")),
+        0 => "no batch failed as a whole".to_owned(),
+        _ => format!("{} failed as a whole: {}", count(broken, "batch"), kinds.join(", ")),
     };
     checks.check(broken == 0, found, "look for `batch failed` in the function's log: its `error` says what to do");
     let reasons: Vec<_> = batches.reasons.iter().map(|(why, number)| format!("{number} × {why}")).collect();
     let found = match batches.failed {
         0 => "no message failed".to_owned(),
-        // Each receive of a message counts.
+        // Each receive of a message counts, not each message.
         failed => format!("{failed} of {} failed: {}", count(batches.messages, "delivery"), reasons.join("; ")),
     };
-    checks.consider(batches.failed == 0, found, "ask who sends them; `etlctl dlq explain` groups what has died of it");
+    checks.consider(
+        batches.failed == 0,
+        found,
+        "ask the sender to correct them; `etlctl dlq explain` groups dead messages by reason",
+    );
 }
 
 fn reply(checks: &Checks) -> Reply {
@@ -136,7 +140,7 @@ fn reply(checks: &Checks) -> Reply {
     }
     let [right, doubtful, wrong, unknown] =
         [State::Right, State::Doubtful, State::Wrong, State::Unknown].map(|state| checks.count(state));
-    text += &format!("\n{right} ok, {doubtful} to think about, {wrong} wrong, {unknown} not known\n");
+    text += &format!("\n{right} ok, {doubtful} warn, {wrong} failed, {unknown} unknown\n");
     let list = checks.done.iter().map(|check| {
         let state = match check.state {
             State::Right => "ok",

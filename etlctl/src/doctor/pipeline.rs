@@ -1,4 +1,4 @@
-//! The function, its event source mapping, the queues and the secrets.
+//! Checks of the function, its event source mapping, the queues and the secrets.
 
 use std::collections::HashMap;
 
@@ -14,13 +14,13 @@ use crate::{
     settings::Settings,
 };
 
-/// What the checks of the database want to know of the pipeline.
+/// What the checks of the database need to know about the pipeline.
 pub(super) struct Pipeline {
-    /// The most invocations at once, as far as that is limited.
+    /// The event source mapping's `MaximumConcurrency`, if it has one.
     pub(super) concurrency: Option<i32>,
 }
 
-/// Fewer receives than this, and a passing trouble sends good messages to the dead-letter queue. AWS's advice for Lambda.
+/// With fewer receives than this, a short outage sends good messages to the dead-letter queue. AWS recommends it for Lambda.
 const RECEIVES: u32 = 5;
 
 pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pipeline> {
@@ -32,13 +32,13 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
         checks.check(
             function.level.as_deref().is_none_or(|level| matches!(level, "TRACE" | "DEBUG" | "INFO")),
             format!("it logs at {}", function.level.as_deref().unwrap_or("INFO")),
-            "set the template's LogLevel to INFO: above that, its counts and metrics are lost",
+            "set the template's LogLevel to INFO: above that, the function's counts and metrics are lost",
         );
         if let Some(is_latest) = function.is_latest {
             checks.consider(
                 is_latest,
                 if is_latest { "the live version is the latest" } else { "the live version is not the latest" },
-                "wait for the deployment, or deploy again with another Release: settings go live with a version",
+                "wait for the deployment, or deploy again with another Release: settings go live with a new version",
             );
         }
     }
@@ -52,8 +52,8 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
     if function.is_some() && queue.is_some() && mapping.is_none() {
         checks.check(
             false,
-            "none leads from the queue to the function",
-            "deploy the stack again: no message is loaded",
+            "there is none from the queue to the function",
+            "deploy the stack again: until then no message is loaded",
         );
     }
     if let Some(mapping) = &mapping {
@@ -69,13 +69,13 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks) -> Option<Pi
         checks.check(
             of_dead >= of_queue,
             format!("it keeps messages for {}, the queue for {}", days(of_dead), days(of_queue)),
-            "raise its MessageRetentionPeriod: a message keeps its age on the way there",
+            "raise its MessageRetentionPeriod: a dead message keeps its age, and would expire too early",
         );
         let waiting = dead.number("ApproximateNumberOfMessages");
         checks.consider(
             waiting == 0,
             if waiting == 0 { "it is empty".to_owned() } else { format!("it has {}", count(waiting, "message")) },
-            "`etlctl dlq explain` says what they died of",
+            "run `etlctl dlq explain`: it shows why they died",
         );
     }
 
@@ -95,14 +95,14 @@ async fn secrets(settings: &Settings, checks: &mut Checks) {
                 checks.right(format!("the keyring parses: {}; active: {active}{one_way}", ciphers.join(", ")));
             }
             Err(error) => {
-                let advice = "put its last good version back (Secrets Manager keeps one as AWSPREVIOUS), or correct it; the \
-                              docs/settings.md has its two forms";
+                let advice = "restore its last good version (Secrets Manager keeps one as AWSPREVIOUS), or correct it: \
+                              docs/settings.md shows its two forms";
                 unusable(checks, error, advice);
             }
         }
     }
     let function = settings.function();
-    // What is wrong with its settings is said of the database.
+    // The database checks report invalid settings.
     if let Ok(SignIn::Iam { user }) = function.map(|function| function.database.sign_in) {
         checks.right(format!("the function needs no credentials: it signs in as {user:?} with tokens"));
     } else if let Some(id) = checks.have(settings.require("DATABASE_SECRET_ID")) {
@@ -110,12 +110,12 @@ async fn secrets(settings: &Settings, checks: &mut Checks) {
             Ok(credentials) => {
                 checks.right(format!("the function's credentials parse: user {:?}", credentials.username()));
             }
-            Err(error) => unusable(checks, error, "correct it; the function reads it again"),
+            Err(error) => unusable(checks, error, "correct it: the function then reads it again by itself"),
         }
     }
 }
 
-/// A secret that is wrong, or one that could not be asked for.
+/// Records a secret that is wrong as failed, and one that could not be read as unknown.
 fn unusable(checks: &mut Checks, error: SecretError, advice: &str) {
     let known = match &error {
         SecretError::Read { code, .. } => {
@@ -137,7 +137,7 @@ struct Function {
     memory: i32,
     level: Option<String>,
     reserved: Option<i32>,
-    /// Whether what is live is what was last deployed, where an alias says what is live.
+    /// Whether the live version is the latest one. `None` without an alias.
     is_latest: Option<bool>,
 }
 
@@ -190,10 +190,10 @@ async fn queue(settings: &Settings, url: &str) -> Result<Queue, Failure> {
     Ok(Queue(attributes.attributes.unwrap_or_default()))
 }
 
-/// A function's name without that of its alias.
+/// A function's name without its alias.
 fn unqualified(name: &str) -> &str {
     match name.rsplit_once(':') {
-        // An ARN has a name, too, after its last colon: arn:aws:lambda:region:account:function:name
+        // An ARN without an alias ends with the name: arn:aws:lambda:region:account:function:name
         Some((function, _)) if !function.ends_with(":function") => function,
         _ => name,
     }
@@ -206,7 +206,7 @@ async fn mapping(
     let name = settings.require("FUNCTION_NAME")?;
     let client = aws_sdk_lambda::Client::new(&settings.aws);
     let arn = queue.and_then(|queue| queue.text("QueueArn")).map(ToOwned::to_owned);
-    // A queue has one with a function, at most.
+    // A queue and a function have one event source mapping at most.
     let request = client.list_event_source_mappings().function_name(&name).set_event_source_arn(arn);
     let mappings = request.send().await.map_err(aws("read the event source mappings"))?;
     Ok(mappings.event_source_mappings.unwrap_or_default().into_iter().next())
@@ -219,7 +219,7 @@ fn mapping_checks(
     reserved: Option<i32>,
 ) {
     let state = mapping.state().unwrap_or("unknown");
-    checks.check(state == "Enabled", format!("it is {state}"), "enable it: messages wait, and expire in the end");
+    checks.check(state == "Enabled", format!("it is {state}"), "enable it: until then messages wait, and expire");
     let reports = mapping.function_response_types().contains(&FunctionResponseType::ReportBatchItemFailures);
     checks.check(
         reports,
@@ -236,7 +236,7 @@ fn mapping_checks(
         } else {
             format!("it filters: {}", filters.join(", "))
         },
-        "take the filter away: what it does not match is deleted unseen",
+        "remove the filter: Lambda deletes every message that does not match it",
     );
     match (concurrency, reserved) {
         (Some(most), Some(reserved)) => checks.check(
@@ -248,7 +248,7 @@ fn mapping_checks(
         (None, _) => checks.consider(
             mapping.provisioned_poller_config().is_some(),
             "it has no MaximumConcurrency",
-            "set one: it is what keeps connections to the database within bounds",
+            "set MaximumConcurrency: it limits the connections to the database",
         ),
     }
 }
@@ -262,7 +262,7 @@ fn is_empty(pattern: &str) -> bool {
         .is_ok_and(|pattern| pattern.as_object().is_some_and(serde_json::Map::is_empty))
 }
 
-/// Returns the dead-letter queue.
+/// Checks the queue. Returns the dead-letter queue.
 async fn queue_checks(
     settings: &Settings,
     checks: &mut Checks,
@@ -276,28 +276,31 @@ async fn queue_checks(
         checks.check(
             visibility >= wanted,
             format!("its visibility timeout is {visibility} s, for a function timeout of {timeout} s and a window of {window} s"),
-            format!("raise VisibilityTimeout to {wanted} s (6 × timeout + window): messages come back while they are handled"),
+            format!(
+                "raise VisibilityTimeout to {wanted} s (6 × timeout + window): otherwise messages are redelivered while they \
+                 are still being handled"
+            ),
         );
     }
     let policy = queue.text("RedrivePolicy").and_then(|policy| serde_json::from_str::<Value>(policy).ok());
     let Some(policy) = policy else {
-        let advice = "give it a RedrivePolicy: a bad message comes back until it expires, and is lost then";
+        let advice = "give it a RedrivePolicy: otherwise a bad message is redelivered until it expires, and is lost";
         checks.check(false, "it has no dead-letter queue", advice);
         return None;
     };
-    // A number, or one in quotes.
+    // A number, with or without quotes.
     let receives = policy["maxReceiveCount"].to_string().trim_matches('"').parse::<u32>().unwrap_or(0);
     checks.consider(
         receives >= RECEIVES,
         format!("a message is received up to {}", count(receives, "time")),
-        format!("raise MaxReceiveCount to {RECEIVES} or more: throttling and passing trouble count as receives, too"),
+        format!("raise MaxReceiveCount to {RECEIVES} or more: throttling and short outages count as receives, too"),
     );
     let arn = policy["deadLetterTargetArn"].as_str().unwrap_or_default();
     let configured = checks.have(async { self::queue(settings, &settings.require("DLQ_URL")?).await }.await)?;
     checks.check(
         configured.text("QueueArn") == Some(arn),
         format!("its dead letters go to {arn}"),
-        format!("that is not the queue that DLQ_URL names ({})", configured.text("QueueArn").unwrap_or("none")),
+        format!("correct DLQ_URL, which names {}, or the RedrivePolicy", configured.text("QueueArn").unwrap_or("none")),
     );
     Some(configured)
 }

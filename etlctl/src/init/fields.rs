@@ -1,11 +1,11 @@
-//! What sample messages say of their fields.
+//! Infers the fields of sample messages, and their types.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{Timestamp, civil::Date};
 use serde_json::Value;
 
-/// Parts of names that fields with personal values often have.
+/// Words that are common in the names of personal fields.
 const PERSONAL: [&str; 14] = [
     "address",
     "birth",
@@ -23,16 +23,16 @@ const PERSONAL: [&str; 14] = [
     "user_agent",
 ];
 
-/// A field that was seen.
+/// A field that occurs in the samples.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Seen {
-    /// Its path in the message, as `from` has it.
+    /// Its path in the message, as in the mapping's `from`.
     pub path: String,
-    /// Its column's type, if it is kept plain.
+    /// The type of its column if it is kept plain.
     pub column_type: &'static str,
-    /// Whether all of its values are strings, which alone can be masked.
+    /// Whether all of its values are strings. Only then can it be masked.
     pub is_text: bool,
-    /// Whether a message lacks it, or has null there.
+    /// Whether it is missing or null in a message.
     pub optional: bool,
 }
 
@@ -49,7 +49,7 @@ enum Kind {
     Null,
 }
 
-/// The fields of the samples, in their order there, and the names of fields that a mapping cannot declare.
+/// The fields of the samples, in their order of appearance, and the names of fields that a mapping cannot declare.
 pub fn of_samples(samples: &[Value]) -> (Vec<Seen>, Vec<String>) {
     let mut order = Vec::new();
     let mut kinds: BTreeMap<String, Vec<Kind>> = BTreeMap::new();
@@ -76,14 +76,14 @@ pub fn of_samples(samples: &[Value]) -> (Vec<Seen>, Vec<String>) {
     (seen.collect(), others.into_iter().map(|(path, _)| path).collect())
 }
 
-/// Whether a field's name makes it likely that its values are personal.
+/// Whether a field's name suggests that its values are personal.
 pub fn is_likely_personal(path: &str) -> bool {
     let name = path.rsplit('.').next().unwrap_or(path).to_lowercase();
     let words: Vec<_> = name.split(|character: char| !character.is_alphanumeric()).collect();
     PERSONAL.iter().any(|part| words.contains(part) || (part.len() > 3 && name.contains(part)))
 }
 
-/// Calls `leaf` with the path and the kind of each field that is no object, and of empty objects.
+/// Calls `leaf` with the path and the kind of each field that is not an object, or is an empty one.
 fn visit<'v>(value: &'v Value, path: &mut Vec<&'v str>, leaf: &mut impl FnMut(&[&str], Kind)) {
     match value {
         Value::Object(fields) if !fields.is_empty() => {
@@ -130,7 +130,7 @@ fn column_type(kinds: &BTreeSet<Kind>) -> &'static str {
     }
 }
 
-/// Whether a name can be a part of a path.
+/// Whether a name can be part of a mapping's path.
 fn can_be_declared(name: &str) -> bool {
     !name.is_empty() && name.trim() == name && !name.contains(['.', '[', ']']) && name != "$"
 }

@@ -1,4 +1,4 @@
-//! A mapping and the deployment's settings, from sample messages and a few answers.
+//! Makes a mapping and the deployment's settings from sample messages and a few answers.
 
 mod fields;
 
@@ -19,7 +19,7 @@ use crate::{
     settings::Settings,
 };
 
-/// What a field becomes.
+/// How a field is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Keep {
     Masked,
@@ -49,7 +49,7 @@ impl Keep {
     }
 }
 
-/// All that is asked for.
+/// The answers, from flags or the terminal.
 struct Answers {
     kept: Vec<(Seen, Keep)>,
     subject: Option<String>,
@@ -58,14 +58,15 @@ struct Answers {
     parameters: Vec<(&'static str, String)>,
 }
 
-/// `host` is the database's, if a flag says it; without `settings`, the samples are in a file.
+/// Writes mapping.toml and samconfig.toml. `host` is the database's, if a flag gives it. Without `settings`, the samples must be
+/// in a file.
 pub async fn run(settings: Option<&Settings>, host: Option<&str>, options: &Init) -> Result<Reply, Failure> {
     let mapping_file = options.directory.join("mapping.toml");
     let config_file = options.directory.join("samconfig.toml");
     for file in [&mapping_file, &config_file] {
         if file.exists() {
             let file = file.display();
-            return Err(Failure::Usage(format!("{file} is there, and is not overwritten: name another --directory")));
+            return Err(Failure::Usage(format!("{file} exists, and is not overwritten: name another --directory")));
         }
     }
     let bodies = match (&options.sample, settings) {
@@ -77,7 +78,7 @@ pub async fn run(settings: Option<&Settings>, host: Option<&str>, options: &Init
     let (seen, undeclared) = fields::of_samples(&samples);
     let answers = ask(options, host, seen)?;
     let mapping = mapping_text(&answers, is_sns);
-    // It is ours, so whatever is wrong with it is a name that was given.
+    // `mapping_text` writes valid TOML, so any error is about a name that the user gave.
     Mapping::from_toml(&mapping, "the mapping").map_err(|error| Failure::Usage(error.to_string()))?;
 
     fs::create_dir_all(&options.directory)
@@ -89,7 +90,7 @@ pub async fn run(settings: Option<&Settings>, host: Option<&str>, options: &Init
     let mut text = format!("{GOOD}Written:{GOOD:#} {} and {}\n", printable(&mapping_file), printable(&config_file));
     if !undeclared.is_empty() {
         let names: Vec<_> = undeclared.iter().map(|name| printable(name)).collect();
-        text += &format!("{WARNING}Left out, as their names cannot be declared:{WARNING:#} {}\n", names.join(", "));
+        text += &format!("{WARNING}Left out, as a mapping cannot declare them:{WARNING:#} {}\n", names.join(", "));
     }
     let sample = options.sample.as_ref().map_or("messages.jsonl".to_owned(), |file| file.display().to_string());
     let commands = [
@@ -98,14 +99,14 @@ pub async fn run(settings: Option<&Settings>, host: Option<&str>, options: &Init
         format!("cp {mapping_file} function/ && sam deploy --config-file \"$PWD/{config_file}\""),
     ];
     text += &format!(
-        "\n{BOLD}Next:{BOLD:#}\n  {}    # which rows come of your messages\n  {}    # as the tables' owner\n  {}\n",
+        "\n{BOLD}Next:{BOLD:#}\n  {}    # shows each message's row\n  {}    # as the tables' owner\n  {}\n",
         commands[0], commands[1], commands[2]
     );
-    text += "In a checkout, `sam build` first, and copy the mapping to .aws-sam/build/LoginFunction/ instead of function/.\n";
+    text += "In a checkout, run `sam build` first, and copy the mapping to .aws-sam/build/LoginFunction/ instead.\n";
     Ok(Reply::new(text, json!({"mapping": mapping_file, "samconfig": config_file, "next": commands})))
 }
 
-/// The bodies of a file: one a line, or one alone; or those of SQS events.
+/// The bodies of a file of bodies or SQS events: one a line, or a single one.
 fn of_file(file: &Path) -> Result<Vec<String>, Failure> {
     let mut text = String::new();
     let read = match file.as_os_str() == "-" {
@@ -128,7 +129,7 @@ fn of_file(file: &Path) -> Result<Vec<String>, Failure> {
     Ok(bodies)
 }
 
-/// Up to ten bodies of messages that wait in the queue, which are shown to others again at once.
+/// The bodies of up to ten messages in the queue. The messages are made visible again at once.
 async fn of_queue(settings: &Settings) -> Result<Vec<String>, Failure> {
     let url = settings.require("QUEUE_URL")?;
     let client = aws_sdk_sqs::Client::new(&settings.aws);
@@ -142,14 +143,14 @@ async fn of_queue(settings: &Settings) -> Result<Vec<String>, Failure> {
     });
     let entries: Vec<_> = entries.collect();
     if entries.is_empty() {
-        return Err(failed("no message waits in the queue: give --sample FILE"));
+        return Err(failed("no message is visible in the queue: give --sample FILE"));
     }
     let release = client.change_message_visibility_batch().queue_url(&url).set_entries(Some(entries)).send().await;
-    release.map_err(aws("show the messages to others again; they come back by themselves in half a minute"))?;
+    release.map_err(aws("make the messages visible again; they become visible by themselves within 30 s"))?;
     Ok(messages.into_iter().filter_map(|message| message.body).collect())
 }
 
-/// The messages, and whether they are in SNS notifications.
+/// The messages, unwrapped, and whether they were in SNS notifications.
 fn unwrapped(bodies: &[String]) -> Result<(Vec<Value>, bool), Failure> {
     let mut samples = Vec::new();
     let mut wrapped = 0;
@@ -158,7 +159,7 @@ fn unwrapped(bodies: &[String]) -> Result<(Vec<Value>, bool), Failure> {
         let message = parsed.filter(Value::is_object);
         let message = message.ok_or_else(|| {
             Failure::Usage(format!(
-                "sample {} is not a JSON object: `etlctl mapping try` says what it seems to be",
+                "sample {} is not a JSON object: `etlctl mapping try` says what is wrong",
                 samples.len() + 1
             ))
         })?;
@@ -175,13 +176,11 @@ fn unwrapped(bodies: &[String]) -> Result<(Vec<Value>, bool), Failure> {
         _ if samples.is_empty() => Err(Failure::Usage("there is no sample message".to_owned())),
         0 => Ok((samples, false)),
         _ if wrapped == samples.len() => Ok((samples, true)),
-        _ => {
-            Err(Failure::Usage("some samples are SNS notifications and some are not: a queue has one kind".to_owned()))
-        }
+        _ => Err(Failure::Usage("some samples are SNS notifications and some are not: give only one kind".to_owned())),
     }
 }
 
-/// Asks for what the flags do not say.
+/// Asks for the answers that no flag gives.
 fn ask(options: &Init, host: Option<&str>, seen: Vec<Seen>) -> Result<Answers, Failure> {
     let by_flag = |path: &str| {
         let given = |fields: &[String]| fields.iter().any(|field| field == path);
@@ -212,7 +211,7 @@ fn ask(options: &Init, host: Option<&str>, seen: Vec<Seen>) -> Result<Answers, F
     let open: Vec<_> = seen.iter().filter(|seen| by_flag(&seen.path).is_none()).map(|seen| seen.path.clone()).collect();
     if !asking.is_possible && !open.is_empty() {
         return Err(Failure::Usage(format!(
-            "nobody can be asked here: say of each field whether it is --masked, --one-way, --plain or --skip. Open: {}",
+            "no terminal to ask on: give --masked, --one-way, --plain or --skip for each field. Open: {}",
             open.join(", ")
         )));
     }
@@ -239,10 +238,10 @@ fn ask(options: &Init, host: Option<&str>, seen: Vec<Seen>) -> Result<Answers, F
     let is_kept = |path: &str| kept.iter().any(|(seen, _)| seen.path == path);
     let subject = match &options.subject {
         Some(path) if is_kept(path) => Some(path.clone()),
-        Some(path) => return Err(Failure::Usage(format!("--subject {path:?} is not a field that is kept"))),
+        Some(path) => return Err(Failure::Usage(format!("--subject {path:?} is not a kept field"))),
         None if !asking.is_possible => None,
         None => {
-            let answer = asking.until("Which field says whom a row is about? (empty: none)", "", |answer| {
+            let answer = asking.until("Which field names the person a row is about? (empty: none)", "", |answer| {
                 (answer.is_empty() || is_kept(answer)).then(|| answer.to_owned())
             })?;
             Some(answer).filter(|answer| !answer.is_empty())
@@ -262,12 +261,12 @@ fn ask(options: &Init, host: Option<&str>, seen: Vec<Seen>) -> Result<Answers, F
             &options.database_secret_arn,
             "ARN of the secret with the database's credentials? (empty: later)",
         ),
-        ("DatabaseHost", &host.map(ToOwned::to_owned), "The database's host? (empty: the secret's)"),
-        ("VpcSubnetIds", &options.subnets, "Subnets of its VPC, with commas? (empty: none)"),
+        ("DatabaseHost", &host.map(ToOwned::to_owned), "The database's host? (empty: from the secret)"),
+        ("VpcSubnetIds", &options.subnets, "Subnets of its VPC, separated by commas? (empty: none)"),
         (
             "VpcSecurityGroupIds",
             &options.security_groups,
-            "Security groups of the function, with commas? (empty: none)",
+            "Security groups of the function, separated by commas? (empty: none)",
         ),
     ] {
         let answer = one(given, question, "")?;
@@ -288,7 +287,7 @@ impl Asking {
         Self { is_possible: io::stdin().is_terminal() && io::stderr().is_terminal() }
     }
 
-    /// Asks until there is an answer that will do; an empty one is the usual answer.
+    /// Asks until an answer is valid. An empty answer stands for the usual one.
     fn until<T>(&mut self, question: &str, usual: &str, read: impl Fn(&str) -> Option<T>) -> Result<T, Failure> {
         loop {
             let shown = if usual.is_empty() { String::new() } else { format!(" [{usual}]") };
@@ -306,8 +305,7 @@ impl Asking {
 }
 
 fn mapping_text(answers: &Answers, is_sns: bool) -> String {
-    let mut text =
-        "# Which fields of a message become which columns. What is not named here is not stored.\n".to_owned();
+    let mut text = "# Maps fields of a message to columns. Fields that are not named here are not stored.\n".to_owned();
     text += &format!("table = {}\n", quoted(&answers.table));
     if is_sns {
         text += "unwrap = \"sns\"\n";
@@ -316,7 +314,7 @@ fn mapping_text(answers: &Answers, is_sns: bool) -> String {
     for (seen, keep) in &answers.kept {
         let bare = seen.path.replace('.', "_");
         let name = if matches!(keep, Keep::Plain) { bare } else { format!("masked_{bare}") };
-        // `a.b` and `a_b` are two fields.
+        // The fields `a.b` and `a_b` give the same name.
         let name = (1..)
             .map(|number| if number == 1 { name.clone() } else { format!("{name}_{number}") })
             .find(|name| !names.contains(name))
@@ -362,7 +360,7 @@ fn config_text(answers: &Answers) -> String {
     )
 }
 
-/// A string as TOML has it, which is as JSON has it.
+/// The text as a TOML string; JSON's syntax is valid TOML.
 fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }

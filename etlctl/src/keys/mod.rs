@@ -1,4 +1,4 @@
-//! The keyring's keys, and the way from one to the next.
+//! Lists, adds, activates and retires the keyring's keys.
 
 mod remask;
 mod ring;
@@ -23,11 +23,11 @@ use crate::{
     settings::Settings,
 };
 
-/// An invocation may use the keyring that it began with: 15 minutes at most, and a minute more if the ring could not be
-/// read again in time. While Secrets Manager refuses it, an environment uses its ring on, however old; that shows in the alarm.
+/// The longest that an invocation uses the keyring that it began with: 15 minutes, and a minute more if the ring could not be
+/// read again in time. While Secrets Manager refuses, an environment keeps its ring, however old; an alarm shows that.
 const LONGEST_INVOCATION: Duration = Duration::from_secs(16 * 60);
 
-/// Shared by those who remask; retiring takes it alone. The number is this tool's, made up.
+/// Number of the advisory lock that remasking takes shared and retiring takes exclusively. Arbitrary.
 const REMASKING: i64 = 0x6c6f_6769_6e72_6d6b;
 
 pub async fn run(settings: &Settings, command: &Keys) -> Result<Reply, Failure> {
@@ -98,7 +98,7 @@ async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Repl
     let this_month = Zoned::now().strftime("%Y-%m").to_string();
     let id = id.unwrap_or(&this_month);
     if id.is_empty() || !is_key_id(id) {
-        return Err(Failure::Usage(format!("{id:?} cannot be a key's id: give it 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")));
+        return Err(Failure::Usage(format!("invalid key id {id:?}: use 1 to {KEY_ID_MAX} of a-z 0-9 . _ -")));
     }
     let mut secret = RingSecret::read(settings).await?;
     if secret.was_retired(id).await? {
@@ -160,12 +160,12 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     if secret.ring.is_used(id) {
         return Err(failed(format!("{} is active: activate another key first", key_name(id))));
     }
-    // A key that is not active ceased to be so when the ring was last written, at the latest.
+    // Without `replaced`, the key was replaced when the ring was last written, at the latest.
     let (since, event) = key.replaced.map_or((secret.written, "the ring was changed"), |at| (at, "it was replaced"));
     let unused_for = age(since);
     if settings.get("FUNCTION_NAME").or_else(|| settings.get("SECRETS_TTL")).is_none() {
         return Err(failed(
-            "how long do functions keep a keyring? Name the stack (--stack) or the function (--function)",
+            "cannot tell how long functions keep a keyring: name the stack (--stack) or the function (--function)",
         ));
     }
     let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
@@ -182,7 +182,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     writable(&connection.client).await?;
     let alone = connection.client.query_one("select pg_try_advisory_lock($1)", &[&REMASKING]).await;
     if !alone.map_err(sql("see whether rows are being remasked"))?.get::<_, bool>(0) {
-        return Err(failed("a remask is under way, and might be one to this very key: wait for its end, or stop it"));
+        return Err(failed("a remask is running, perhaps to this key: wait for its end, or stop it"));
     }
     let rows = all_rows_by_key(&settings.mapping, &connection.client).await?.get(id).copied().unwrap_or(0);
     if rows > 0 {
@@ -193,7 +193,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         )));
     }
     let question = format!(
-        "Take {} out of the ring? No row of this database has it any more, but masks elsewhere are lost without it.",
+        "Take {} out of the ring? No row of this database uses it, but masks in backups and copies are lost without it.",
         key_name(id)
     );
     confirm(&question, yes)?;
@@ -201,14 +201,14 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     secret.ring.keys.remove(id);
     secret.write().await?;
     let text = format!(
-        "{GOOD}{} is out of the ring.{GOOD:#} The version of the secret that had it stays, under the label {label}, until you take \
-         that away.\n",
+        "{GOOD}{} is out of the ring.{GOOD:#} The secret's version that has it is kept under the label {label} until you \
+         remove the label.\n",
         key_name(id)
     );
     Ok(Reply::new(text, json!({"retired": id})))
 }
 
-/// For how long functions may still mask under a key that is not active any more.
+/// How much longer functions may mask under a key that was replaced.
 async fn unsettled_for(settings: &Settings) -> Result<Duration, Failure> {
     let ring = RingSecret::read(settings).await?.ring;
     let wait = settings.secrets_ttl().await? + LONGEST_INVOCATION;
@@ -216,13 +216,13 @@ async fn unsettled_for(settings: &Settings) -> Result<Duration, Failure> {
     Ok(latest.map_or(Duration::ZERO, |at| wait.saturating_sub(age(at))))
 }
 
-/// A standby has locks of its own, and may lag behind.
+/// Refuses a standby: it has its own locks, and may lag behind.
 async fn writable(client: &Client) -> Result<(), Failure> {
     let standby = client.query_one("select pg_is_in_recovery()", &[]).await.map_err(sql("look at the server"))?;
     if standby.get(0) { Err(failed("this server is a standby: connect to the primary")) } else { Ok(()) }
 }
 
-/// What a key is used for, in a word.
+/// The key's use, for a table's cell.
 pub fn key_use(active: bool, one_way: bool) -> &'static str {
     match (active, one_way) {
         (true, true) => "active, one-way",
@@ -232,25 +232,25 @@ pub fn key_use(active: bool, one_way: bool) -> &'static str {
     }
 }
 
-/// How many rows have a mask of each key in any column, by the key's id. Reads the whole table.
+/// The number of rows with a mask of each key in any column, by key id. Reads the whole table.
 async fn all_rows_by_key(mapping: &Mapping, client: &impl GenericClient) -> Result<BTreeMap<String, i64>, Failure> {
     rows_by_key(mapping, mapping.masked(), client).await
 }
 
-/// How many rows have a mask of each key in one of these columns.
+/// The number of rows with a mask of each key in any of these columns.
 async fn rows_by_key<'a>(
     mapping: &Mapping,
     columns: impl Iterator<Item = (&'a Column, &'a Field)>,
     client: &impl GenericClient,
 ) -> Result<BTreeMap<String, i64>, Failure> {
     let _spinner = spinner("Counting rows by key");
-    // Only a part before a colon is a key's id; Base64 has none.
+    // A mask is `id:Base64`, or bare Base64 under the unnamed key. Base64 has no colon.
     let id = |column: &str| {
         format!("case when {column} like '%:%' then split_part({column}, ':', 1) when {column} is not null then '' end")
     };
     let ids: Vec<_> = columns.map(|(column, _)| id(&quoted(&column.name))).collect();
     let (ids, table) = (ids.join(", "), mapping.table());
-    // A row with two keys counts for both, one with the same key twice counts once.
+    // A row with two keys counts for both; a row with one key twice counts once.
     let query = format!(
         "select key, sum(rows)::bigint
          from (select array[{ids}] as ids, count(*) as rows from {table} group by 1) as alike,

@@ -1,9 +1,9 @@
-//! Old rows under the active key, in place, while messages flow.
+//! Remasks old rows under the active key, in place, while messages flow.
 //!
-//! A batch is read, masked anew, and written back in one statement that changes a row only if it still has the masks that
-//! were read. So a kill leaves whole batches behind and nothing else, and two runs at once do no harm. How far a run came is
-//! in the data alone: the first pass leaves out what is under the active key already, the others look at every row there
-//! is, and the run ends with one that found nothing to do.
+//! A batch is read, masked again, and written back with one statement. It changes a row only if the row still has the masks
+//! that were read. So a killed run leaves only whole batches, and two runs at once do no harm. Progress is stored nowhere but
+//! in the rows: the first pass skips rows that are already under the active key. Later passes read every row, and the run ends
+//! with a pass that changed nothing.
 
 use std::{
     cell::Cell,
@@ -31,19 +31,19 @@ use crate::{
     settings::Settings,
 };
 
-/// Passes after which a run gives up: something keeps writing under another key.
+/// Most passes of a run. If the last one still changes rows, something keeps writing under another key.
 const PASSES: u32 = 5;
 
-/// How often a run looks whether the key that it brings rows under is still the active one.
+/// How often a run checks that its key is still the active one.
 const CHECK: Duration = Duration::from_secs(30);
-/// For how long it may go on without an answer to that.
+/// How long a run continues while that check gets no answer.
 const UNCHECKED: Duration = Duration::from_secs(300);
 
-/// The keyring of a run, which ends when another key becomes active.
+/// The keyring of a run. The run ends when another key becomes active.
 struct FreshRing<'a> {
     settings: &'a Settings,
     ring: Keyring,
-    /// By the wall clock: the monotonic one stands still while the machine sleeps.
+    /// Wall-clock time, because the monotonic clock stops while the machine sleeps.
     checked: Cell<SystemTime>,
 }
 
@@ -52,14 +52,14 @@ impl<'a> FreshRing<'a> {
         Ok(Self { settings, ring: settings.keyring().await?, checked: Cell::new(SystemTime::now()) })
     }
 
-    /// Fails if another key has become active since; asks only if the last answer is older than this.
+    /// Fails if another key has become active. Reads the keyring only if the last check is at least `age` ago.
     async fn check(&self, age: Duration) -> Result<(), Failure> {
         if self.checked.get().elapsed().is_ok_and(|elapsed| elapsed < age) {
             return Ok(());
         }
         let now = match self.settings.keyring().await {
             Ok(now) => now,
-            // A glitch of the network need not end hours of work.
+            // A short network failure must not end hours of work.
             Err(_) if self.checked.get().elapsed().is_ok_and(|elapsed| elapsed < UNCHECKED) => return Ok(()),
             Err(failure) => return Err(failure),
         };
@@ -74,16 +74,16 @@ impl<'a> FreshRing<'a> {
     }
 }
 
-/// What became of the rows.
+/// Counts of rows by outcome.
 #[derive(Debug, Default)]
 struct Tally {
     read: u64,
     changed: u64,
     /// Rows with a mask that no key of the ring recovers.
     unrecoverable: u64,
-    /// Rows with a mask that nobody can recover, by its cipher.
+    /// Rows with a one-way mask.
     one_way: u64,
-    /// Rows with a value whose mask under the active key would not fit the column.
+    /// Rows with a value that is too long to mask under the active key.
     too_long: u64,
 }
 
@@ -94,7 +94,7 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     let connection = settings.database().await?;
     let client = &connection.client;
     writable(client).await?;
-    // Held until the session ends, however that comes about, so that no key goes that rows are being brought under.
+    // Held until the session ends, so that the key that rows are brought under is not retired meanwhile.
     let locked = client.query_one("select pg_try_advisory_lock_shared($1)", &[&REMASKING]).await;
     if !locked.map_err(sql("see whether a key is being retired"))?.get::<_, bool>(0) {
         return Err(failed("a key is being retired just now: try again"));
@@ -102,13 +102,14 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     let keyring = FreshRing::read(settings).await?;
     if keyring.ring.is_one_way(keyring.ring.active()) {
         return Err(failed(
-            "the active key is an hmac-sha256 key: under it, rows that can be recovered could never be again. Activate another key to remask",
+            "the active key is an hmac-sha256 key: nobody could recover rows that are remasked under it. Activate another \
+             key first",
         ));
     }
     if !options.anyway {
         is_of_this_table(client, &settings.mapping, &keyring.ring).await?;
     }
-    // Before the work: whatever keeps it from being known should show now.
+    // Read before the work, so that an error shows early.
     let unsettled = unsettled_for(settings).await?;
     let started = Instant::now();
     let mut changed = 0;
@@ -119,12 +120,12 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
         let tally = pass(client, &keyring, options, passes > 1, what).await?;
         keyring.check(Duration::ZERO).await?;
         changed += tally.changed;
-        // The first pass leaves out what has the active key already.
+        // The first pass skips rows under the active key, so it does not check every row.
         if passes > 1 && (tally.changed == 0 || passes == PASSES) {
             break tally;
         }
     };
-    // In one statement, so that no row slips past it.
+    // One statement sees one snapshot, so no row is missed.
     let active = keyring.ring.active();
     let others = rows_by_key(&settings.mapping, settings.mapping.recoverable(), client)
         .await?
@@ -136,16 +137,16 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     Ok(Run { active, changed, passes, last, others, unsettled: unsettled.saturating_sub(took), took }.reply())
 }
 
-/// What a run came to.
+/// The results of a run.
 struct Run<'a> {
     active: &'a str,
     changed: u64,
     passes: u32,
-    /// Of the last pass, which read every row.
+    /// The last pass, which read every row.
     last: Tally,
     /// Rows that are not under the active key.
     others: i64,
-    /// For how long functions may still mask under another.
+    /// How much longer functions may mask under another key.
     unsettled: Duration,
     took: Duration,
 }
@@ -163,10 +164,7 @@ impl Run<'_> {
         let equal =
             last.changed == 0 && *others == 0 && last.too_long == 0 && last.unrecoverable == 0 && last.one_way == 0;
         if equal {
-            say(
-                GOOD,
-                format!("Checked: every mask is the one that its value has under {active}, so equal values are equal."),
-            );
+            say(GOOD, format!("Checked: every value has its mask under {active}, so equal values have equal masks."));
         }
         if last.unrecoverable > 0 {
             let rows = count(last.unrecoverable, "row");
@@ -186,9 +184,8 @@ impl Run<'_> {
         }
         if !self.unsettled.is_zero() {
             let time = duration(self.unsettled);
-            let until =
-                format!("Functions that have not noticed the new key may add rows under another for {time} at most:");
-            say(WARNING, format!("{until}\nrun this again then."));
+            let until = format!("Functions that have not read the new keyring may use another key for up to {time}.");
+            say(WARNING, format!("{until}\nThen run this again."));
         }
         let json = json!({
             "active": self.active, "changed": self.changed, "read": last.read, "passes": self.passes,
@@ -200,7 +197,8 @@ impl Run<'_> {
     }
 }
 
-/// A key that is not the table's recovers next to nothing; but now and then an `aes-cbc` mask, to garbage.
+/// Fails if most masks of a sample cannot be recovered. Not all need to fail: a wrong key sometimes recovers an `aes-cbc` mask,
+/// to garbage.
 async fn is_of_this_table(client: &Client, mapping: &Mapping, keyring: &Keyring) -> Result<(), Failure> {
     let (columns, fields): (Vec<_>, Vec<_>) =
         mapping.recoverable().map(|(column, field)| (quoted(&column.name), field)).unzip();
@@ -222,7 +220,7 @@ async fn is_of_this_table(client: &Client, mapping: &Mapping, keyring: &Keyring)
     Ok(())
 }
 
-/// Looks at every row that is there when it begins.
+/// Reads every row that exists when the pass begins, or with `all` unset, only those not under the active key.
 async fn pass(
     client: &Client,
     keyring: &FreshRing<'_>,
@@ -322,7 +320,7 @@ fn remasked(keyring: &Keyring, field: &Field, old: &str) -> Remasked {
         Ok(new) if new.as_str() == old => Remasked::Same,
         Ok(new) => {
             let new = new.as_str();
-            // What is about to replace the only copy of a value must be the value's.
+            // The new mask replaces the only copy of the value, so check that it recovers the value.
             let recovered = keyring.recover(&field.path, new);
             let right = recovered.is_ok_and(|recovered| *recovered == *value);
             if right { Remasked::Changed(new.to_owned()) } else { Remasked::Unrecoverable }

@@ -1,4 +1,4 @@
-//! The keyring's secret, changed: read, edited, and put in the place of the very version that was read.
+//! Edits the keyring's secret: reads it, changes it, and replaces only the version that was read.
 
 use std::{collections::BTreeMap, mem, time::Duration};
 
@@ -13,12 +13,12 @@ use crate::{
     settings::Settings,
 };
 
-/// The text of the secret, in the form of several keys. It is never shown; [`Keyring`] is what checks it.
+/// The secret's content, in the form for several keys. It is never shown. [`Keyring`] validates it.
 #[derive(Deserialize, Serialize)]
 pub struct Ring {
     /// The id of the key that new values are masked under.
     pub active: String,
-    /// And of the one for one-way masks.
+    /// The id of the key that new one-way values are masked under.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub one_way: Option<String>,
     /// The keys by id.
@@ -32,30 +32,30 @@ pub struct Key {
     key: Zeroizing<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     iv: Option<Zeroizing<String>>,
-    /// When it was made.
+    /// The time when it was made.
     #[serde(default, deserialize_with = "time", skip_serializing_if = "Option::is_none")]
     pub created: Option<Timestamp>,
-    /// When another became active in its place.
+    /// The time when another key became active in its place.
     #[serde(default, deserialize_with = "time", skip_serializing_if = "Option::is_none")]
     pub replaced: Option<Timestamp>,
 }
 
-/// How labels of this tool's begin.
+/// Prefix of the version labels that this tool sets.
 const LABEL: &str = "ETLCTL-";
 
-/// The label of the version that had a key that was retired.
+/// Label, without its prefix, of the version that still has a retired key.
 pub fn retired(id: &str) -> String {
     format!("RETIRED-{}", if id.is_empty() { "unnamed" } else { id })
 }
 
-/// The secret, and which version of it was read.
+/// The secret, as its current version was read.
 pub struct RingSecret {
     client: Client,
     id: String,
     version: String,
-    /// When this version was written.
+    /// The time when this version was written.
     pub written: Timestamp,
-    /// What it says.
+    /// The content, with any edits.
     pub ring: Ring,
 }
 
@@ -63,7 +63,7 @@ impl RingSecret {
     /// Reads the current version.
     pub async fn read(settings: &Settings) -> Result<Self, Failure> {
         let id = settings.require("MASKING_SECRET_ID")?;
-        // Checks it, and says clearly what is wrong with it.
+        // Validates it, with a clear error.
         settings.secrets().keyring(&id, &[]).await?;
         let client = Client::new(&settings.aws);
         let secret = client.get_secret_value().secret_id(&id).send().await.map_err(aws("read the keyring"))?;
@@ -71,7 +71,7 @@ impl RingSecret {
         let version = secret.version_id.ok_or_else(|| failed("the keyring's secret has no version"))?;
         let written =
             secret.created_date.and_then(|at| Timestamp::from_second(at.secs()).ok()).unwrap_or_else(Timestamp::now);
-        // One key, or several.
+        // The form for several keys, or for one.
         let ring = serde_json::from_str::<Ring>(&text)
             .or_else(|_| {
                 let key = serde_json::from_str::<Key>(&text)?;
@@ -79,22 +79,20 @@ impl RingSecret {
                 Ok(Ring { active: String::new(), one_way: None, keys: BTreeMap::from([(String::new(), key)]) })
             })
             // The error itself may quote a key.
-            .map_err(|_: serde_json::Error| {
-                failed("the keyring's secret is of a form that this etlctl does not know")
-            })?;
+            .map_err(|_: serde_json::Error| failed("the keyring's secret has a form that this etlctl does not know"))?;
         Ok(Self { client, id, version, written, ring })
     }
 
-    /// Keeps the version that was read from being deleted once it is neither the current nor the previous one. Returns the
-    /// label that does so.
+    /// Labels the version that was read, so that Secrets Manager keeps it when it is neither current nor previous. Returns the
+    /// label.
     pub async fn keep_as(&self, label: &str) -> Result<String, Failure> {
         let label = format!("{LABEL}{label}");
         let keep = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&label);
         let kept = keep.move_to_version_id(&self.version).send().await;
-        kept.map(|_| label).map_err(aws("keep the present version of the keyring"))
+        kept.map(|_| label).map_err(aws("keep the current version of the keyring"))
     }
 
-    /// Whether a key of this id was taken out of the ring, as far as the labels of kept versions tell.
+    /// Whether a label shows that a key with this id was retired.
     pub async fn was_retired(&self, id: &str) -> Result<bool, Failure> {
         let label = format!("{LABEL}{}", retired(id));
         let mut pages = self.client.list_secret_version_ids().secret_id(&self.id).into_paginator().send();
@@ -111,28 +109,28 @@ impl RingSecret {
         self.client.get_secret_value().secret_id(&self.id).send().await.ok()?.version_id
     }
 
-    /// Puts the edited ring in the place of the version that was read; refuses if another has taken that place meanwhile.
+    /// Makes the edited ring the current version. Fails if the version that was read is no longer the current one.
     pub async fn write(&self) -> Result<(), Failure> {
         let text = serde_json::to_string(&self.ring)
             .map(Zeroizing::new)
             .map_err(|_| failed("the keyring cannot be written"))?;
-        Keyring::from_json(&text).map_err(|error| failed(format!("so changed, the keyring {error}")))?;
-        // Labels keep a version alive until it is the current one. One that others use too, they would take away.
+        Keyring::from_json(&text).map_err(|error| failed(format!("with this change, the keyring {error}")))?;
+        // A label keeps the version until it is the current one. It is unique, so that no other writer moves it away.
         let version = hex::encode(random::<16>()?.as_ref());
         let pending = format!("{LABEL}{version}");
         let put = self.client.put_secret_value().secret_id(&self.id).client_request_token(&version);
         match put.secret_string(text.as_str()).version_stages(&pending).send().await {
-            // Tried again by the SDK after an answer that was lost, it is there already.
+            // The SDK retried after a lost answer, and the version exists already.
             Err(error) if error.code() == Some("ResourceExistsException") => {}
             put => drop(put.map_err(aws("write the keyring"))?),
         }
         let promote = self.client.update_secret_version_stage().secret_id(&self.id).version_stage("AWSCURRENT");
         let promoted = promote.move_to_version_id(&version).remove_from_version_id(&self.version).send().await;
-        // On success it is only untidy, and else it is what takes the rejected version away.
+        // After a success, this only tidies up; after a failure, it lets Secrets Manager delete the rejected version.
         let tidy = self.client.update_secret_version_stage().secret_id(&self.id).version_stage(&pending);
         drop(tidy.remove_from_version_id(&version).send().await);
         let Err(error) = promoted else { return Ok(()) };
-        // That may be done as well, though it fails when it is tried again.
+        // The first try may have succeeded although its retry failed.
         if self.current_version().await.as_deref() == Some(version.as_str()) {
             return Ok(());
         }
@@ -151,15 +149,15 @@ impl Ring {
         if self.keys.contains_key(id) {
             return Err(Failure::Usage(format!("there is a key {id:?} already: give the new one another id")));
         }
-        // AES-256 as CBC; as SIV, whose key is two, AES-128 in each: SIV's security is that of 128 bits whatever the key.
+        // 32 bytes are AES-256 for CBC, and two AES-128 keys for SIV, whose security is 128 bits with any key.
         let key = Zeroizing::new(hex::encode(random::<32>()?.as_ref()));
         let cipher = Some(cipher.to_owned());
         self.keys.insert(id.to_owned(), Key { cipher, key, iv: None, created: Some(now()), replaced: None });
         Ok(())
     }
 
-    /// Makes a key the active one: new values are masked under it. With `one_way`, new one-way masks are made under it
-    /// instead. Returns the id of the key that it takes the place of.
+    /// Makes a key the active one, or with `one_way`, the active one for one-way masks. Returns the id of the key that it
+    /// replaces.
     pub fn activate(&mut self, id: &str, one_way: bool) -> Result<Option<String>, Failure> {
         self.key(id)?;
         let before = match one_way {
@@ -180,7 +178,7 @@ impl Ring {
         self.active == id || self.one_way.as_deref() == Some(id)
     }
 
-    /// The key with this id, which there must be.
+    /// The key with this id, or an error.
     pub fn key(&self, id: &str) -> Result<&Key, Failure> {
         let known = || self.keys.keys().map(|id| format!("{id:?}")).collect::<Vec<_>>().join(", ");
         self.keys
@@ -195,7 +193,7 @@ fn random<const LENGTH: usize>() -> Result<Zeroizing<[u8; LENGTH]>, Failure> {
     Ok(bytes)
 }
 
-/// A time that people may have written by hand: whatever is none is as good as absent.
+/// Reads a time that people may have written by hand. An invalid one counts as absent.
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
     let value = serde_json::Value::deserialize(deserializer)?;
     Ok(value.as_str().and_then(|text| text.parse().ok()))
@@ -206,8 +204,7 @@ fn now() -> Timestamp {
     Timestamp::from_second(now.as_second()).unwrap_or(now)
 }
 
-/// How long ago something was.
+/// The time since `at`; zero if it is in the future, by a clock that is ahead.
 pub fn age(at: Timestamp) -> Duration {
-    // A clock that is ahead dates things into the future: no time has passed since.
     Duration::try_from(Timestamp::now().duration_since(at)).unwrap_or_default()
 }

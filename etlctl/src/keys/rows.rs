@@ -1,4 +1,4 @@
-//! The rows of the table by where they lie, for want of a key: read and written back in batches.
+//! Reads the table's rows and writes them back in batches. Rows are identified by `ctid`, because the table has no key.
 
 use login_etl::mapping::{Mapping, quoted};
 use tokio_postgres::{
@@ -9,16 +9,16 @@ use tokio_postgres::{
 
 use crate::output::{Failure, failed, sql};
 
-/// Rows that a full block holds, roughly. Where there are more, a batch ends amid its last block.
+/// Approximate rows of a full block. If a block has more, a batch ends in the middle of its last block.
 const ROWS_A_BLOCK: i64 = 50;
 
-/// One table of rows: the mapping's, or a partition of it.
+/// A table that stores rows: the mapping's table, or a partition of it.
 pub(super) struct Leaf {
     pub(super) name: String,
     pub(super) blocks: i64,
 }
 
-/// Where a row lies: its block, from 0, and its line pointer there, from 1. What comes after it is still to be done.
+/// A row's place in its table: the block, from 0, and the line pointer in it, from 1. A pass continues after it.
 #[derive(Clone, Copy)]
 pub(super) struct RowId {
     pub(super) block: i64,
@@ -52,7 +52,7 @@ pub(super) async fn leaves(mapping: &Mapping, client: &Client) -> Result<Vec<Lea
     Ok(rows.iter().map(|row| Leaf { name: row.get(0), blocks: row.get(1) }).collect())
 }
 
-/// The two statements of a batch.
+/// The statements that read and write a batch.
 pub(super) struct Statements {
     leaf: String,
     columns: Vec<String>,
@@ -63,7 +63,7 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// Rows that are under the key `but` are not read.
+    /// Rows whose masks are all under the key `but` are not read.
     pub(super) fn new(mapping: &Mapping, leaf: &str, rows: i64, but: Option<&str>) -> Self {
         let columns: Vec<_> = mapping.recoverable().map(|(column, _)| quoted(&column.name)).collect();
         let each = |form: &dyn Fn(usize, &str) -> String, separator: &str| {
@@ -78,8 +78,8 @@ impl Statements {
                 each(&|_, column| format!("coalesce(left({column}, {}) = '{id}:', true)", id.len() + 1), " and ")
             }
         };
-        // A list of places works on every version; ranges of them are scanned from version 14 on only. A block has room for
-        // no more line pointers than this, as a row has a header of 24 bytes at least.
+        // A list of ctids works on every version; range scans of ctids need version 14. A block holds at most this many line
+        // pointers, because a row needs 28 bytes: a line pointer of 4, and a header of 24.
         let read = format!(
             "select old.ctid::text, {} from only {leaf} as old where old.ctid = any (array(
                  select format('(%s,%s)', block, line)::tid
@@ -107,13 +107,13 @@ impl Statements {
         }
         let columns = self.columns.join(", ");
         failed(format!(
-            "your database user may not remask {0}: be in the role login_etl_operator, and let the owner `grant select, update \
-             ({columns}) on {0} to login_etl_operator`",
+            "your database user may not remask {0}: it needs the role login_etl_operator, and the owner must `grant select, \
+             update ({columns}) on {0} to login_etl_operator`",
             self.leaf
         ))
     }
 
-    /// The rows after `from`, as many as a batch may have, of blocks before `end`; and where to go on.
+    /// The next rows after `from`, of blocks before `end` and at most a batch; and the place to continue after.
     pub(super) async fn read(&self, client: &Client, from: RowId, end: i64) -> Result<(Vec<Row>, RowId), Failure> {
         let end = end.min(from.block + self.rows / ROWS_A_BLOCK + 1);
         let parameters: [(&(dyn ToSql + Sync), Type); 3] =
@@ -125,7 +125,7 @@ impl Statements {
         Ok((rows, last.unwrap_or(RowId { block: end, line: 0 })))
     }
 
-    /// Writes new masks where the old ones still are. Returns how many rows that were.
+    /// Writes the new masks to rows that still have the old ones. Returns the number of rows changed.
     pub(super) async fn write(&self, client: &Client, changes: &Changes<'_>) -> Result<u64, Failure> {
         let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&changes.row_ids, Type::TEXT_ARRAY)];
         for column in &changes.columns {
@@ -137,7 +137,7 @@ impl Statements {
     }
 }
 
-/// The rows of a batch that change, by where they lie, and their masks before and after.
+/// The rows of a batch that change, by `ctid`, and their old and new masks.
 pub(super) struct Changes<'a> {
     pub(super) row_ids: Vec<&'a str>,
     pub(super) columns: Vec<Column<'a>>,

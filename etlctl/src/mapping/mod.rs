@@ -1,4 +1,4 @@
-//! The mapping: shown, checked, as SQL, and tried on messages. None of it needs a database or a queue.
+//! Shows, checks and tries a mapping, and prints its SQL. None of it needs a database or a queue.
 
 mod privacy;
 
@@ -23,7 +23,7 @@ use crate::{
     output::{BAD, Failure, GOOD, Reply, count, failed, printable, table},
 };
 
-/// What masks where no keyring is given, which is nobody's key.
+/// The keyring of `try` without `--keyring`. Its keys are made up.
 const MADE_UP: &str = r#"{"active": "made-up", "one_way": "made-up-hmac", "keys": {
     "made-up": {"cipher": "aes-siv", "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"},
     "made-up-hmac": {"cipher": "hmac-sha256", "key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}}}"#;
@@ -63,7 +63,7 @@ fn show(mapping: &Mapping) -> Reply {
     Reply::new(format!("{table}\n{text}"), json!({"table": table, "columns": json}))
 }
 
-/// How a field is kept, as the mapping says it.
+/// How a field is kept, in the mapping's words.
 fn kept(field: &Field) -> &'static str {
     match field.masked {
         None => "plain",
@@ -72,7 +72,7 @@ fn kept(field: &Field) -> &'static str {
     }
 }
 
-/// What a message is refused for, for this column's sake.
+/// The reasons for which this column lets a message be refused.
 fn refused(column: &Column) -> String {
     let field = match &column.source {
         Source::Field(field) => field,
@@ -125,7 +125,7 @@ fn check(file: Option<&Path>) -> Reply {
     Reply::new(text, json!({"valid": true, "table": name, "columns": columns, "masked": masked}))
 }
 
-/// The table, an index and a view of duplicates for each masked column, and the grants. Can be run again at will.
+/// The SQL of the table, the index and the view of duplicates of each masked column, and the grants. It can be run repeatedly.
 pub fn ddl(mapping: &Mapping) -> String {
     let table = mapping.table();
     let width = mapping.columns().iter().map(|column| quoted(&column.name).len()).max().unwrap_or_default();
@@ -175,7 +175,7 @@ pub fn ddl(mapping: &Mapping) -> String {
     text
 }
 
-/// Operators read rows and bring masks under a new key, in each partition too: that is where it is done.
+/// Grants operators to read rows and to remask, in each partition too, because remasking works on partitions.
 fn operator_grants(table: &Table, recoverable: &[&Column]) -> String {
     if recoverable.is_empty() {
         return format!("grant select on {table} to login_etl_operator;\n");
@@ -199,13 +199,13 @@ begin
 end
 ",
         literal(&table.to_string()),
-        // Doubled, as `format` takes a percent sign for its own.
+        // Doubled, because `format` interprets percent signs.
         columns.join(", ").replace('\'', "''").replace('%', "%%"),
     );
     format!("do {};\n", dollar_quoted("grants", &block))
 }
 
-/// A text between dollar signs, with a tag that does not occur in it.
+/// The text dollar-quoted, with a tag that does not occur in it.
 fn dollar_quoted(tag: &str, text: &str) -> String {
     let tag = (1..)
         .map(|number| if number == 1 { format!("${tag}$") } else { format!("${tag}{number}$") })
@@ -214,7 +214,7 @@ fn dollar_quoted(tag: &str, text: &str) -> String {
     format!("{tag}{text}{tag}")
 }
 
-/// A string as SQL has it.
+/// The text as an SQL literal.
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
@@ -228,7 +228,7 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
     let keyring = keyring.map_err(|error| failed(format!("the keyring {error}")))?;
     let (mut text, mut json, mut good) = (String::new(), Vec::new(), 0);
     let lines = read(file)?;
-    // A whole file may be one event, as the samples are, or one body. A body may have a field of that name, too.
+    // The file may be one event, like the samples, or one body. A body may have a field `Records`, too, but no message ids there.
     let is_event = |text: &str| {
         let messages = event::messages(text.as_bytes());
         messages.is_ok_and(|messages| messages.iter().all(|message| message.id().is_some()))
@@ -273,7 +273,7 @@ fn try_messages(mapping: &Mapping, file: &Path, keyring: Option<&Path>) -> Resul
     }
     let (all, refused) = (json.len(), json.len() - good);
     if all == 0 {
-        return Err(Failure::Usage("there is no message in it: a body, or an SQS event, a line".to_owned()));
+        return Err(Failure::Usage("no message in the file: put a body or an SQS event on each line".to_owned()));
     }
     text += &format!(
         "\n{} would be rows of {}, {refused} refused\n",
@@ -292,7 +292,7 @@ fn read(file: &Path) -> Result<String, Failure> {
     read.map_err(|error| failed(format!("cannot read {}: {error}", file.display())))
 }
 
-/// A row of a message that is made up, if such a one fits the mapping.
+/// A row of a made-up message. `None` if the mapping refuses that message.
 pub fn example_row(mapping: &Mapping, keyring: &Keyring) -> Option<Row> {
     let mut body = json!({});
     for column in mapping.columns() {
@@ -318,7 +318,7 @@ fn example(column: &Column, field: &Field) -> Value {
         (_, Some(Convert::VersionDigits | Convert::VersionOrdered)) => json!("1.0"),
         (_, Some(Convert::FromNumber | Convert::EpochSeconds | Convert::EpochMillis)) => json!(1),
         (_, Some(Convert::FromText)) => json!("1"),
-        // Documentation's own address, for whatever wants one.
+        // An address reserved for documentation, because the field may have to be an IP address.
         (ColumnType::Text, None) if field.masked.is_some() || field.strict => json!("192.0.2.1"),
         (ColumnType::Text, None) => json!("doctor".chars().take(column.max_length.unwrap_or(6)).collect::<String>()),
         (ColumnType::Integer | ColumnType::Bigint | ColumnType::DoublePrecision, None) => json!(1),
@@ -361,7 +361,7 @@ fn text(column_type: ColumnType, cell: &[u8]) -> Option<String> {
             let digits = hex::encode(cell);
             [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)].map(|(from, to)| &digits[from..to]).join("-")
         }
-        // A version comes before the text.
+        // A version byte comes before the text.
         ColumnType::Jsonb => String::from_utf8(cell.get(1..)?.to_vec()).ok()?,
     })
 }
@@ -371,7 +371,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_type_is_shown_as_it_was_sent() {
+    fn every_type_is_shown_as_text() {
         let mapping = |column_type: &str| {
             let text = format!(
                 "table = \"t\"\n[[column]]\nname = \"c\"\nfrom = \"f\"\nkeep = \"plain\"\ntype = \"{column_type}\""

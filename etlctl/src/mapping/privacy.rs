@@ -1,15 +1,15 @@
-//! The functions of a mapping's table that delete rows: one person's, for the role `login_etl_privacy`, and expired ones, for
-//! `login_etl`. They run with the rights of the table's owner, so that neither role may delete, or read, any other row.
+//! The SQL functions that delete rows of a mapping's table: a person's rows, for the role `login_etl_privacy`, and expired rows,
+//! for `login_etl`. They run with the rights of the table's owner, so that neither role may delete, or read, any other row.
 //!
-//! What runs with an owner's rights must not find anything that somebody else made. So its search path is PostgreSQL's own schema
-//! alone, and the tables are named with theirs, which are looked up when the functions are made.
+//! A function with the owner's rights must not call anything that somebody else made. So its search path is
+//! `pg_catalog, pg_temp`, and tables are named with their schemas, which are looked up when the function is made.
 
 use login_etl::mapping::{Column, Mapping, quoted};
 
 use super::{dollar_quoted, literal};
 use crate::migrate::sql_type;
 
-/// Where a function's text has the table's name with its schema, the same as a literal, and the audit's name.
+/// Placeholders in a function's text: the table's name with its schema, the same as a literal, and the audit table's name.
 const TABLE: &str = "@login_etl_table@";
 const TABLE_LITERAL: &str = "@login_etl_table_literal@";
 const AUDIT: &str = "@login_etl_audit@";
@@ -54,7 +54,7 @@ begin
     )
 }
 
-/// One function, made and granted.
+/// A function to make and grant.
 struct Function<'a> {
     suffix: &'a str,
     parameters: &'a str,
@@ -85,9 +85,9 @@ impl Function<'_> {
     }
 }
 
-/// What counts and what erases the rows that have one of some values in a column.
+/// The functions that count and erase the rows with one of the given values in a column.
 ///
-/// Columns have their table's alias, and parameters their numbers, as a column may have a parameter's name.
+/// Columns are qualified and parameters numbered, because a column may have a parameter's name.
 fn of_persons(mapping: &Mapping) -> Vec<String> {
     let each = |statement: &dyn Fn(&str) -> String| -> String {
         columns_of_persons(mapping)
@@ -100,7 +100,7 @@ fn of_persons(mapping: &Mapping) -> Vec<String> {
             .collect()
     };
     let count = each(&|theirs| format!("return (select count(*) from {TABLE} as t where {theirs})"));
-    // Said twice, as partitions share their rows' places.
+    // The condition is given twice, because rows of different partitions may have the same ctid.
     let delete = each(&|theirs| {
         format!(
             "delete from {TABLE} as t where {theirs}
@@ -146,8 +146,8 @@ end
     vec![rows_of.sql(mapping), erase.sql(mapping)]
 }
 
-/// What deletes rows whose day is past keeping. Of a table that is partitioned by that day, it drops whole partitions, and deletes
-/// rows one by one from the default partition alone.
+/// The function that deletes rows past their retention. If the table is partitioned by the day, it drops whole partitions, and
+/// deletes single rows only from the default partition.
 fn of_retention(mapping: &Mapping, days: u32, day: &Column) -> String {
     let last = format!("(now() at time zone 'UTC')::date - {days}");
     let expired = format!("t.{} < {last}", quoted(&day.name));
@@ -201,7 +201,7 @@ end
         parameters: "most bigint, out deleted bigint, out partitions bigint",
         types: "bigint",
         returns: "record",
-        // A lock that is not to be had soon is tried for again at the next run.
+        // If a lock is not available soon, the next run tries again.
         settings: " set lock_timeout = '500ms' set timezone = 'UTC' set datestyle = 'ISO'",
         grantee: "login_etl",
         body: &body,

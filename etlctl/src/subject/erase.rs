@@ -1,4 +1,4 @@
-//! A person's rows and dead messages, erased on record.
+//! Erases a person's rows and dead messages, and records it.
 
 use std::{num::NonZeroU32, time::Duration};
 
@@ -20,8 +20,9 @@ use crate::{
     settings::Settings,
 };
 
-/// Batches that erase nothing while rows are left, and the wait after each.
+/// Batches in a row that may erase nothing while rows are left.
 const TRIES: u32 = 25;
+/// The wait after each of them.
 const WAIT: Duration = Duration::from_millis(200);
 
 /// What is to be erased, and why.
@@ -31,12 +32,12 @@ pub struct Erasure<'a> {
     pub reason: &'a str,
     /// Most rows of a transaction.
     pub batch: NonZeroU32,
-    /// Whether dead messages go, too, that mention the person without having the field.
+    /// Whether to delete dead messages, too, that have the value but not the field.
     pub with_mentions: bool,
 }
 
 impl Erasure<'_> {
-    /// Counts what there is, and changes nothing.
+    /// Counts the person's rows and dead messages, and changes nothing.
     pub async fn count(&self) -> Result<Reply, Failure> {
         self.check()?;
         let connection = self.settings.database().await?;
@@ -58,12 +59,12 @@ impl Erasure<'_> {
         Ok(Reply { no, ..Reply::new(text, json) })
     }
 
-    /// Erases it all, batch by batch.
+    /// Erases all of them, batch by batch.
     pub async fn erase(&self) -> Result<Reply, Failure> {
         self.check()?;
         let connection = self.settings.database().await?;
         let client = &connection.client;
-        // The server may be set to answer before it has written.
+        // The server's default may acknowledge a commit before it is on disk.
         client.batch_execute("set synchronous_commit = on").await.map_err(sql("prepare the erasure"))?;
         let operator = audit::operator(&self.settings.aws).await;
         let mut rows = self.erase_rows(client, &operator).await?;
@@ -72,14 +73,14 @@ impl Erasure<'_> {
         let (mut messages, mut mentions, mut unseen) = (None, Vec::new(), 0);
         if let Some(queue) = &queue {
             let mut deleted = 0;
-            // Of a FIFO queue's group, SQS shows ten, and the next ten when those are gone.
+            // SQS shows ten messages of a FIFO queue's group, and the next ten once those are deleted.
             loop {
                 let mut looked = queue.look_for(self.person).await?;
                 if self.with_mentions {
                     looked = looked.with_mentions();
                 }
                 let theirs = looked.theirs();
-                // On record before they go. In the end it is on record that nothing was left.
+                // Recorded before they are deleted. The last record says that nothing was left.
                 match self.erase_batch(client, &operator, i32::try_from(theirs).ok()).await {
                     Ok(more) => rows += more,
                     Err(failure) => {
@@ -104,13 +105,14 @@ impl Erasure<'_> {
             Some(messages) => format!(", {} deleted", count(messages as i128, "dead message")),
             None => String::new(),
         };
-        // Without the queue, each batch of rows is on record, and nothing else.
+        // Without the queue, only batches of rows are recorded.
         let record = if rows > 0 || queue.is_some() { "; recorded in etl_audit" } else { "" };
         let mut text = format!("{GOOD}{} erased{dead}{record}.{GOOD:#}\n", count(rows, "row"));
         text += &warnings(queue.is_none(), hidden, &mentions);
         if unseen > 0 {
             text += &format!(
-                "{WARNING}About {} not shown by SQS, which shows ten of a group: redrive or delete those before them, and run this again.{WARNING:#}\n",
+                "{WARNING}About {} not visible, because SQS shows ten of a group: redrive or delete those before them, \
+                 and run this again.{WARNING:#}\n",
                 count(unseen, "dead message")
             );
         }
@@ -124,14 +126,14 @@ impl Erasure<'_> {
         Ok(Reply { no, ..Reply::new(text, json) })
     }
 
-    /// Refuses a reason that says nothing, or that would put the value on record.
+    /// Refuses a reason that is empty or contains the value.
     fn check(&self) -> Result<(), Failure> {
         audit::check_reason(self.reason)?;
         let reason = self.reason.to_lowercase();
-        // Shorter ones stand in other words.
+        // Shorter values occur in ordinary words.
         if self.person.spellings.iter().any(|value| value.len() > 2 && reason.contains(&value.to_lowercase())) {
             return Err(Failure::Usage(
-                "--reason has the value in it, and stays on record: name a ticket instead".to_owned(),
+                "--reason contains the value, and stays on record: name a ticket instead".to_owned(),
             ));
         }
         Ok(())
@@ -144,7 +146,7 @@ impl Erasure<'_> {
         }
     }
 
-    /// How many rows the person has.
+    /// The number of the person's rows.
     async fn rows(&self, client: &Client) -> Result<i64, Failure> {
         let counted = format!("select {}($1, $2)", self.settings.mapping.table().beside("rows_of"));
         let parameters: [(&(dyn ToSql + Sync), Type); 2] =
@@ -153,7 +155,7 @@ impl Erasure<'_> {
         counted.first().map(|row| row.get(0)).ok_or_else(|| failed("cannot count the person's rows: no answer"))
     }
 
-    /// Erases rows until none is left. Returns how many there were.
+    /// Erases rows until none is left. Returns their number.
     async fn erase_rows(&self, client: &Client, operator: &str) -> Result<i64, Failure> {
         let all = self.rows(client).await?;
         let bar = progress(all.unsigned_abs(), "Erasing {bar:30} {pos} of {len} rows  {eta} to go");
@@ -167,7 +169,7 @@ impl Erasure<'_> {
                 in_vain = 0;
                 continue;
             }
-            // A batch erases nothing if somebody changes its rows meanwhile.
+            // A batch erases nothing if another session changes its rows at the same time.
             let left = self.rows(client).await?;
             if left == 0 {
                 bar.finish_and_clear();
@@ -176,7 +178,7 @@ impl Erasure<'_> {
             in_vain += 1;
             if in_vain == TRIES {
                 return Err(failed(format!(
-                    "{} left that cannot be erased: see whether a trigger, a rule or row security keeps them; {erased} erased and on record",
+                    "{} cannot be erased: see whether a trigger, a rule or row security keeps them; {erased} erased and recorded",
                     count(left, "row")
                 )));
             }
@@ -184,8 +186,8 @@ impl Erasure<'_> {
         }
     }
 
-    /// Erases some rows in one transaction with its record. `messages` are recorded, too, even if there is no row. Returns the
-    /// number of rows.
+    /// Erases and records up to `batch` rows in one transaction. With `messages`, that number is recorded, too, even without a
+    /// row. Returns the number of rows.
     async fn erase_batch(&self, client: &Client, operator: &str, messages: Option<i32>) -> Result<i64, Failure> {
         let erase = format!("select {}($1, $2, $3, $4, $5, $6)", self.settings.mapping.table().beside("erase"));
         let parameters: [(&(dyn ToSql + Sync), Type); 6] = [
@@ -197,14 +199,14 @@ impl Erasure<'_> {
             (&messages, Type::INT4),
         ];
         let erased = match client.query_typed(&erase, &parameters).await {
-            // Another session was in the way: nothing is erased, and nothing recorded.
+            // A conflict with another session: nothing is erased or recorded.
             Err(error) if messages.is_none() && is_conflict(&error) => return Ok(0),
             erased => erased.map_err(no_right("erase the person's rows"))?,
         };
         erased.first().map(|row| row.get(0)).ok_or_else(|| failed("cannot erase the person's rows: no answer"))
     }
 
-    /// What may still come, and what is out of reach, and for how long.
+    /// What may still arrive, what this cannot erase, and for how long.
     async fn what_remains(&self) -> Result<(String, serde_json::Value), Failure> {
         let (waiting, retention) = self.waiting().await?;
         let again = retention.and_then(|retention| {
@@ -213,33 +215,33 @@ impl Erasure<'_> {
         });
         let in_queue = match (waiting, retention) {
             (Some(waiting), Some(retention)) => format!(
-                "{} now, of anybody; each is kept for {} at most",
+                "{} now, from anybody; each is kept for {} at most",
                 count(waiting as i128, "message"),
                 duration(retention)
             ),
-            _ => "not known, as QUEUE_URL is not".to_owned(),
+            _ => "unknown: QUEUE_URL is not set".to_owned(),
         };
         let name = self.settings.mapping.table().name.clone();
         let rows = [
             ["messages in the queue", &in_queue],
-            ["erased rows on disk", &format!("until vacuum has run: autovacuum, or `vacuum {name}` now")],
+            ["erased rows on disk", &format!("until vacuum has run: by autovacuum, or `vacuum {name}` now")],
             ["replicas", "until they have caught up"],
             ["backups, snapshots, archived WAL", "as long as you keep them"],
             ["PostgreSQL's log", "as long as you keep it, if it logs statements with their parameters"],
-            ["etl_audit", "for ever: masks that were recovered, and reasons and queries as they were typed"],
+            ["etl_audit", "for ever: recovered masks, and reasons and queries as typed"],
         ];
-        let mut text = format!("\n{BOLD}What may still come, or is out of reach:{BOLD:#}\n");
+        let mut text = format!("\n{BOLD}What may still arrive, or cannot be erased from here:{BOLD:#}\n");
         text += &table(&["", ""], rows.map(|row| row.map(str::to_owned).to_vec()));
         if let Some(again) = &again {
             let field = &self.person.field.path;
             text += &format!(
-                "\nAfter {again} (UTC) run it again, for what the queue had:\n  etlctl subject erase - --field {field} --reason '…' --yes\n"
+                "\nAfter {again} (UTC) run this again, for messages that are in the queue now:\n  etlctl subject erase - --field {field} --reason '…' --yes\n"
             );
         }
         Ok((text, json!({"waiting_messages": waiting, "again_after": again})))
     }
 
-    /// About how many messages the queue has, and for how long it keeps one.
+    /// The approximate number of messages in the queue, and for how long it keeps one.
     async fn waiting(&self) -> Result<(Option<u64>, Option<Duration>), Failure> {
         let Some(url) = self.settings.get("QUEUE_URL") else { return Ok((None, None)) };
         let counts = [
@@ -251,7 +253,7 @@ impl Erasure<'_> {
         let names = counts.iter().chain([&retention]).cloned().collect();
         let client = aws_sdk_sqs::Client::new(&self.settings.aws);
         let attributes = client.get_queue_attributes().queue_url(url).set_attribute_names(Some(names)).send().await;
-        let attributes = attributes.map_err(aws("look at the queue; all else is done"))?.attributes.unwrap_or_default();
+        let attributes = attributes.map_err(aws("look at the queue; the rest is done"))?.attributes.unwrap_or_default();
         let number = |name: &QueueAttributeName| attributes.get(name)?.parse::<u64>().ok();
         Ok((counts.iter().map(number).sum(), number(&retention).map(Duration::from_secs)))
     }
@@ -261,24 +263,26 @@ fn is_conflict(error: &tokio_postgres::Error) -> bool {
     matches!(error.code(), Some(&SqlState::T_R_DEADLOCK_DETECTED | &SqlState::T_R_SERIALIZATION_FAILURE))
 }
 
-/// What of the dead-letter queue is left to look at.
+/// Warnings about dead messages that were not searched, were hidden, or may be another person's.
 fn warnings(is_unknown: bool, hidden: u64, mentions: &[String]) -> String {
     let mut text = String::new();
     if is_unknown {
         text += &format!(
-            "{WARNING}Dead messages were not looked at: DLQ_URL is not known (--stack, --dlq-url).{WARNING:#}\n"
+            "{WARNING}Dead messages were not searched: name the queue with --stack or --dlq-url.{WARNING:#}\n"
         );
     }
     if hidden > 0 {
         text += &format!(
-            "{WARNING}{} hidden, as somebody reads them, or did and was cut off: run this again in some minutes.{WARNING:#}\n",
+            "{WARNING}{} hidden, because another command reads them or was interrupted: run this again in some \
+             minutes.{WARNING:#}\n",
             count(hidden, "dead message")
         );
     }
     if !mentions.is_empty() {
         let shown: Vec<_> = mentions.iter().take(10).map(|id| printable(id)).collect();
         text += &format!(
-            "{WARNING}{} the value and not the field, so it may be another's: {}{}. See it with `etlctl dlq show`; --mentions deletes it.{WARNING:#}\n",
+            "{WARNING}{} the value but not the field, and may be another person's: {}{}. Look with `etlctl dlq show`; \
+             delete with --mentions.{WARNING:#}\n",
             if mentions.len() == 1 {
                 "1 dead message has".to_owned()
             } else {
@@ -294,7 +298,7 @@ fn warnings(is_unknown: bool, hidden: u64, mentions: &[String]) -> String {
 fn no_right(what: &str) -> impl FnOnce(tokio_postgres::Error) -> Failure {
     move |error| match error.code() {
         Some(&SqlState::INSUFFICIENT_PRIVILEGE) => failed(format!(
-            "cannot {what} (SQLSTATE 42501): your database user needs the role login_etl_privacy (`grant login_etl_privacy to NAME`), and usage of the table's schema"
+            "cannot {what} (SQLSTATE 42501): your database user needs the role login_etl_privacy (`grant login_etl_privacy to NAME`), and usage on the table's schema"
         )),
         _ => sql(what)(error),
     }

@@ -1,4 +1,4 @@
-//! All rows of a person, as JSON Lines in a new file.
+//! Exports all rows of a person to a new file, as JSON Lines.
 
 use std::{collections::HashMap, io::Write, path::Path};
 
@@ -24,7 +24,7 @@ pub async fn run(
     reason.map_or(Ok(()), audit::check_reason)?;
     let mapping = &settings.mapping;
     let mut connection = settings.database().await?;
-    // Whatever could go wrong with it should do so before somebody's reason is on record.
+    // Created first: if it cannot be, no recovery is recorded.
     let mut file = create(output)?;
     let written = async {
         let reading = spinner("Reading the person's rows");
@@ -64,14 +64,14 @@ pub async fn run(
         Ok::<_, Failure>((texts.len(), recovery))
     };
     let (rows, recovery) = written.await.inspect_err(|_| {
-        // Incomplete, and ours.
+        // It is incomplete, and this run created it.
         drop(std::fs::remove_file(output));
     })?;
     let (recovered, lost) = (recovery.masks.len(), recovery.lost);
     let path = output.display().to_string();
     let mut text = format!("{} written to {}\n", count(rows as i128, "row"), printable(&path));
     if reason.is_some() {
-        text += &format!("{} recovered, and that is recorded in etl_audit\n", count(recovered as i128, "value"));
+        text += &format!("{} recovered; recorded in etl_audit\n", count(recovered as i128, "value"));
     }
     if lost > 0 {
         text +=
@@ -81,7 +81,7 @@ pub async fn run(
     Ok(Reply { no: lost > 0, ..Reply::new(text, json) })
 }
 
-/// The masks whose values were added to the rows, and how many could not be recovered.
+/// The masks whose values were added to the rows, and the number of masks that could not be recovered.
 #[derive(Default)]
 struct Recovery {
     masks: Vec<String>,
@@ -89,9 +89,9 @@ struct Recovery {
 }
 
 impl Recovery {
-    /// A row as PostgreSQL writes it, with the values behind its columns, under the fields' names.
+    /// The row's JSON as PostgreSQL wrote it, with the recovered values appended under their fields' names.
     fn extended(&mut self, row: &str, settings: &Settings, keyring: &Keyring) -> Result<Zeroizing<String>, Failure> {
-        // Of the other columns not a digit is to change.
+        // Raw values, so that the other columns keep every digit.
         let columns: HashMap<String, &RawValue> =
             serde_json::from_str(row).map_err(|_| failed("a row cannot be read"))?;
         let mut text = Zeroizing::new(row.strip_suffix('}').unwrap_or(row).to_owned());
@@ -102,7 +102,7 @@ impl Recovery {
                 self.lost += 1;
                 continue;
             };
-            // A column may have that name already.
+            // A column may already have the field's name.
             let name = match columns.contains_key(&*field.path) {
                 false => field.path.to_string(),
                 true => format!("recovered_{}", field.path),

@@ -1,4 +1,4 @@
-//! A person's data: found, exported, erased.
+//! Finds, exports and erases a person's data.
 
 mod erase;
 mod export;

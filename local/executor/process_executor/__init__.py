@@ -3,10 +3,10 @@
 It runs the ``bootstrap`` of a ``provided.*`` function as a process of this machine, behind the Lambda Runtime API. LocalStack loads it
 when ``LAMBDA_RUNTIME_EXECUTOR=process``.
 
-- ``executor``: one execution environment, as LocalStack sees it: starts, invokes, stops.
-- ``runtime``: one run of ``bootstrap``: the process and the Runtime API it talks to.
-- ``log``: what the function and the platform wrote, in the form Lambda gives it.
-- ``s3``: an S3 with its objects in a directory of this LocalStack's own.
+- ``executor``: one execution environment: LocalStack starts, invokes and stops it.
+- ``runtime``: one run of ``bootstrap``: the process, and the Runtime API that serves it.
+- ``log``: the output of the function and the platform, in Lambda's format.
+- ``s3``: an S3 that keeps its objects in this LocalStack's own directory.
 """
 
 from localstack.services.lambda_.invocation.plugins import RuntimeExecutorPlugin

@@ -1,4 +1,4 @@
-"""One execution environment of a function, as LocalStack drives it."""
+"""One execution environment of a function, driven by LocalStack."""
 
 import json
 import math
@@ -25,7 +25,7 @@ NOT_LAMBDAS = ("LOCALSTACK_", "EDGE_PORT", "AWS_LAMBDA_FUNCTION_TIMEOUT", "AWS_E
 
 
 class FunctionError(Exception):
-    """A failed invocation: the JSON that its caller gets, the status for the report, and whether the process is unusable now."""
+    """A failed invocation: the JSON for its caller, the status for the report, and whether the process must be replaced."""
 
     def __init__(self, payload: bytes, *, status: str = "error", fatal: bool) -> None:
         self.payload = payload
@@ -50,8 +50,8 @@ class FunctionError(Exception):
 class ProcessExecutor(RuntimeExecutor):
     """Owns one environment: at most one running ``bootstrap`` at a time, and the environment's log.
 
-    The process is started by the first invocation, whose log also holds the init, and kept for the next ones. After a timeout, an exit or
-    a failed init it is killed with its process group, and the next invocation starts a fresh one.
+    The first invocation starts the process, and its log includes the init; later invocations reuse the process. After a timeout, an exit or
+    a failed init the process group is killed, and the next invocation starts a fresh process.
     """
 
     def __init__(self, id: str, function_version: FunctionVersion) -> None:
@@ -64,7 +64,7 @@ class ProcessExecutor(RuntimeExecutor):
 
     @classmethod
     def prepare_version(cls, function_version: FunctionVersion) -> None:
-        """Unpacks the code. Raises, and so fails the function's creation, if this machine cannot run it."""
+        """Unpacks the code. Raises if this machine cannot run it, which fails the function's creation."""
         function = function_version.config
         if function.runtime not in RUNTIMES:
             raise LambdaRuntimeException(f"runtime {function.runtime} cannot run as a process; {' and '.join(RUNTIMES)} can")
@@ -74,7 +74,7 @@ class ProcessExecutor(RuntimeExecutor):
             raise LambdaRuntimeException(f"the function is built for {function.architectures[0]}, this machine is {host}")
         function.code.prepare_for_execution()
         if not (function.code.get_unzipped_code_location() / "bootstrap").is_file():
-            raise LambdaRuntimeException("the function's archive holds no file named bootstrap at its top")
+            raise LambdaRuntimeException("the function's archive has no file named bootstrap at its top level")
 
     @classmethod
     def cleanup_version(cls, function_version: FunctionVersion) -> None:
@@ -94,7 +94,7 @@ class ProcessExecutor(RuntimeExecutor):
             "LAMBDA_TASK_ROOT": str(self._code),
         }
         if identities := os.environ.get("LAMBDA_PROCESS_IDENTITIES"):
-            # LocalStack makes each up; who is to check what it signs needs the secret.
+            # LocalStack makes up each identity. To verify its signatures, `world.tokens` needs the secret key.
             key, *secret = (self._environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"))
             Path(identities, key).write_text(json.dumps(secret))
 
@@ -142,7 +142,7 @@ class ProcessExecutor(RuntimeExecutor):
                 raise FunctionError.of_platform("Runtime.Unknown", request_id, f"Runtime called {kind} before next")
 
     def _answer(self, payload: dict[str, str]) -> bytes:
-        """Hands the event over and gives the function's response."""
+        """Hands the event to the process and returns the function's response."""
         request_id = payload["invoke-id"]
         seconds = self.function_version.config.timeout
         deadline = time.monotonic() + seconds
@@ -162,7 +162,7 @@ class ProcessExecutor(RuntimeExecutor):
                 raise FunctionError.timed_out(request_id, "Task", seconds)
             case Call(kind):
                 raise FunctionError.of_platform("Runtime.Unknown", request_id, f"Runtime called {kind} instead of answering")
-        # The invocation lasts until the process asks for the next event: what it writes until then belongs to this one.
+        # The invocation lasts until the process asks for the next event, so its output until then belongs to this invocation.
         if self._runtime.next_call(deadline) != Call("next"):
             self._runtime.kill()
         if answer.kind == "error":

@@ -1,4 +1,4 @@
-"""The log of one execution environment: what the function wrote, framed by the platform's own lines."""
+"""The log of one execution environment: the function's output between the platform's own lines."""
 
 import json
 from datetime import datetime, timezone
@@ -8,7 +8,7 @@ from pathlib import Path
 class Log:
     """Owns one file that the function's processes and the platform append to.
 
-    The processes write straight into the file, so nothing of theirs is lost or late when an invocation ends.
+    The processes write straight into the file, so no output is lost or late when an invocation ends.
     """
 
     def __init__(self, path: Path, *, as_json: bool) -> None:
@@ -19,7 +19,7 @@ class Log:
         path.touch()
 
     def platform(self, kind: str, text: str, record: dict) -> None:
-        """Appends a line of the platform's: ``text``, or the event ``platform.<kind>`` where the function logs JSON."""
+        """Appends a line of the platform: ``text``, or the event ``platform.<kind>`` if the function logs JSON."""
         if self._as_json:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             text = json.dumps({"time": now, "type": f"platform.{kind}", "record": record}, separators=(",", ":"))
@@ -27,7 +27,7 @@ class Log:
             file.write(text + "\n")
 
     def take(self) -> str:
-        """What was written since the last call."""
+        """The output since the last call."""
         with self.path.open("rb") as file:
             file.seek(self._taken)
             new = file.read()

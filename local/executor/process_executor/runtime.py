@@ -1,4 +1,4 @@
-"""One run of a function's ``bootstrap``: the process, and the Lambda Runtime API (2018-06-01) it talks to."""
+"""One run of a function's ``bootstrap``: the process, and the Lambda Runtime API (2018-06-01) that serves it."""
 
 import contextlib
 import os
@@ -31,14 +31,14 @@ GUARDED = 'exec 3<&0; (read -r _ <&3; kill -KILL 0) & exec "$0" 3<&- </dev/null'
 
 
 class Call(NamedTuple):
-    """What the process did: ``next``, ``response``, ``error``, ``init/error``, or ``exit`` (its status is then the body)."""
+    """An action of the process: ``next``, ``response``, ``error``, ``init/error``, or ``exit`` (the body is then its status)."""
 
     kind: str
     body: bytes | int = b""
 
 
 class Handler(WSGIRequestHandler):
-    # Headers and body leave in two writes; Nagle's algorithm would hold the second back for a delayed acknowledgement.
+    # Headers and body are two writes; Nagle's algorithm would delay the second until a delayed acknowledgement.
     disable_nagle_algorithm = True
 
     def log_request(self, *args):
@@ -87,7 +87,7 @@ class Runtime:
         self._events.put(Response(event, headers=headers, content_type="application/json"))
 
     def peak_memory_mb(self) -> int:
-        """The most memory the process has held, in MB; 0 once it is gone, the present size where there is no procfs."""
+        """The process's peak memory in MB; 0 once it has ended, its present size on a system without procfs."""
         with contextlib.suppress(OSError, IndexError):  # a zombie's status has no such line
             return int(Path(f"/proc/{self._process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
         with contextlib.suppress(psutil.Error):
@@ -95,8 +95,8 @@ class Runtime:
         return 0
 
     def kill(self) -> None:
-        """Kills and reaps the process with all it started, and closes the server."""
-        # Once only: until now the guard has kept the group's id from being given away; from here on nothing does.
+        """Kills and reaps the process group, and closes the server."""
+        # Only once: the guard has kept the group's id from being reused until now, but no longer.
         if not self._killed.acquire(blocking=False):
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""An S3 whose objects lie in a temporary directory of this LocalStack's own, so that two users of one machine do not meet."""
+"""An S3 that keeps its objects in this LocalStack's own temporary directory, so that two users of one machine do not collide."""
 
 from localstack.services.plugins import Service, aws_provider
 
@@ -8,5 +8,5 @@ def s3():
     from localstack.services.s3.provider import S3Provider
     from localstack.services.s3.storage.ephemeral import EphemeralS3ObjectStore
 
-    # Without a directory given, it makes one where TMPDIR says.
+    # Without an argument, it makes a directory under TMPDIR.
     return Service.for_provider(S3Provider(EphemeralS3ObjectStore()))

@@ -1,4 +1,4 @@
-"""A function that does what its event, or each SQS message's body, says: it stands in for a real one in the executor's tests."""
+"""A function for the executor's tests: it carries out the action that its event, or each SQS message's body, names."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def handle(event, context):
     return {"batchItemFailures": failures}
 
 
-# The file named here holds how the next init is to fail, once.
+# This file sets how the next init fails, once.
 init = Path(os.environ.get("INIT_FILE", "/nonexistent"))
 if init.exists():
     how = init.read_text()

@@ -1,4 +1,4 @@
-"""The runtime executor inside a LocalStack of its own, with ``bootstrap.py`` as the function."""
+"""Tests the runtime executor in its own LocalStack, with ``bootstrap.py`` as the function."""
 
 import io
 import json
@@ -40,7 +40,7 @@ class Function:
         bootstrap = Path(__file__).with_name("bootstrap.py").read_text()
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w") as file:
-            # A script that sh and Python both read: its first line can name no interpreter with a space in its path.
+            # A script that sh and Python can both read, because a #! line cannot name an interpreter whose path has a space.
             beginning = f"""#!/bin/sh\n'''exec' "{sys.executable}" "$0" "$@"\n' '''\n"""
             file.writestr("bootstrap", beginning + bootstrap)
         self.client = localstack.client("lambda")
@@ -125,7 +125,7 @@ def runs(pid):
         return False
 
 
-def test_the_function_sees_what_lambda_shows(function):
+def test_context_and_environment_are_lambdas(function):
     before = time.time()
     seen = function.invoke("succeed")
     context, environment = seen["context"], seen["environment"]
@@ -151,14 +151,14 @@ def test_the_function_sees_what_lambda_shows(function):
     assert not {"HOME", "LAMBDA_PROCESS_LOG_DIR", "EDGE_PORT"} & environment.keys()
 
 
-def test_an_error_of_the_function_is_the_invocations_and_the_process_stays(function):
+def test_a_function_error_fails_the_invocation_and_keeps_the_process(function):
     pid = function.invoke("succeed")["pid"]
     error = function.invoke("raise")
     assert (error["failed"], error["errorType"], error["errorMessage"]) == (True, "ValueError", "no good")
     assert function.invoke("succeed")["pid"] == pid
 
 
-def test_a_timeout_kills_the_process_group_and_the_next_invocation_has_a_fresh_one(function):
+def test_a_timeout_kills_the_process_group_and_the_next_invocation_starts_a_fresh_process(function):
     pid = function.invoke("succeed")["pid"]
     started = time.monotonic()
     error = function.invoke("sleep")
@@ -178,7 +178,7 @@ def test_an_exit_during_an_invocation_is_an_exit_error(function):
     assert not function.invoke("succeed")["failed"]
 
 
-def test_a_failed_init_is_the_invocations_error_and_is_tried_again(localstack, tmp_path):
+def test_a_failed_init_fails_the_invocation_and_is_retried(localstack, tmp_path):
     init = tmp_path / "init"
     function = Function(localstack, "init", INIT_FILE=str(init))
     init.write_text("report")
@@ -193,7 +193,7 @@ def test_a_failed_init_is_the_invocations_error_and_is_tried_again(localstack, t
 
 
 @pytest.mark.parametrize("log_format", ["Text", "JSON"])
-def test_what_the_function_writes_reaches_its_log_group(localstack, log_format):
+def test_the_functions_output_reaches_its_log_group(localstack, log_format):
     function = Function(localstack, f"logs-{log_format}", log_format=log_format)
     environment = function.invoke("succeed")["environment"]
     group = environment["AWS_LAMBDA_LOG_GROUP_NAME"]
@@ -235,7 +235,7 @@ def test_poison_is_received_max_receive_count_times_and_then_dead_lettered(funct
     assert {message: received.count(message) for message in set(received) if received.count(message) > 1} == dict.fromkeys(poison, 3)
 
 
-def test_a_batch_that_fails_as_a_whole_comes_back(function):
+def test_a_batch_that_fails_as_a_whole_is_redelivered(function):
     queue = Queue(function, max_receive_count=5, batch_size=1)
     for action in ("raise", "exit", "sleep"):
         queue.send(action, receipts=[1])

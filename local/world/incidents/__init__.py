@@ -1,13 +1,13 @@
-"""Five incidents, played on the real local world, with the dashboard that somebody would see.
+"""Plays five incidents on the local world, and draws the dashboard that an engineer would see.
 
-- ``plays``      the incidents: what breaks, what is looked at, what is done about it
-- ``scene``      one incident's stage: a stack of its own, its traffic, what was done when, and the account of every message
-- ``samples``    what CloudWatch would have been sent, from the function's log and the queues
-- ``ticker``     what goes on beside it, the traffic and the watching
+- ``plays``      the incidents: the fault, the diagnosis and the remedy
+- ``scene``      runs one incident: its stack, its traffic, its timeline, and the account of every message
+- ``samples``    the metrics that CloudWatch would get, from the function's log and the queues
+- ``ticker``     repeats an action in a thread, for the traffic and the polling
 - ``alarms``     the template's alarms over these samples, by CloudWatch's rules
 - ``insights``   the dashboard's log queries over the function's log
 - ``dashboard``  the template's dashboard as one picture
-- ``page``       what the runbook shows of an incident
+- ``page``       an incident's part of the runbook
 
-A minute of CloudWatch's is played in two seconds. All times shown are played ones, from noon.
+A CloudWatch minute is played in two seconds. All times shown are played times, from noon.
 """

@@ -1,4 +1,4 @@
-"""What ./local/incidents does, after its arguments are read."""
+"""Runs ./local/incidents."""
 
 import os
 import subprocess
@@ -32,19 +32,19 @@ def main() -> int:
         else:
             build.function()
         if not options.etlctl:
-            build.programs()
+            build.etlctl()
         etlctl = (options.etlctl or paths.ROOT / "target" / "debug" / "etlctl").resolve()
         with Servers(WORLD) as servers:
-            # Puts on record what is there.
+            # Records the applied schema.
             environment = {"PATH": os.environ["PATH"], **servers.environment()}
             subprocess.run([etlctl, "migrate"], env=environment, cwd=WORLD, check=True, capture_output=True)
             went_well = [run(servers, etlctl, play, options.write) for play in plays]
-    print(f"\n{sum(went_well)} of {len(plays)} went as the runbook says, in {time.monotonic() - started:.0f} s")
+    print(f"\n{sum(went_well)} of {len(plays)} incidents went as in the runbook, in {time.monotonic() - started:.0f} s")
     return 0 if all(went_well) else 1
 
 
 def run(servers: Servers, etlctl: Path, play: Play, write: bool) -> bool:
-    """Whether an incident went as the runbook says."""
+    """Plays an incident; returns whether it went as in the runbook."""
     print(f"\n--- {play.name}")
     started = time.monotonic()
     try:

@@ -1,8 +1,8 @@
-"""The template's alarms over samples, by CloudWatch's published rules.
+"""Evaluates the template's alarms over samples, by CloudWatch's published rules.
 
-An alarm is evaluated every minute, over a window that slides:
+An alarm is evaluated every minute, over a sliding window:
 https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarm-evaluation-window.html
-Where datapoints are missing, older ones take their place, and only what is missing then is filled in:
+Older datapoints replace missing ones; only if there are too few of them, the treatment of missing data applies:
 https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/alarms-and-missing-data.html
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from world.incidents.samples import Metric, Samples
 
-# How many periods CloudWatch looks back beyond the evaluation periods, as in its documentation's examples.
+# The number of periods that CloudWatch looks back beyond the evaluation periods, as in its documentation's examples.
 FURTHER_BACK = 2
 COMPARISONS = {
     "GreaterThanOrEqualToThreshold": operator.ge,
@@ -20,7 +20,7 @@ COMPARISONS = {
     "LessThanThreshold": operator.lt,
     "LessThanOrEqualToThreshold": operator.le,
 }
-# Of missing data: whether it counts as breaching.
+# Whether missing data counts as breaching.
 TREATMENTS = {"notBreaching": False, "breaching": True}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
@@ -35,12 +35,12 @@ class Alarms:
         self.names = {name: it["AlarmName"] for name, it in (self._simple | self._composite).items()}
 
     def ringing(self, minute: int) -> set[str]:
-        """Those in ALARM at the end of a minute."""
+        """The alarms in ALARM at the end of a minute."""
         simple = {name for name, alarm in self._simple.items() if self._is_breached(alarm, minute)}
         return simple | {name for name, alarm in self._composite.items() if follows(alarm["AlarmRule"], simple)}
 
     def changes(self, minutes: int) -> list[tuple[int, str, bool]]:
-        """When each alarm went to ALARM, or back to OK, in the minutes from the first."""
+        """Each change to ALARM or back to OK up to a minute: the minute, the alarm, and whether it is in ALARM."""
         before, changes = set(), []
         for minute in range(1, minutes + 1):
             now = self.ringing(minute)
@@ -51,7 +51,7 @@ class Alarms:
     def _is_breached(self, alarm: dict, minute: int) -> bool:
         periods, period = int(alarm["EvaluationPeriods"]), period_of(alarm)
         if TREATMENTS[alarm["TreatMissingData"]] and minute < periods * period:
-            # What was before the samples begin is not missing.
+            # Data from before the first sample does not count as missing.
             return False
         seen = [self._datapoint(alarm, minute - place * period, period) for place in range(periods + FURTHER_BACK)]
         compare, threshold = COMPARISONS[alarm["ComparisonOperator"]], float(alarm["Threshold"])
@@ -60,7 +60,7 @@ class Alarms:
         return sum(breaching) >= int(alarm.get("DatapointsToAlarm", periods))
 
     def _datapoint(self, alarm: dict, end: int, period: int) -> float | None:
-        """What the alarm compares, for the period that ends there."""
+        """The value that the alarm compares, for the period that ends at `end`."""
         if "Metrics" not in alarm:
             return self._samples.datapoint(metric_of(alarm), alarm["Statistic"], end, period)
         values, watched = {}, None
@@ -78,13 +78,13 @@ def metric_of(properties: dict) -> Metric:
 
 
 def period_of(alarm: dict) -> int:
-    """In minutes."""
+    """The alarm's period, in minutes."""
     seconds = alarm.get("Period") or next(query["MetricStat"]["Period"] for query in alarm["Metrics"] if "MetricStat" in query)
     return int(seconds) // 60
 
 
 def calculate(expression: str, values: dict[str, float | None]) -> float | None:
-    """Metric math, as far as the template uses it, of one period's datapoints. What is made of a missing one is missing, but for FILL."""
+    """Metric math on one period's datapoints, as far as the template uses it. The result of a missing datapoint is missing, except with FILL."""
 
     def of(node: ast.expr) -> float | None:
         match node:
@@ -100,7 +100,7 @@ def calculate(expression: str, values: dict[str, float | None]) -> float | None:
                 return of(filling) if (value := of(series)) is None else value
             case ast.Call(func=ast.Name(id="MAX"), args=[ast.List(elts=series)]):
                 return max((value for one in series if (value := of(one)) is not None), default=None)
-        raise ValueError(f"{ast.unparse(node)} is not known here")
+        raise ValueError(f"unknown metric math: {ast.unparse(node)}")
 
     return of(ast.parse(expression, mode="eval").body)
 
@@ -117,7 +117,7 @@ def follows(rule: str, ringing: set[str]) -> bool:
                 return combine(of(part) for part in parts)
             case ast.UnaryOp(op=ast.Not(), operand=part):
                 return not of(part)
-        raise ValueError(f"{ast.unparse(node)} is not known here")
+        raise ValueError(f"unknown alarm rule: {ast.unparse(node)}")
 
     words = " ".join(word.lower() if word in ("AND", "OR", "NOT") else word for word in rule.split())
     return of(ast.parse(words, mode="eval").body)

@@ -1,4 +1,4 @@
-"""The template's dashboard as one picture (SVG), about as CloudWatch draws it."""
+"""Draws the template's dashboard as one SVG, similar to CloudWatch."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from world.incidents.samples import Metric, Samples
 
 WIDTH, HEADER, ROW, GAP = 1600, 40, 46, 6
 COLUMN = WIDTH / 24
-# Of the axes' figures and of what is written in tables, in pixels.
+# Widths and heights of the text of axes and tables, in pixels.
 LETTER = 6.8
 LINE = 16
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
@@ -23,7 +23,7 @@ path {{ fill: none; stroke-width: 2; stroke-linejoin: round }}"""
 
 
 def draw(body: str, names: dict[str, str], ringing: set[str], samples: Samples, log: list[dict], minutes: int) -> str:
-    """The dashboard of a resolved template at the end of a minute, from the first on. `names` are the alarms', by logical id."""
+    """The dashboard of a resolved template from the start to the end of minute `minutes`. `names` are the alarms' names, by logical id."""
     widgets = json.loads(body)["widgets"]
     height = HEADER + max(widget["y"] + widget["height"] for widget in widgets) * ROW
     parts = [
@@ -46,7 +46,7 @@ def draw(body: str, names: dict[str, str], ringing: set[str], samples: Samples, 
             case "log":
                 parts += box.table(*insights.query(properties["query"], log))
             case kind:
-                raise ValueError(f"widgets of type {kind} are not known here")
+                raise ValueError(f"unknown widget type: {kind}")
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -99,7 +99,7 @@ class Box:
         legend = left
         for line, usual in zip(lines, COLOURS, strict=False):
             colour = line["colour"] or usual
-            # A datapoint has the time at which its period begins.
+            # A datapoint's time is the beginning of its period.
             points = [None if value is None else (at(minute), level(value, line["side"])) for minute, value in enumerate(line["values"])]
             parts += curve(points, colour)
             label = line["label"] + (" (right)" if line["side"] == "right" else "")
@@ -110,7 +110,7 @@ class Box:
 
     def table(self, columns: list[str], rows: list[list]) -> list[str]:
         widths = [LETTER * max(len(str(cell)) for cell in cells) + 14 for cells in zip(columns, *rows)]
-        # The widest has what the others leave, and its texts are wrapped.
+        # The widest column gets the remaining width, and its text is wrapped.
         widest = widths.index(max(widths))
         widths[widest] += self.width - 24 - sum(widths)
         places = [self.x + 12 + sum(widths[:place]) for place in range(len(columns))]
@@ -130,7 +130,7 @@ class Box:
 
 
 def series(properties: dict, samples: Samples, minutes: int):
-    """Each line of a chart: its label, side, and the datapoint of each minute."""
+    """Yields each line of a chart: its label, its side, its colour, and the datapoint of each minute."""
     for metric in properties["metrics"]:
         *named, options = metric if isinstance(metric[-1], dict) else [*metric, {}]
         namespace, name, *dimensions = named
@@ -141,7 +141,7 @@ def series(properties: dict, samples: Samples, minutes: int):
 
 
 def curve(points: list[tuple[float, float] | None], colour: str) -> list[str]:
-    """A line that is broken where datapoints are missing; one that stands alone is a dot."""
+    """A line with gaps for missing datapoints; a datapoint between two gaps is a dot."""
     parts, run = [], []
     for point in [*points, None]:
         if point:
@@ -156,7 +156,7 @@ def curve(points: list[tuple[float, float] | None], colour: str) -> list[str]:
 
 
 def ticks(most: float) -> list[float]:
-    """Round figures from 0 to one that is not below."""
+    """Five round figures from 0 to at least `most`."""
     most = most or 1
     magnitude = 10 ** math.floor(math.log10(most / 4))
     step = next(times * magnitude for times in (1, 2, 2.5, 5, 10) if times * magnitude * 4 >= most)
@@ -168,7 +168,7 @@ def number(value: float) -> str:
 
 
 def clock(minute: int) -> str:
-    """Played time."""
+    """A minute as played time."""
     return f"{12 + minute // 60}:{minute % 60:02}"
 
 

@@ -1,10 +1,10 @@
-"""The log queries of the dashboard over a function's log, as far as CloudWatch Logs Insights' language is used there."""
+"""Runs the dashboard's log queries over a function's log: the part of CloudWatch Logs Insights' language that they use."""
 
 import re
 
 
 def query(text: str, log: list[dict]) -> tuple[list[str], list[list]]:
-    """The names of the columns that a query shows, and its rows."""
+    """The column names and rows of a query's result."""
     _, *commands = [command.strip() for command in text.split("|")]
     rows, columns = log, []
     for command in commands:
@@ -20,7 +20,7 @@ def query(text: str, log: list[dict]) -> tuple[list[str], list[list]]:
             case "limit":
                 rows = rows[: int(rest)]
             case _:
-                raise ValueError(f"the command {word} is not known here")
+                raise ValueError(f"unknown command: {word}")
     return columns, [[row.get(column) for column in columns] for row in rows]
 
 
@@ -29,7 +29,7 @@ def passes(row: dict, condition: str) -> bool:
         return row.get(match[1]) == match[2]
     if match := re.fullmatch(r"(\w+) like /(.*)/", condition):
         return re.search(match[2], str(row.get(match[1], ""))) is not None
-    raise ValueError(f"the condition {condition} is not known here")
+    raise ValueError(f"unknown condition: {condition}")
 
 
 def grouped(rows: list[dict], text: str) -> tuple[list[dict], list[str]]:
@@ -42,7 +42,7 @@ def grouped(rows: list[dict], text: str) -> tuple[list[dict], list[str]]:
     for count in re.split(r",\s*(?=count)", counts):
         match = re.fullmatch(r"(count|count_distinct)\((.+)\) as (\w+)", count.strip())
         if not match:
-            raise ValueError(f"the statistic {count} is not known here")
+            raise ValueError(f"unknown statistic: {count}")
         figures[match[3]] = (match[1], match[2])
     result = []
     for key, members in groups.items():

@@ -1,4 +1,4 @@
-"""What the runbook shows of an incident, and where it stands there."""
+"""An incident's part of the runbook, and its place there."""
 
 import json
 import re
@@ -9,22 +9,22 @@ from world.incidents.scene import Play, Scene
 
 RUNBOOK = paths.ROOT / "docs" / "runbook.md"
 IMAGES = paths.ROOT / "docs" / "images"
-# Of `etlctl status`, what an incident shows in.
-PARTS = ("queue", "dead letters", "last hour", "rows          not known")
+# The parts of `etlctl status` that show an incident.
+PARTS = ("queue", "dead letters", "last hour", "rows          unknown")
 
 
 class Page:
-    """An incident that was played, as text and as a picture."""
+    """A played incident, as text and as a picture."""
 
     def __init__(self, play: Play, scene: Scene, account: str):
         self.play, self.scene = play, scene
         self.account = account
 
     def text(self) -> str:
-        """What was done and seen, and then, as in a terminal, what `etlctl` and the log said, and the remedy."""
+        """The timeline, and then, as in a terminal, the output of `etlctl`, a line of the log, and the remedy."""
         said = [f"$ {command}\n{self._shown(command, output)}" for command, output in self.scene.seen]
         remedy = [words if words.startswith("#") else f"$ {words}" for words in self.scene.remedies]
-        parts = [*self._story(), "", *said, "# one of the log's lines:", self._telling_line(), "# the remedy:", *remedy]
+        parts = [*self._story(), "", *said, "# one line of the log:", self._telling_line(), "# the remedy:", *remedy]
         return "\n".join(["```text", *parts, "```"])
 
     def picture(self) -> str:
@@ -35,7 +35,7 @@ class Page:
         return dashboard.draw(body, alarms.names, alarms.ringing(scene.pictured), samples, log, scene.pictured)
 
     def _story(self) -> list[str]:
-        """What was done and which alarms rang, in order."""
+        """The actions and the alarms' changes, in order."""
         _, alarms = self.scene.watched(self.scene.stack.log())
         events = [(minute, 1, what) for minute, what in self.scene.story]
         for rings, word in ((True, "ALARM"), (False, "OK")):
@@ -57,13 +57,13 @@ class Page:
         return "\n".join(line for line in lines if line)
 
     def _telling_line(self) -> str:
-        """The last line of that kind before the picture, without what is the same in every line."""
+        """The last log line of the incident's kind before the picture, without the fields that every line shares."""
         lines = [line for line in self.scene.pictured_log if line.get("message", "").startswith(self.play.telling)]
         line = {name: value for name, value in self._anonymous(lines[-1]).items() if name not in ("timestamp", "target", "span")}
         return json.dumps(line, ensure_ascii=False)
 
     def _anonymous(self, what):
-        """Without this run's own names."""
+        """Replaces this run's generated names."""
         if isinstance(what, dict):
             return {name: self._anonymous(value) for name, value in what.items()}
         if not isinstance(what, str):
@@ -81,7 +81,7 @@ def parts_of(lines: list[str]) -> list[str]:
 
 
 def what_is_wrong(lines: list[str]) -> list[str]:
-    """Of `etlctl doctor`, the areas in which something is, but not what `etlctl status` says as well, and the sum."""
+    """The areas of `etlctl doctor` with a problem, without those that `etlctl status` shows too, and the summary line."""
     kept, area = [], ""
     for line in lines[:-1]:
         if not line.startswith(" "):
@@ -92,7 +92,7 @@ def what_is_wrong(lines: list[str]) -> list[str]:
 
 
 def write(page: Page, name: str) -> None:
-    """Puts an incident into the runbook, and its picture beside it."""
+    """Writes an incident into the runbook, and its picture into docs/images."""
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / f"{name}.svg").write_text(page.picture())
     text = RUNBOOK.read_text()

@@ -1,4 +1,4 @@
-"""The incidents: what breaks, what is looked at, and what is done about it."""
+"""The incidents: the fault, the diagnosis and the remedy."""
 
 import json
 import math
@@ -13,7 +13,7 @@ HEALTHY_MINUTES = 4
 
 def begin(scene: Scene, rate: int = RATE) -> None:
     scene.traffic.rate = rate
-    scene.tell(f"All is well, with some {rate * MINUTE_SECONDS:.0f} messages a minute.")
+    scene.tell(f"All is well, with about {rate * MINUTE_SECONDS:.0f} messages a minute.")
     scene.play(HEALTHY_MINUTES)
 
 
@@ -23,7 +23,7 @@ def database_down(scene: Scene) -> None:
     scene.servers.postgres.stop("immediate")
     scene.play(9)
     scene.look("status", "doctor")
-    words = "# Start the database, or let it fail over. The rest goes by itself."
+    words = "# Start the database, or let it fail over. The messages then load by themselves."
     scene.remedy("PostgreSQL is started.", scene.servers.postgres.start, words)
     scene.recover()
 
@@ -39,15 +39,15 @@ def poison_flood(scene: Scene) -> None:
         scene.traffic.bad_share = 0.0
         scene.traffic.send([True] * sum(not message.good for message in scene.traffic.sent().values()))
 
-    scene.remedy("the sender goes back, and sends those anew.", correct, "# Have the sender go back, and send anew what it spoilt.")
+    scene.remedy("the sender rolls back, and sends the bad messages again.", correct, "# Have the sender roll back, and send the bad messages again.")
     scene.wait_for_dead()
 
     def clear() -> None:
         scene.ask("dlq explain")
         scene.ask("dlq purge --yes")
 
-    once_more = f"etlctl --stack {stack.NAME} dlq explain    # once more: nothing in it is of worth"
-    scene.remedy("what died is read once more, and deleted.", clear, once_more, f"etlctl --stack {stack.NAME} dlq purge")
+    once_more = f"etlctl --stack {stack.NAME} dlq explain    # once more: no dead letter is worth keeping"
+    scene.remedy("the dead letters are checked once more, and deleted.", clear, once_more, f"etlctl --stack {stack.NAME} dlq purge")
     scene.recover()
 
 
@@ -57,7 +57,7 @@ def keyring_broken(scene: Scene) -> None:
     broken = '{"key": "603deb1015ca71be2b73aef0857d7781'
     bad = scene.put_secret(scene.stack.masking_secret_arn, broken)
     scene.play(2)
-    scene.tell("One of the two environments ends. The one in its place has no keyring, and fails each batch.")
+    scene.tell("One of the two environments ends. Its replacement has no keyring, and fails each batch.")
     scene.bootstraps()[0].kill()
     scene.play(9)
     scene.look("status", "doctor")
@@ -67,7 +67,7 @@ def keyring_broken(scene: Scene) -> None:
 
 def bad_credentials(scene: Scene) -> None:
     begin(scene)
-    scene.tell("A rotation puts a password into the secret that it has not set in the database. Running environments have the old one.")
+    scene.tell("A rotation changes the password in the secret, but not in the database. Running environments have the old one.")
     arn = scene.servers.database_secret_arn
     bad = scene.put_secret(arn, json.dumps({"username": DATABASE_USER, "password": "not the database's"}))
     scene.play(2)
@@ -93,18 +93,18 @@ def restore(scene: Scene, arn: str, bad: str) -> None:
 def backlog(scene: Scene) -> None:
     usual = 2
     with scene.admin() as admin:
-        # Each batch costs what a busy server and a long way cost, however many rows it has.
+        # Each batch takes half a second, whatever its size, as with a busy and distant server.
         waits = "begin perform pg_sleep(0.5); return null; end"
         admin.execute(f"create or replace function busy() returns trigger language plpgsql as '{waits}'")
         admin.execute("create trigger busy before insert on user_logins for each statement execute procedure busy()")
     try:
         begin(scene, usual)
-        scene.tell("A campaign: fifty times as many messages come.")
+        scene.tell("A campaign sends fifty times as many messages.")
         scene.traffic.rate = 50 * usual
         scene.play(13)
         scene.look("status", "doctor")
         scene.remedy(
-            "batches may be larger. The campaign goes on.",
+            "the batch size is raised. The campaign goes on.",
             lambda: scene.set_batch_size(1000),
             "aws lambda update-event-source-mapping --uuid UUID --batch-size 1000    # and BatchSize=1000 with the next deployment",
         )
@@ -119,7 +119,7 @@ def backlog(scene: Scene) -> None:
 
 
 def healthy(scene: Scene) -> None:
-    """An afternoon on which little happens: the password is rotated."""
+    """A quiet afternoon: only the password is rotated."""
     for minute in range(26):
         scene.traffic.rate = RATE * (1.4 + math.sin(minute / 4))
         if minute == 8:
@@ -137,7 +137,7 @@ INCIDENTS = [
         poison_flood,
         frozenset({"Page", "MessagesFailing", "MessagesComeBack", "DeadLetters"}),
         "message failed",
-        # The shortest timeouts, as each message has to come back so often.
+        # The shortest timeouts, because each message is redelivered so often.
         {"FunctionTimeout": 1, "MaxReceiveCount": 5},
     ),
     Play("keyring-broken", keyring_broken, frozenset({"Page", "KeyringNotRead", "FunctionErrors"}), "initialisation failed"),

@@ -1,7 +1,7 @@
-"""What CloudWatch would have been sent: samples of metrics, from the function's log and from the queues.
+"""The metrics that CloudWatch would get: samples from the function's log and from the queues.
 
-All are real but for two things. CloudWatch's minute is `MINUTE_SECONDS` long here. And LocalStack has no `ApproximateAgeOfOldestMessage`:
-it is computed from the messages that are in the queue, without those that were received three times, which SQS leaves out as well.
+All are real, except for two things. CloudWatch's minute is `MINUTE_SECONDS` long here. And LocalStack has no `ApproximateAgeOfOldestMessage`:
+it is computed from the messages in the queue, without those that were received three times, as SQS does.
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-available-cloudwatch-metrics.html
 """
 
@@ -19,9 +19,9 @@ from world.stack import NAME, Stack
 
 MINUTE_SECONDS = 2.0
 POLL_SECONDS = 0.4
-# SQS moves a message to the back that was received so often.
+# SQS ignores messages that were received this often.
 LEFT_OUT_FROM = 3
-# The dimensions, as the resolved template has them.
+# The dimensions' values in the resolved template.
 FUNCTION, QUEUE, DEAD_LETTERS = NAME, "LoginQueue.QueueName", "DeadLetterQueue.QueueName"
 
 
@@ -61,8 +61,8 @@ class Samples:
             case "Average":
                 return sum(values) / len(values)
         if not statistic.startswith("p"):
-            raise ValueError(f"the statistic {statistic} is not known here")
-        # Between the two nearest samples.
+            raise ValueError(f"unknown statistic: {statistic}")
+        # Interpolates between the two nearest samples.
         place = (len(values) - 1) * float(statistic[1:]) / 100
         values.sort()
         below, above = values[int(place)], values[min(int(place) + 1, len(values) - 1)]
@@ -79,11 +79,11 @@ class Clock:
         return ((time.time() if at is None else at) - self.started) / MINUTE_SECONDS
 
     def at(self, minute: float) -> float:
-        """When a minute begins, in seconds of the real clock."""
+        """The beginning of a minute, in seconds of the real clock."""
         return self.started + minute * MINUTE_SECONDS
 
     def of(self, line: dict) -> float | None:
-        """When a line of the function's log was written."""
+        """The minute at which a line of the function's log was written."""
         if "_aws" in line:
             return self.minute(line["_aws"]["Timestamp"] / 1000)
         written = line.get("timestamp") or line.get("time")
@@ -104,7 +104,7 @@ class Watch(Ticker):
             at = self._clock.minute()
             self._samples.add(Metric("AWS/SQS", "ApproximateNumberOfMessagesVisible", name), at, visible)
             self._samples.add(Metric("AWS/SQS", "ApproximateNumberOfMessagesNotVisible", name), at, not_visible)
-        # Once a minute, as it lists all messages.
+        # Only once a minute, because it lists all messages.
         if int(self._clock.minute()) != self._minute:
             self._minute = int(self._clock.minute())
             oldest = oldest_message(messages_in(self._stack, self._stack.queue_url), time.time())
@@ -112,7 +112,7 @@ class Watch(Ticker):
 
 
 def messages_in(stack: Stack, queue_url: str) -> list[dict]:
-    """All messages in a queue, those in flight as well, by LocalStack's look behind the scenes, which counts as no receive."""
+    """All messages in a queue, including those in flight. Uses LocalStack's own API, so that it does not count as a receive."""
     query = urlencode({"QueueUrl": queue_url, "ShowInvisible": "true", "ShowDelayed": "true"})
     request = urllib.request.Request(f"{stack.localstack.endpoint}/_aws/sqs/messages?{query}", headers={"Accept": "application/json"})
     with DIRECTLY.open(request, timeout=10) as answer:
@@ -123,13 +123,13 @@ def messages_in(stack: Stack, queue_url: str) -> list[dict]:
 
 
 def oldest_message(messages: list[dict], now: float) -> float:
-    """The age of the oldest message in seconds, as SQS reckons it; 0 if there is none."""
+    """The age of the oldest message in seconds, computed as by SQS; 0 if there is none."""
     counted = [message["Attribute"] for message in messages if int(message["Attribute"].get("ApproximateReceiveCount", 0)) < LEFT_OUT_FROM]
     return max((now - int(attributes["SentTimestamp"]) / 1000 for attributes in counted), default=0.0)
 
 
 def read_log(log: list[dict], clock: Clock, samples: Samples) -> None:
-    """Adds what the function's log has: its own metrics, and what Lambda reports of each invocation."""
+    """Adds the metrics in the function's log: the function's own, and Lambda's from each invocation's report."""
     invocations = []
     for line in log:
         if "_aws" in line:
@@ -141,7 +141,7 @@ def read_log(log: list[dict], clock: Clock, samples: Samples) -> None:
             record = line["record"]
             duration, init = record["metrics"]["durationMs"], record["metrics"].get("initDurationMs", 0)
             ended = clock.of(line)
-            # Lambda's metrics have the time at which the function was invoked.
+            # Lambda's metrics have the time of the invocation's start.
             started = ended - (duration + init) / 1000 / MINUTE_SECONDS
             invocations.append((started, ended))
             failed = record["status"] != "success"

@@ -1,4 +1,4 @@
-"""One incident's stage: a stack of its own, its traffic, what was done when, and the account of every message."""
+"""Runs one incident: its stack, its traffic, its timeline, and the account of every message."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from world.incidents.ticker import Ticker
 from world.servers import DATABASE_USER, Servers
 from world.stack import Stack
 
-# Beyond the template's own. An incident of an hour is over in two minutes.
+# Overrides of the template's defaults, so that an incident of an hour takes two minutes.
 SETTINGS = {
     "FunctionTimeout": 3,
     "BatchWindow": 1,
@@ -29,31 +29,31 @@ SETTINGS = {
     "OutageDelay": 1,
     "SecretsTtl": 2,
 }
-# Of the alarms alone, which are evaluated here. LocalStack does not make an alarm of it: it takes a threshold that is given for a text.
+# Only for the alarms as evaluated here, not for the deployment: LocalStack rejects the alarm, because it reads its threshold as a text.
 WATCHED = {"FreshnessObjective": 10}
 RATE = 6
 SEND_SECONDS = 0.5
-# A message that is older than that waits for more than its turn.
+# An older message is late.
 TURN_SECONDS = 4
-# Real ones; no recovery takes so long.
+# Real seconds; every recovery is faster.
 PATIENCE_SECONDS = 120
 ALARMS_PATIENCE_MINUTES = 10
 
 
 class WentWrong(Exception):
-    """An incident did not go as the runbook says."""
+    """An incident did not go as in the runbook."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A message that was sent, and whether it is to become a row."""
+    """A sent message, and whether it must become a row."""
 
     user_id: str
     good: bool
 
 
 class Traffic(Ticker):
-    """Sends logins to a queue, `rate` a second, of which a share is not valid."""
+    """Sends `rate` logins a second to a queue; `bad_share` of them are invalid."""
 
     def __init__(self, stack: Stack, clock: Clock, samples: Samples):
         super().__init__(SEND_SECONDS, self._send_some)
@@ -65,14 +65,14 @@ class Traffic(Ticker):
         self._sent: dict[str, Sent] = {}
 
     def sent(self) -> dict[str, Sent]:
-        """What was sent so far, by message id."""
+        """The messages sent so far, by message id."""
         return dict(self._sent)
 
     def _send_some(self) -> None:
         self.send([self._chance.random() >= self.bad_share for _ in range(round(self.rate * SEND_SECONDS))])
 
     def send(self, kinds: list[bool]) -> None:
-        """Sends a message for each: valid, or with a field that has another name."""
+        """Sends a message for each kind: valid (true), or with a misnamed field (false)."""
         for start in range(0, len(kinds), 10):
             ten = []
             for good in kinds[start : start + 10]:
@@ -90,37 +90,37 @@ class Traffic(Ticker):
 
 @dataclass(frozen=True)
 class Play:
-    """An incident's name, how it goes, and the stack's settings for it."""
+    """An incident's name, its action, and its stack's settings."""
 
     name: str
     act: Callable[["Scene"], None]
-    # The alarms that ring when somebody looks, among others; if none are named, none rings.
+    # The alarms that must be on when the picture is taken; others may be. If empty, no alarm may be on.
     rings: frozenset[str] = frozenset()
-    # Of the log, the line that tells most.
+    # The beginning of the log message that tells most.
     telling: str = ""
     settings: dict[str, object] = field(default_factory=dict)
     pollers: int = 2
 
 
 class Scene:
-    """Owns the deployed stack of an incident and what happens to it, as a context manager."""
+    """Owns an incident's deployed stack and everything that happens to it, as a context manager."""
 
     def __init__(self, servers: Servers, etlctl: Path, play: Play):
         self.servers, self.etlctl, self._play = servers, etlctl, play
         self.settings = SETTINGS | play.settings
-        # Of the template, as these settings resolve it.
+        # The template's resources with these settings.
         self.resources = template.resolve(self.settings | WATCHED)
         self.name = f"{stack.NAME}-{play.name}"
-        # What was done or seen, by played minute.
+        # The timeline, by played minute.
         self.story: list[tuple[int, str]] = []
-        # What was looked up, by command.
+        # The commands of `etlctl`, with their output.
         self.seen: list[tuple[str, str]] = []
-        # When the picture was taken, and the function's log then.
+        # The minute of the picture, and the function's log at that time.
         self.pictured = 0
         self.pictured_log: list[dict] = []
         self.remedies: list[str] = []
         self.remedied = 0.0
-        # The ids of the dead letters that are expected, once they are there.
+        # The ids of the expected dead letters, once they have arrived.
         self.dead: set[str] = set()
         self.ended = 0
 
@@ -146,7 +146,7 @@ class Scene:
             self._functions.delete_event_source_mapping(UUID=mapping["UUID"])
 
     def _add_mappings(self) -> None:
-        """LocalStack's pollers wait for each invocation, so that one makes for no concurrency. Further ones lead to aliases."""
+        """Adds event source mappings to aliases, because LocalStack's poller waits for each invocation and so has no concurrency."""
         first, = self._mappings
         for number in range(2, self._play.pollers + 1):
             alias = f"poller-{number}"
@@ -167,7 +167,7 @@ class Scene:
         """A connection of the database's owner."""
         return self.servers.postgres.connect(autocommit=True)
 
-    # What plays do to the world.
+    # Actions on the world.
 
     def set_batch_size(self, size: int) -> None:
         for mapping in self._mappings:
@@ -184,7 +184,7 @@ class Scene:
         self._secrets.update_secret_version_stage(SecretId=arn, **stage)
 
     def rotate_password(self) -> None:
-        """As it should be: the database first, the secret at once after."""
+        """Rotates the password correctly: first in the database, and immediately afterwards in the secret."""
         password = secrets.token_urlsafe(24)
         with self.admin() as admin:
             admin.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(DATABASE_USER), password))
@@ -192,7 +192,7 @@ class Scene:
         self.end_connections()
 
     def end_connections(self) -> None:
-        """The function's."""
+        """Ends the function's connections."""
         with self.admin() as admin:
             admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [DATABASE_USER])
 
@@ -201,10 +201,10 @@ class Scene:
         processes = [process for process in psutil.Process().children(recursive=True) if process.name() == "bootstrap"]
         return [process for process in processes if process.environ().get("AWS_LAMBDA_FUNCTION_NAME") == self.name]
 
-    # What a play is made of.
+    # Steps of a play.
 
     def play(self, minutes: int) -> None:
-        """Lets so many minutes pass, and the one that has begun."""
+        """Waits for the rest of the current minute, and then for `minutes` more."""
         until = int(self.clock.minute()) + 1 + minutes
         time.sleep(max(0.0, self.clock.at(until) - time.time()))
 
@@ -213,7 +213,7 @@ class Scene:
         print(f"  {what}")
 
     def look(self, *commands: str) -> None:
-        """Waits for the alarms that tell of this, takes the picture, and asks `etlctl`."""
+        """Waits for the incident's alarms, takes the picture, and runs `etlctl`."""
         for _ in range(ALARMS_PATIENCE_MINUTES):
             self.pictured, self.pictured_log = int(self.clock.minute()), self.stack.log()
             _, alarms = self.watched(self.pictured_log)
@@ -222,14 +222,14 @@ class Scene:
                 break
             self.play(0)
         if not ringing >= self._play.rings or ringing and not self._play.rings:
-            raise WentWrong(f"{', '.join(sorted(ringing)) or 'no alarm'} rings, not {', '.join(sorted(self._play.rings)) or 'none'}")
+            raise WentWrong(f"alarms that are on: {', '.join(sorted(ringing)) or 'none'}; expected: {', '.join(sorted(self._play.rings)) or 'none'}")
         if commands:
             self.tell("The picture is taken.")
         for command in commands:
             self.seen.append((f"etlctl --stack {stack.NAME} {command}", self.ask(command)))
 
     def ask(self, command: str) -> str:
-        """What `etlctl` says."""
+        """The output of `etlctl`."""
         result = subprocess.run(
             [self.etlctl, "--stack", self.name, *command.split()],
             env={"PATH": os.environ["PATH"], **self.servers.environment()},
@@ -244,22 +244,22 @@ class Scene:
         return result.stdout + result.stderr
 
     def remedy(self, what: str, act: Callable[[], object], *commands: str) -> None:
-        """Does what the runbook says, with these commands of its or to the same effect."""
+        """Applies the runbook's remedy; `act` has the same effect as its `commands`."""
         self.remedied = self.remedied or self.clock.minute()
         self.remedies += commands
         self.tell(f"Remedy: {what}")
         act()
 
     def recover(self) -> None:
-        """Waits until nothing waits for more than its turn, and then until no alarm rings."""
+        """Waits until no message is late, and then until no alarm is on."""
         self.catch_up()
         self.calm_down()
 
     def catch_up(self) -> None:
-        self._until(lambda: self._oldest() < TURN_SECONDS, "the messages that wait become rows")
+        self._until(lambda: self._oldest() < TURN_SECONDS, "the waiting messages become rows")
         if self.remedies:
             minutes = round(self.clock.minute() - self.remedied)
-            self.tell(f"Nothing waits any more, {minutes} minute{'s' * (minutes != 1)} after the remedy.")
+            self.tell(f"No message is late any more, {minutes} minute{'s' * (minutes != 1)} after the remedy.")
 
     def calm_down(self) -> None:
         for _ in range(ALARMS_PATIENCE_MINUTES):
@@ -270,7 +270,7 @@ class Scene:
         self.ended = int(self.clock.minute())
 
     def wait_for_dead(self) -> None:
-        """Waits until every message that is not valid is in the dead-letter queue."""
+        """Waits until every invalid message is in the dead-letter queue."""
         self.dead = {message_id for message_id, message in self.traffic.sent().items() if not message.good}
         self._until(lambda: self._dead_letters() >= self.dead, "the bad messages die")
 
@@ -288,16 +288,16 @@ class Scene:
                 raise WentWrong(f"not within {PATIENCE_SECONDS} s: {what}")
             time.sleep(0.2)
 
-    # What is known at the end.
+    # Results.
 
     def watched(self, log: list[dict]) -> tuple[Samples, Alarms]:
-        """All samples, of the queues and of a log, and the template's alarms over them."""
+        """All samples, from the queues and a log, and the template's alarms over them."""
         samples = self.samples.copy()
         read_log(log, self.clock, samples)
         return samples, Alarms(self.resources, samples)
 
     def account(self) -> str:
-        """Ends the traffic and compares what was sent with what is there; raises `WentWrong` if a message is lost, doubled or misplaced."""
+        """Ends the traffic and accounts for every message; raises `WentWrong` if a message is lost, doubled or misplaced."""
         self.traffic.stop()
         self._until(lambda: not messages_in(self.stack, self.stack.queue_url), "the queue empties")
         sent = self.traffic.sent()
@@ -315,4 +315,4 @@ class Scene:
         if any(wrong.values()):
             raise WentWrong(", ".join(f"{count} {what}" for what, count in wrong.items() if count))
         letters = f"{len(dead)} dead letters, none of them valid" if dead else "no dead letters"
-        return f"{len(sent)} messages were sent: {len(rows)} rows, none lost, none twice; {letters}."
+        return f"{len(sent)} messages were sent: {len(rows)} rows, none lost, none doubled; {letters}."

@@ -1,4 +1,4 @@
-"""What goes on beside an incident: something that is done again and again, in a thread of its own."""
+"""Repeats an action in a thread, beside an incident."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Ticker:
-    """Does something every so many seconds, as a context manager; raises in the end what that raised."""
+    """Calls `act` every `seconds`, as a context manager; `stop` raises the exception that `act` raised."""
 
     def __init__(self, seconds: float, act: Callable[[], None]):
         self._seconds, self._act = seconds, act

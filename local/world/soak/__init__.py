@@ -1,13 +1,13 @@
-"""The attack: messages through the whole local world while everything in it breaks, and an account of every one of them at the end.
+"""The soak test: sends messages through the local world while everything in it breaks, and accounts for every message at the end.
 
-- ``load``         what is sent, and what is to become of each message
+- ``load``         the messages, and the expected result of each
 - ``visits``       the second mapping, and its messages
 - ``proxy``        the network between the function and PostgreSQL
 - ``memory``       queues in memory, for a storm
-- ``environment``  execution environments beyond the emulator's, under Lambda's contract
-- ``pollers``      what hands the queues' messages to them
-- ``faults``       what breaks, and when
-- ``run``          puts these together: deploys, sends, waits until all is settled
-- ``checker``      compares what was sent with what stands in the tables, the dead-letter queues and the logs
-- ``rehearsal``    shows, in every run, that the checker can find what it looks for
+- ``environment``  further execution environments, under Lambda's contract
+- ``pollers``      hand the queues' messages to these environments
+- ``faults``       the faults and their schedule
+- ``run``          one run: deploys, sends, waits until the queues are empty
+- ``checker``      compares the sent messages with the tables, the dead-letter queues and the logs
+- ``rehearsal``    proves, in every run, that the checker finds each kind of damage
 """

@@ -1,4 +1,4 @@
-"""What ./local/soak does, after its arguments are read."""
+"""Runs ./local/soak."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from world.soak.run import WORLD, Run
 
 REPORT = WORLD / "report.json"
 STORM = {"messages": 1_000_000, "faults": 1000, "minutes": 25}
-# In a storm, bad messages come back all the time.
+# In a storm, bad messages are redelivered all the time.
 STORM_BAD_SHARE = 0.003
 QUICK = {"messages": 2000, "faults": 36, "minutes": 0.7}
 
@@ -46,14 +46,14 @@ def main() -> int:
 
 
 def run(servers: Servers, options: argparse.Namespace) -> int:
-    """The attack and the account of it; the status to end with."""
+    """Runs the attack and accounts for every message; returns the exit status."""
     began, started = datetime.now(UTC), time.monotonic()
     messages = load.make(options.messages, options.seed, STORM_BAD_SHARE if options.storm else load.BAD_SHARE)
     with ExitStack() as cleanup:
         proxy = cleanup.enter_context(Proxy(servers.postgres.port))
         aws_proxy = cleanup.enter_context(Proxy(servers.localstack.port))
         soak = cleanup.enter_context(Run(servers, proxy, aws_proxy, messages, options.seed, options.storm))
-        print("Sending, and breaking things ...")
+        print("Sending messages and injecting faults ...")
         with Attack(soak.targets, faults.plan(options.faults, options.seed), options.minutes * 60) as attack:
             soak.send_during(attack)
         attacked = time.monotonic()
@@ -64,7 +64,7 @@ def run(servers: Servers, options: argparse.Namespace) -> int:
         findings = checker.check(evidence, database)
         rows = database.execute(f"select (select count(*) from user_logins) + (select count(*) from {visits.TABLE})").fetchone()[0]
         clean = not any(finding.count for finding in findings)
-        # Of a million messages that would take hours.
+        # With a million messages this would take hours.
         blind = rehearsal.blind_spots(evidence, database) if clean and not options.storm else []
 
     seconds = {"attack": attacked - attack.started, "settling": settled - attacked, "all": time.monotonic() - started}
@@ -88,7 +88,7 @@ def run(servers: Servers, options: argparse.Namespace) -> int:
 
 
 def function_figures(evidence: Evidence, tally: Counter) -> dict[str, object]:
-    """What the function's logs and our environments tell of it."""
+    """Figures from the function's logs and our environments."""
     log = b"\n".join(evidence.logs.values())
     statuses = Counter(status.decode() for status in re.findall(rb'"type":"platform\.report".*?"status":"(\w+)"', log))
     deduplicated = sum(int(count) for count in re.findall(rb'"message":"batch loaded".*?"deduplicated":(\d+)', log))
@@ -116,14 +116,14 @@ def show(figures: dict) -> None:
         table("Faults that found nothing to break", missed)
     table("The load", {name: figures[name] for name in ("messages", "bad messages", "rows", "rows a second")})
     table("The function", figures["function"])
-    table("What must not be", figures["found"])
+    table("Violations", figures["found"])
     for name, examples in figures["examples"].items():
-        print(f"\n{name}, for instance:\n  " + "\n  ".join(examples))
+        print(f"\n{name}, for example:\n  " + "\n  ".join(examples))
     for name in figures["damage that the checker does not see"]:
-        print(f"\nThe checker does not see: {name}")
-    print(f"\nSeed {figures['seed']}, {figures['seconds']['all']} s; {REPORT.relative_to(paths.ROOT)} has it all.")
+        print(f"\nThe checker does not find: {name}")
+    print(f"\nSeed {figures['seed']}, {figures['seconds']['all']} s; all figures are in {REPORT.relative_to(paths.ROOT)}.")
     clean = not figures["damage that the checker does not see"] and not any(figures["found"].values())
-    print("Nothing lost, nothing twice, nothing leaked." if clean else "It does not hold.")
+    print("Passed: nothing lost, doubled or leaked." if clean else "FAILED.")
 
 
 if __name__ == "__main__":

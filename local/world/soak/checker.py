@@ -1,6 +1,6 @@
-"""Compares what was sent with what stands in the tables, the dead-letter queues and the logs.
+"""Compares the sent messages with the tables, the dead-letter queues and the logs.
 
-Independent of the function: it shares no code with it, has its own masking, and takes nothing that the function says for true.
+Independent of the function: it shares no code with it, has its own masking, and does not trust the function's output.
 """
 
 import base64
@@ -18,7 +18,7 @@ from Crypto.Util.Padding import pad
 from world.soak import visits
 from world.soak.load import CANARIES, REFUSED_USER, Message
 
-# How long an old key may be used beyond the keyring's lifetime: Secrets Manager breaks, too, and invocations take their time.
+# How long an old key may be used beyond the keyring's TTL: Secrets Manager has faults, too, and invocations take time.
 SLACK_SECONDS = 20
 EXAMPLES = 5
 POSTGRES_LOG = "postgres.log"
@@ -26,24 +26,24 @@ POSTGRES_LOG = "postgres.log"
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that there is to know after a run, but for the tables."""
+    """All evidence of a run, except the tables."""
 
     # By message id.
     sent: dict[str, Message]
-    # What the dead-letter queues hold, by message id, once for each copy.
+    # The message ids in the dead-letter queues, once for each copy.
     dead: list[str]
-    # How many messages the queues hold still.
+    # The number of messages still in the queues.
     left: int
-    # Logins behind a bad message that were written while it was still in its queue.
+    # Logins of a FIFO group that were written while a bad message before them was still in the queue.
     overtaking: list[str]
-    # Answers that Lambda would not have understood.
+    # The number of answers that Lambda would reject.
     malformed: int
-    # All that the function and PostgreSQL wrote, and what the function answered, by name.
+    # The logs of the function and of PostgreSQL, and the function's answers, by name.
     logs: dict[str, bytes]
     # Keys and passwords.
     secrets: list[str]
     ring: dict
-    # Key id and time of each rotation, and the seconds within which a running function must have seen it.
+    # Key id and time of each rotation, and the seconds within which a running function must use it.
     rotations: list[tuple[str, float]]
     secrets_ttl: float
     days: set[date]
@@ -51,7 +51,7 @@ class Evidence:
 
 @dataclass
 class Finding:
-    """One thing that must not be: how often it is, and some examples."""
+    """One kind of violation: its count, and some examples."""
 
     name: str
     count: int = 0
@@ -89,12 +89,12 @@ class Row:
     locale: str | None
     app_version: int
     create_date: date
-    # Time of day in seconds; of what is not committed yet, the end of time.
+    # Seconds since the epoch; infinity if not committed yet.
     committed: float
 
 
 def read_rows(database: psycopg.Connection) -> list[Row]:
-    """Commit times tell the order; the server keeps them while `track_commit_timestamp` is on."""
+    """The rows with their commit times, which tell the order; the server keeps these while `track_commit_timestamp` is on."""
     committed = "coalesce(extract(epoch from pg_xact_commit_timestamp(xmin)), 'infinity')::float"
     columns = "user_id, device_type, masked_ip, masked_device_id, locale, app_version, create_date"
     return [Row(*values) for values in database.execute(f"select {columns}, {committed} from user_logins")]
@@ -104,7 +104,7 @@ def check_rows(evidence: Evidence, rows: list[Row]) -> list[Finding]:
     lost, doubled, foreign = Finding("rows lost"), Finding("rows doubled"), Finding("rows that nobody may have written")
     masks, columns = Finding("masks wrong"), Finding("other columns wrong")
     goods = [message.row for message in evidence.sent.values() if message.good and not message.visit]
-    # A user logs in once, or several times with the very same body.
+    # A user logs in once, or several times with the same body.
     wanted, logins = Counter(row[0] for row in goods), {row[0]: row for row in goods}
     found = Counter(row.user_id for row in rows)
     for user in wanted | found:
@@ -128,7 +128,7 @@ def check_rows(evidence: Evidence, rows: list[Row]) -> list[Finding]:
 def check_visits(
     evidence: Evidence, database: psycopg.Connection, lost: Finding, doubled: Finding, foreign: Finding, masks: Finding, columns: Finding
 ) -> None:
-    """The second mapping's table: no row too few, too many or wrong."""
+    """Checks the second mapping's table for missing, surplus and wrong rows."""
     wanted = {message_id: message.row for message_id, message in evidence.sent.items() if message.visit and message.good}
     query = f"select message_id::text, to_jsonb(t) - '{{message_id,masked_ip,masked_phone,sent}}'::text[], masked_ip, masked_phone from {visits.TABLE} t"
     database.execute("set timezone = 'UTC'")
@@ -152,7 +152,7 @@ def check_visits(
 
 
 def check_order(evidence: Evidence, rows: list[Row]) -> Finding:
-    """A group's later message is never committed before an earlier one; together with it is fine, as a statement is atomic."""
+    """A group's later message must not be committed before an earlier one. Both together is fine, because a statement is atomic."""
     finding = Finding("order broken in a FIFO group")
     committed = {row.user_id: row.committed for row in rows}
     groups = defaultdict(list)
@@ -171,7 +171,7 @@ def check_order(evidence: Evidence, rows: list[Row]) -> Finding:
 def check_stale_masks(evidence: Evidence, rows: list[Row]) -> Finding:
     finding = Finding("masks under a key long retired")
     ids = [key_id for key_id, _ in evidence.rotations]
-    # A key retires when the next one comes; the first one of all is the ring's oldest.
+    # A key retires when the next one becomes active; the first key is the ring's oldest.
     oldest = next(key for key in evidence.ring["keys"] if key != evidence.ring["one_way"])
     retired = dict(zip([oldest, *ids], [at for _, at in evidence.rotations], strict=False))
     for row in rows:
@@ -206,7 +206,7 @@ def check_dead_letters(evidence: Evidence) -> list[Finding]:
 
 
 def check_tables(database: psycopg.Connection) -> Finding:
-    """Of all columns of all tables, only `user_logins.user_id` may show a canary: users are not masked."""
+    """Of all columns of all tables, only `user_logins.user_id` may contain a canary: users are not masked."""
     finding = Finding("personal values in a table")
     tables = database.execute("select schemaname, tablename from pg_tables where schemaname not in ('pg_catalog', 'information_schema')")
     for schema, table in tables.fetchall():
@@ -223,7 +223,7 @@ def check_logs(evidence: Evidence) -> list[Finding]:
     panics = Finding("panics")
     hidden = re.compile(b"|".join(re.escape(text.encode()) for text in evidence.secrets))
     for name, log in evidence.logs.items():
-        # PostgreSQL itself shows a row that it refuses; the function must not.
+        # PostgreSQL's own log quotes a row that it refuses; the function's must not.
         canaries = CANARIES if name == POSTGRES_LOG else CANARIES + b"|" + REFUSED_USER.encode() + b"-"
         for finding, pattern in ((personal, canaries), (secret, hidden), (panics, rb"panicked")):
             for match in re.finditer(pattern, log):
@@ -232,7 +232,7 @@ def check_logs(evidence: Evidence) -> list[Finding]:
     return [personal, secret, panics]
 
 
-# The masks: AES-CBC, AES-SIV or HMAC, Base64, the key's id in front if it has one.
+# The masks: AES-CBC, AES-SIV or HMAC, in Base64, preceded by the key's id if it has one.
 
 
 def key_id_of(masked: str) -> str:
@@ -241,7 +241,7 @@ def key_id_of(masked: str) -> str:
 
 
 def mask(ring: dict, key_id: str, field_name: str, plain: str) -> str | None:
-    """None for a key that is not in the ring."""
+    """The mask of a field's value; None if the key is not in the ring."""
     if not (entry := ring["keys"].get(key_id)):
         return None
     key = bytes.fromhex(entry["key"])

@@ -1,4 +1,4 @@
-"""Execution environments beyond the emulator's own, held to Lambda's contract with SQS."""
+"""Execution environments beside LocalStack's, under Lambda's contract with SQS."""
 
 import json
 import time
@@ -14,14 +14,14 @@ from world.stack import Stack
 
 
 class Failed(Exception):
-    """An invocation failed, so that all of its batch stays in the queue; the text is the error's type."""
+    """An invocation failed, so its whole batch stays in the queue; the text is the error's type."""
 
 
 class Environment:
     """Owns one environment of the deployed function: at most one process at a time, and its log."""
 
     def __init__(self, stack: Stack, code: Path, log: Path, tally: Counter, answers: list[bytes], **variables: str):
-        """`variables` are settings other than the deployed function's."""
+        """`variables` override the deployed function's settings."""
         function = stack.localstack.client("lambda").get_function_configuration(FunctionName=stack.function_name)
         self._code, self._log, self._tally, self._answers = code, log, tally, answers
         self._arn = function["FunctionArn"]
@@ -42,7 +42,7 @@ class Environment:
         }
 
     def invoke(self, event: dict) -> set[str]:
-        """Hands an event over and returns the ids of the messages to delete. Raises `Failed`."""
+        """Invokes the function with an event, and returns the ids of the messages to delete. Raises `Failed`."""
         self._tally["invocations"] += 1
         try:
             return acknowledged({record["messageId"] for record in event["Records"]}, self._answer(json.dumps(event)))
@@ -99,7 +99,7 @@ class Environment:
 
 
 def acknowledged(ids: set[str], answer: bytes) -> set[str]:
-    """The messages that Lambda deletes for an answer. Raises `Failed` where it takes the whole batch for failed."""
+    """The ids of the messages that Lambda deletes for an answer. Raises `Failed` if Lambda treats the whole batch as failed."""
     try:
         failures = (json.loads(answer) or {}).get("batchItemFailures") or []
         failed = [failure["itemIdentifier"] for failure in failures]

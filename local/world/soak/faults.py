@@ -1,4 +1,4 @@
-"""What breaks, and when: a schedule from a seed, carried out by one thread for each part of the world."""
+"""The faults, and their schedule from a seed, run by one thread for each part of the world."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from world.soak.proxy import Proxy
 from world.soak.visits import TABLE as VISITS
 from world.stack import Stack
 
-# A fault that found nothing to break, as no connection was open or no statement came by, is tried again for so long.
+# How long a fault is retried that found nothing to break, because no connection was open or no statement was sent.
 PATIENCE_SECONDS = 10
 # How far the load may run ahead of the faults, in faults.
 AHEAD = 3
@@ -28,42 +28,42 @@ AHEAD = 3
 @dataclass(frozen=True)
 class Fault:
     kind: str
-    # Of the attack's duration, when to begin.
+    # When to begin, as a share of the attack's duration.
     at: float
     seed: int
 
 
 @dataclass
 class Targets:
-    """What there is to break."""
+    """The parts of the world that faults break."""
 
     servers: Servers
     stack: Stack
-    # Where the queues are.
+    # The client of the queues.
     sqs: object
-    # The network to PostgreSQL, and that to Secrets Manager.
+    # The networks to PostgreSQL and to Secrets Manager.
     proxy: Proxy
     aws_proxy: Proxy
     redeliveries: Redeliveries
     queue_urls: list[str]
     visibility_seconds: int
-    # Every password and every key there ever was, none of which may be in any log.
+    # Every password and the keyring with every key of the run; none of them may be in a log.
     passwords: list[str] = field(default_factory=list)
     ring: dict = field(default_factory=dict)
-    # Key id and time (of day, seconds) of each rotation.
+    # Key id and time (seconds since the epoch) of each rotation.
     rotations: list[tuple[str, float]] = field(default_factory=list)
 
     def admin(self, **options) -> psycopg.Connection:
         return self.servers.postgres.connect(autocommit=True, **options)
 
     def functions(self) -> list[psutil.Process]:
-        """The function's processes, the emulator's and our own."""
+        """The function's processes, in LocalStack's environments and in ours."""
         with suppress(psutil.NoSuchProcess):
             return [process for process in psutil.Process().children(recursive=True) if process.name() == "bootstrap"]
         return []
 
 
-# Each gives whether it broke anything.
+# Each fault returns whether it broke anything.
 
 
 def cut_with_reset(targets: Targets, chance: random.Random) -> bool:
@@ -114,7 +114,7 @@ def terminate_backends(targets: Targets, chance: random.Random) -> bool:
 
 
 def lock_table(targets: Targets, chance: random.Random) -> bool:
-    """At times for longer than an invocation may take."""
+    """Sometimes for longer than an invocation's timeout."""
     table = chance.choice(("user_logins", "etl_ledger"))
     with targets.admin() as admin, admin.transaction():
         admin.execute(f"lock table {table} in access exclusive mode")
@@ -122,7 +122,7 @@ def lock_table(targets: Targets, chance: random.Random) -> bool:
 
 
 def cancel_statements(targets: Targets, chance: random.Random) -> bool:
-    """Of those that wait for a lock, because others are too quick to be caught."""
+    """Cancels statements that wait for a lock, because others are too short to catch."""
     with targets.admin() as admin, admin.transaction():
         admin.execute("lock table user_logins in access exclusive mode")
         wait_for_waiting(targets, 1)
@@ -132,7 +132,7 @@ def cancel_statements(targets: Targets, chance: random.Random) -> bool:
 
 
 def wait_for_waiting(targets: Targets, seconds: float) -> int:
-    """After so many seconds, how many statements wait for a lock."""
+    """The number of statements that wait for a lock after `seconds`."""
     time.sleep(seconds)
     with targets.admin() as admin:
         query = "select count(*) from pg_stat_activity where usename = %s and wait_event_type = 'Lock'"
@@ -140,7 +140,7 @@ def wait_for_waiting(targets: Targets, seconds: float) -> int:
 
 
 def make_read_only(targets: Targets, chance: random.Random) -> bool:
-    """As a node is after a failover."""
+    """Makes the database read-only, like a standby after a failover."""
     return alter_role_for_a_while(targets, chance, "set default_transaction_read_only = on", "reset default_transaction_read_only")
 
 
@@ -161,13 +161,13 @@ def alter_role_for_a_while(targets: Targets, chance: random.Random, change: str,
 
 
 def demand_a_column(targets: Targets, chance: random.Random) -> bool:
-    """A column that nobody fills takes no null for a while: no row can be written."""
+    """Adds a column that is not null and that nobody fills, so that no row can be written for a while."""
     demand = "alter table user_logins add column demanded text not null default ''; alter table user_logins alter demanded drop default"
     return alter_table_for_a_while(targets, chance, demand, "alter table user_logins drop column if exists demanded")
 
 
 def refuse_by_trigger(targets: Targets, chance: random.Random) -> bool:
-    """A trigger raises an exception for some of the users for a while."""
+    """For a while, a trigger raises an exception for some of the users."""
     refuse = """create or replace function refuse() returns trigger language plpgsql as $$
         begin if new.user_id ~ '[0-3]$' then raise exception 'not now'; end if; return new; end $$;
         create trigger refuse before insert on user_logins for each row execute function refuse()"""
@@ -175,7 +175,7 @@ def refuse_by_trigger(targets: Targets, chance: random.Random) -> bool:
 
 
 def detach_partition(targets: Targets, chance: random.Random) -> bool:
-    """There is no partition for any row of the second mapping's for a while."""
+    """For a while, the second mapping's rows have no partition."""
     detach = f"alter table {VISITS} detach partition {VISITS}_all"
     return alter_table_for_a_while(targets, chance, detach, f"alter table {VISITS} attach partition {VISITS}_all default")
 
@@ -192,7 +192,7 @@ def alter_table_for_a_while(targets: Targets, chance: random.Random, change: str
 
 
 def rotate_password(targets: Targets, chance: random.Random) -> bool:
-    """As a single user's rotation does: for a moment the secret and the server disagree. Connections end, so that all have to log in again."""
+    """Rotates like a single-user rotation: for a moment the secret and the server disagree. Ends all connections, so that clients must log in again."""
     password = secrets.token_urlsafe(24)
     targets.passwords.append(password)
     secret = json.dumps({"username": DATABASE_USER, "password": password})
@@ -215,7 +215,7 @@ def rotate_password(targets: Targets, chance: random.Random) -> bool:
 
 
 def rotate_keyring(targets: Targets, chance: random.Random) -> bool:
-    """A new active key, of any cipher and length; the old ones stay for what they have masked."""
+    """Adds a new active key, of any cipher and length; the old keys stay for their masks."""
     key_id = f"soak-{len(targets.ring['keys'])}"
     cipher, digits, iv = chance.choice((("aes-cbc", 32, 1), ("aes-cbc", 48, 0), ("aes-cbc", 64, 1), ("aes-siv", 64, 0), ("aes-siv", 128, 0)))
     key = {"cipher": cipher, "key": secrets.token_hex(digits // 2)} | ({"iv": secrets.token_hex(16)} if iv else {})
@@ -245,7 +245,7 @@ def freeze_function(targets: Targets, chance: random.Random) -> bool:
 
 
 def refuse_secrets(targets: Targets, chance: random.Random) -> bool:
-    """While an environment starts and the others read the keyring again."""
+    """Refuses connections to Secrets Manager while an environment starts and the others read the keyring again."""
     kill_function(targets, chance)
     targets.aws_proxy.refuse(chance.uniform(0.5, 4))
     return True
@@ -258,7 +258,7 @@ def silence_secrets(targets: Targets, chance: random.Random) -> bool:
 
 
 def shorten_visibility(targets: Targets, chance: random.Random) -> bool:
-    """For a while, what is received comes back while it is still being handled."""
+    """For a while, messages become visible again while they are still being handled."""
     for queue_url in targets.queue_urls:
         targets.sqs.set_queue_attributes(QueueUrl=queue_url, Attributes={"VisibilityTimeout": "1"})
     time.sleep(chance.uniform(1, 3))
@@ -271,7 +271,7 @@ def redelivery(kind: str) -> Callable[[Targets, random.Random], bool]:
     return lambda targets, chance: targets.redeliveries.cause(kind, PATIENCE_SECONDS / 2)
 
 
-# Each lane is one thread's: what must not overlap is in one, and any two lanes break things at the same time. The number is a kind's weight.
+# One thread per lane: faults that must not overlap are in the same lane, and lanes run in parallel. The number is a kind's weight.
 LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
     {
         "connections cut (RST)": (2, cut_with_reset),
@@ -281,7 +281,7 @@ LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
         "network silent (half-open)": (2, stall),
         "cut after the commit": (4, cut_after_commit),
         "silent after the commit": (2, stall_after_commit),
-        "statement torn in two": (2, tear_statement),
+        "statement cut in two": (2, tear_statement),
     },
     {
         "PostgreSQL crashed": (2, crash_postgres),
@@ -293,7 +293,7 @@ LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
         "no connections left": (1, exhaust_connections),
         "password rotated": (2, rotate_password),
         "keyring rotated": (1, rotate_keyring),
-        "a column demanded": (1, demand_a_column),
+        "a required column added": (1, demand_a_column),
         "some users refused": (1, refuse_by_trigger),
         "partition missing": (1, detach_partition),
     },
@@ -309,13 +309,13 @@ LANES: list[dict[str, tuple[int, Callable[[Targets, random.Random], bool]]]] = [
 
 
 def plan(count: int, seed: int) -> list[list[Fault]]:
-    """Each lane's faults in the order of their beginning; kinds in proportion to their weights, the same for the same seed."""
+    """Each lane's faults in order of their beginning, with kinds in proportion to their weights. The same seed gives the same plan."""
     chance = random.Random(seed)
     lanes = []
     for number, lane in enumerate(LANES):
         share = count // len(LANES) + (number < count % len(LANES))
         once = [kind for kind, (weight, _) in lane.items() for _ in range(weight)]
-        # Every kind comes before any comes again.
+        # Every kind occurs once before any is repeated.
         kinds = list(lane)[:share]
         while len(kinds) < share:
             kinds += chance.sample(once, min(len(once), share - len(kinds)))
@@ -325,7 +325,7 @@ def plan(count: int, seed: int) -> list[list[Fault]]:
 
 
 class Attack:
-    """Owns the lanes' threads, as a context manager, and tells how far they have come."""
+    """Owns the lanes' threads, as a context manager, and knows their progress."""
 
     def __init__(self, targets: Targets, schedule: list[list[Fault]], seconds: float):
         self._targets, self._schedule, self._seconds = targets, schedule, seconds
@@ -345,7 +345,7 @@ class Attack:
         return self
 
     def __exit__(self, *_) -> None:
-        # A fault under way is seen through: it may be starting a server.
+        # Lets a running fault finish: it may be starting a server.
         self._stopping.set()
         for thread in self._threads:
             thread.join()
@@ -356,7 +356,7 @@ class Attack:
 
     @property
     def progress(self) -> float:
-        """From 0 to 1; it goes on a little by itself while a fault waits for traffic, and then waits for it."""
+        """From 0 to 1. While a fault waits for traffic, the progress runs ahead by at most `AHEAD` faults, so that messages keep coming."""
         if self.over:
             return 1.0
         with self._lock:
@@ -364,7 +364,7 @@ class Attack:
             return min(1.0, (self.done.total() + self.missed.total() + min(AHEAD, since)) / self._count)
 
     def check(self) -> None:
-        """Raises what made a lane end."""
+        """Raises the error that ended a lane, if any."""
         if self._error:
             raise self._error
 

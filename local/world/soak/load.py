@@ -1,4 +1,4 @@
-"""What is sent, from a seed: logins of every lawful shape, visits for a second mapping, and a share of messages that are neither."""
+"""Makes the messages from a seed: logins of every valid shape, visits for a second mapping, and a share of bad messages."""
 
 import ipaddress
 import json
@@ -12,32 +12,32 @@ from world.soak import visits
 FIFO_SHARE = 0.2
 VISITS_SHARE = 0.15
 BAD_SHARE = 0.03
-# Another login with the very same body: two messages, so two rows.
+# The share of logins that repeat another's body: two messages, so two rows.
 COPY_SHARE = 0.02
 FLOWING_GROUPS = 20
-# Of each group that meets a bad message: logins before it, and logins that it holds back.
+# In each group with a bad message: logins before it, and logins that it holds back.
 BEFORE_BAD, BEHIND_BAD = 3, 4
 BLOCKED_GROUP_EVERY = 250
 
-# Every personal value is one that this finds, so that a single one in a log gives itself away. 198.18.0.0/15 and 2001:db8::/32 belong to nobody.
+# This pattern finds every personal value, so that a single one in a log is noticed. 198.18.0.0/15 and 2001:db8::/32 belong to nobody.
 CANARY = "canary"
 CANARIES = rb"(?i)canary|198\.1[89]\.\d|2001:0?db8"
-# A constraint of the run's own refuses these users, as a table may that other programs write to. PostgreSQL's log quotes the row it refuses, so
-# the name is no canary.
+# The run adds a constraint that refuses these users, as a table of another owner may have. PostgreSQL's log quotes a refused row, so the name is no
+# canary.
 REFUSED_USER = "refused"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message and its fate: the row it must become, or none if it must end in the dead-letter queue."""
+    """One message, and the row it must become, or None if it must end in the dead-letter queue."""
 
     body: str
-    # user_id, device_type, ip, device_id, locale, app_version as an integer; of a visit its columns by name
+    # A login's user_id, device_type, ip, device_id, locale, app_version as an integer; a visit's columns by name.
     row: tuple | dict | None
     # Whether it is for the second mapping.
     visit: bool = False
     group: str | None = None
-    # Index in the group, and whether a bad message of the group comes before.
+    # Index in the group, and whether the group has a bad message before this one.
     index: int = 0
     held_back: bool = False
 
@@ -47,7 +47,7 @@ class Message:
 
 
 def make(count: int, seed: int, bad_share: float = BAD_SHARE) -> list[Message]:
-    """`count` messages in the order in which they are sent; those with a group go to the FIFO queue."""
+    """`count` messages in sending order; those with a group go to the FIFO queue."""
     chance = random.Random(seed)
     fifo = int(count * FIFO_SHARE)
     second = [Message(body, row, visit=True) for body, row in visits.make(chance, int(count * VISITS_SHARE), CANARY, bad_share)]
@@ -59,14 +59,14 @@ def make(count: int, seed: int, bad_share: float = BAD_SHARE) -> list[Message]:
     standard += goods + second
     chance.shuffle(standard)
     ordered = list(grouped(chance, fifo))
-    # The FIFO queue's share is spread over the whole run; within it the order stands.
+    # Spreads the FIFO queue's messages over the whole run, in their order.
     indexes = set(chance.sample(range(count), len(ordered)))
     streams = iter(standard), iter(ordered)
     return [next(streams[index in indexes]) for index in range(count)]
 
 
 def grouped(chance: random.Random, count: int) -> Iterator[Message]:
-    """Messages of groups: most flow, and every so often one is blocked by a bad message in its midst."""
+    """Messages of groups: most groups flow, and every so often a group has a bad message that blocks it."""
     heights: dict[str, int] = {}
 
     def message(name: str, **fields) -> Message:
@@ -91,7 +91,7 @@ def grouped(chance: random.Random, count: int) -> Iterator[Message]:
 
 
 def login(chance: random.Random, user: str) -> dict:
-    """A login whose personal values are canaries; few enough addresses and devices that many are shared."""
+    """A login whose personal values are canaries, from so few addresses and devices that many are shared."""
     ip = f"198.{chance.choice((18, 19))}.{chance.randrange(8)}.{chance.randrange(256)}"
     device = f"{CANARY}-{chance.randrange(1000):03}-{chance.randrange(100):02}"
     return messages.login(chance, user_id=user, ip=ip, device_id=device)
@@ -126,7 +126,7 @@ def good(chance: random.Random, user: str, **grouping) -> Message:
 
 
 def bad(chance: random.Random, kind: int, **grouping) -> Message:
-    """A message that must not become a row, of the kind with this number; each is full of canaries."""
+    """A message that must not become a row, of kind number `kind`; each contains canaries."""
     fields = login(chance, f"{CANARY}-bad")
     text = json.dumps(fields)
     without_device = {name: value for name, value in fields.items() if name != "device_id"}

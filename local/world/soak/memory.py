@@ -1,7 +1,7 @@
-"""Queues in this process's memory, for more messages than LocalStack's take: what the soak uses of SQS's client, and SQS's rules for it.
+"""Queues in memory, for more messages than LocalStack can handle: the part of SQS's client that the soak uses, with SQS's rules.
 
-A message that is received is hidden for the queue's visibility timeout, comes back unless it is deleted, and goes to the dead-letter queue when it
-was received too often. Of a FIFO queue's group, nothing is given out while anything of it is hidden, and then in order.
+A received message is hidden for the queue's visibility timeout. It returns to the queue unless it is deleted, and goes to the dead-letter queue
+if it was received too often. While a message of a FIFO group is hidden, no other message of the group is delivered; delivery is in order.
 """
 
 import heapq
@@ -34,15 +34,15 @@ class Queue:
     most_receives: int = 1_000_000
     dead_letter_url: str | None = None
     ready: deque = field(default_factory=deque)
-    # By group, in order, those hidden among them.
+    # By group, in order, including hidden messages.
     groups: dict[str, deque] = field(default_factory=dict)
-    # When hidden messages may come back, and which; what was shown or hidden anew since is passed over.
+    # A heap of the times at which messages become visible, and their ids. Entries that no longer match their message are ignored.
     hidden: list = field(default_factory=list)
     held: dict[str, Held] = field(default_factory=dict)
 
 
 class MemorySqs:
-    """Thread-safe; the methods are those of boto3's client that the soak calls."""
+    """Thread-safe, with the methods of boto3's client that the soak calls."""
 
     def __init__(self):
         self._queues: dict[str, Queue] = {}
@@ -93,7 +93,7 @@ class MemorySqs:
             for entry in Entries:
                 message_id, _, receipt = entry["ReceiptHandle"].partition("#")
                 held = queue.held.get(message_id)
-                # A FIFO queue does not take a receipt whose time is up.
+                # A FIFO queue rejects an expired receipt handle.
                 if held and held.group and (held.receipt != int(receipt) or held.hidden_until <= time.monotonic()):
                     continue
                 if held:
@@ -114,7 +114,7 @@ class MemorySqs:
     def depth(self, url: str) -> int:
         return len(self._queues[url].held)
 
-    # Under the lock.
+    # Call these with the lock held.
 
     def _put(self, queue: Queue, held: Held) -> None:
         queue.held[held.message_id] = held
@@ -136,7 +136,7 @@ class MemorySqs:
                 queue.ready.append(held.group or held)
 
     def _next(self, queue: Queue, now: float, given: list[Held]) -> Held | None:
-        """The next message to give out beside those that this request gives already."""
+        """The next message to deliver, besides those that this request already has."""
         while queue.ready:
             head = queue.ready[0]
             if isinstance(head, Held):

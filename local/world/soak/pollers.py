@@ -1,4 +1,4 @@
-"""What Lambda's pollers do: receive, invoke, delete what was acknowledged and nothing else. At times SQS delivers twice."""
+"""Pollers like Lambda's: receive messages, invoke the function, delete exactly the acknowledged messages. Sometimes SQS delivers twice."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ from world import delivery
 from world.soak.environment import Environment, Failed, queue_arn
 
 RECEIVE_MOST = 10  # SQS's own limit for one call
-# An empty queue is looked at again after so many seconds.
+# Between two polls of an empty queue.
 IDLE_SECONDS = 0.1
 
 
 class Redeliveries:
-    """What SQS is to do with the next batch besides delivering it once; a poller sees to it."""
+    """Faults of SQS's delivery, which a poller applies to its next batch."""
 
     KINDS = ("redelivered early", "delivered to two at once", "answer lost")
 
@@ -26,7 +26,7 @@ class Redeliveries:
         self._wanted: queue.SimpleQueue[tuple[str, threading.Event]] = queue.SimpleQueue()
 
     def cause(self, kind: str, patience: float) -> bool:
-        """Whether a poller had a batch for it in time."""
+        """Requests a fault; returns whether a poller applied it in time."""
         done = threading.Event()
         self._wanted.put((kind, done))
         return done.wait(patience)
@@ -40,9 +40,9 @@ class Redeliveries:
 
 
 class Order:
-    """Which messages of a FIFO queue's groups are still there, to see that a batch is one that SQS would give.
+    """Tracks a FIFO queue's deleted messages, to check that a batch is one that SQS would deliver.
 
-    The emulator makes a batch's messages visible one after the other, and may give out a later one while an earlier is still being handled.
+    LocalStack makes a batch's messages visible one after the other, and may deliver a later message while an earlier one is still being handled.
     """
 
     def __init__(self):
@@ -69,7 +69,7 @@ class Order:
 
 
 def index_of(message: dict) -> tuple[str, int]:
-    """A FIFO queue's message's group and its index there, which its deduplication id tells: see `deduplication_id`."""
+    """The group and the index of a FIFO queue's message, from its deduplication id: see `deduplication_id`."""
     group, _, index = message["Attributes"]["MessageDeduplicationId"].rpartition(".")
     return group, int(index)
 
@@ -79,7 +79,7 @@ def deduplication_id(group: str, index: int) -> str:
 
 
 class Pool:
-    """Environments, and the pollers of one queue that share them, each in a thread; a context manager."""
+    """Environments, and the pollers of one queue that share them, each poller in a thread; a context manager."""
 
     def __init__(self, environments: list[Environment], pollers: list["Poller"]):
         self.pollers = pollers
@@ -100,14 +100,14 @@ class Pool:
             environment.stop()
 
     def check(self) -> None:
-        """Raises what made a poller end."""
+        """Raises the error that ended a poller, if any."""
         for poller in self.pollers:
             if poller.error:
                 raise poller.error
 
 
 class Poller:
-    """Owns a thread that takes batches from one queue and hands them to whichever environment is idle."""
+    """Owns a thread that receives batches from one queue and hands them to an idle environment."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class Poller:
         order: Order | None = None,
     ):
         self.batch_size = batch_size
-        # Whether what failed is to come back at once.
+        # Whether to make failed messages visible again at once.
         self.hurried = False
-        # The last receipt of each message that was not deleted.
+        # The last receive of each message that was not deleted.
         self._receipts: dict[str, dict] = {}
         # The highest count of receives seen.
         self.most_received = 0
@@ -144,7 +144,7 @@ class Poller:
         self._helpers.shutdown()
 
     def reveal(self) -> None:
-        """Makes visible at once what the function has hidden for a while."""
+        """Makes messages visible that the function has hidden for a while."""
         self._show_again(list(self._receipts.values()))
 
     def _run(self) -> None:
@@ -158,7 +158,7 @@ class Poller:
             self.error = error
 
     def _receive(self) -> list[dict]:
-        """Up to a batch's size, less at random, as SQS gives what its servers have at hand."""
+        """Receives a random number of messages, up to the batch size, because SQS returns only those that the asked servers have."""
         batch: dict[str, dict] = {}
         wanted = self._chance.randint(1, self.batch_size)
         while len(batch) < wanted:
@@ -172,7 +172,7 @@ class Poller:
         if messages:
             self.most_received = max(self.most_received, *(int(message["Attributes"]["ApproximateReceiveCount"]) for message in messages))
         if self._order and not self._order.allows(messages):
-            self._tally["batches that the emulator gave out of order, put back"] += 1
+            self._tally["batches that the emulator delivered out of order, put back"] += 1
             self._show_again(messages)
             return []
         return messages
@@ -184,7 +184,7 @@ class Poller:
                 self._invoke_and_delete(batch)
                 early.result()
             case "delivered to two at once":
-                # Not so a FIFO queue's, whose order stands however often it is delivered.
+                # The second delivery is in reverse order, except from a FIFO queue, which keeps its order.
                 other = self._helpers.submit(self._invoke_and_delete, batch if self._order else batch[::-1])
                 self._invoke_and_delete(batch)
                 other.result()
@@ -213,7 +213,7 @@ class Poller:
             ten = messages[start : start + RECEIVE_MOST]
             entries = [{"Id": str(number), "ReceiptHandle": message["ReceiptHandle"]} for number, message in enumerate(ten)]
             answer = self._sqs.delete_message_batch(QueueUrl=self._queue_url, Entries=entries)
-            # A FIFO queue does not take a receipt handle whose time is up.
+            # A FIFO queue rejects an expired receipt handle.
             deleted = [ten[int(entry["Id"])] for entry in answer.get("Successful", [])]
             for message in deleted:
                 self._receipts.pop(message["MessageId"], None)

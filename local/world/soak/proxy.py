@@ -1,7 +1,7 @@
-"""The network between the function and PostgreSQL: a TCP proxy on loopback that breaks when it is told to.
+"""The network between the function and PostgreSQL: a TCP proxy on loopback that breaks on command.
 
-The stream is TLS, so nothing here reads a message; a statement is known by its size. The function sends a batch in one round trip, hence the
-first bytes that the server answers to it come after the commit: withheld and cut, they leave a commit that nobody heard of.
+The stream is TLS, so the proxy cannot read it; it recognises a statement by its size. The function sends a batch in one round trip, so the
+server's first answer comes after the commit. If the proxy withholds the answer and cuts the connection, the client does not know of the commit.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ Result = TypeVar("Result")
 
 # More than any handshake message of a client, less than a batch of ten.
 STATEMENT_BYTES = 2500
-# How long the server has to say the rest of an answer that is withheld.
+# How long the server may send the rest of a withheld answer.
 ANSWER_SECONDS = 0.02
-# A half-open connection is closed at last, as keep-alive messages or a router would.
+# After this time a half-open connection is closed, as by TCP keepalives or a router.
 HALF_OPEN_SECONDS = 8
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Link:
-    """One connection of a client's and the one to the server behind it."""
+    """A client's connection, and the connection to the server that belongs to it."""
 
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter):
         self.writers = (client, server)
-        # Bytes from the client since the server spoke last.
+        # Bytes from the client since the server's last bytes.
         self.asked = 0
         self.trap: Trap | None = None
-        # Half-open: what comes in from either side goes nowhere.
+        # Half-open: bytes from either side are dropped.
         self.silent = False
 
     def cut(self, reset: bool) -> None:
@@ -46,8 +46,8 @@ class Link:
 
 
 class Trap:
-    """Waits for the next statement on any connection: tears it (`torn`), or lets it commit and keeps the answer back, with a cut connection
-    (`unheard`) or with a silent one (`silenced`)."""
+    """Waits for the next statement on any connection: sends half of it and cuts the connection (`torn`), or lets it commit and withholds the
+    answer, and then cuts the connection (`unheard`) or leaves it half-open (`silenced`)."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -80,7 +80,7 @@ class Proxy:
     # Commands.
 
     def cut(self, reset: bool) -> int:
-        """Ends all connections, with RST or with FIN; returns how many there were."""
+        """Ends all connections, with RST or with FIN; returns their number."""
 
         async def cut() -> int:
             links = [link for link in self._links if not link.silent]
@@ -91,7 +91,7 @@ class Proxy:
         return self._do(cut)
 
     def refuse(self, seconds: float) -> int:
-        """Nobody listens for a while, and the connections that there are end; returns how many there were."""
+        """Stops listening for a while, and ends all connections; returns their number."""
 
         async def stop_listening() -> None:
             self._listener.close()
@@ -103,14 +103,14 @@ class Proxy:
         return cut
 
     def delay(self, seconds: float, each: float) -> int:
-        """For a while, all that passes is late; returns how many connections there were."""
+        """Delays all bytes for a while; returns the number of connections."""
         self._delay = each
         time.sleep(seconds)
         self._delay = 0.0
         return len(self._links)
 
     def stall(self, seconds: float) -> int:
-        """All connections become half-open, as do those that are made meanwhile; returns how many there were."""
+        """Makes all connections half-open, including new ones in this time; returns their number."""
 
         async def silence() -> None:
             self._stalled = True
@@ -126,13 +126,13 @@ class Proxy:
         return self._do(end)
 
     def spring(self, kind: str, patience: float) -> bool:
-        """Sets a `Trap`; whether a statement went into it in time."""
+        """Sets a `Trap`; returns whether it caught a statement in time."""
         trap = self._trap = Trap(kind)
         sprung = trap.sprung.wait(patience)
         self._trap = None
         return sprung
 
-    # The thread's own.
+    # Runs in the thread.
 
     def _do(self, coroutine: Callable[[], Awaitable[Result]]) -> Result:
         return asyncio.run_coroutine_threadsafe(coroutine(), self._loop).result()
@@ -166,7 +166,7 @@ class Proxy:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            # The end of one side is the end of the other, but for a half-open connection.
+            # If one side ends, the other is closed, except with a half-open connection.
             while link.silent and not all(pump.done() for pump in pumps) and not to_server.is_closing():
                 await asyncio.sleep(0.1)
             link.cut(reset=False)

@@ -1,4 +1,4 @@
-"""Shows, in every run, that the checker can find what it looks for: each damage is done to the run's own outcome, looked at, and undone."""
+"""Proves, in every run, that the checker finds each kind of damage: damages the run's own result, runs the checker, and undoes the damage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from world.soak.visits import TABLE as VISITS
 
 ONE = "ctid = (select min(ctid) from user_logins where user_id like 'canary-0%')"
 ONE_VISIT = f"ctid = (select min(ctid) from {VISITS})"
-# What must be found, and the damage: to the tables, undone by a rollback ...
+# The expected finding, and the damage to the tables, which a rollback undoes.
 TO_TABLES = (
     ("rows lost", f"delete from user_logins where {ONE}"),
     ("rows doubled", f"insert into user_logins select * from user_logins where {ONE}"),
@@ -19,7 +19,7 @@ TO_TABLES = (
     ("masks wrong", f"update user_logins set masked_ip = masked_device_id where {ONE}"),
     ("other columns wrong", f"update user_logins set app_version = app_version + 1 where {ONE}"),
     ("personal values in a table", f"update user_logins set locale = 'canary' where {ONE}"),
-    # What is written anew is committed later than all that came after it.
+    # A row that is updated now is committed later than its successors.
     ("order broken in a FIFO group", "update user_logins set locale = locale where user_id like 'canary-blocked000-000000%'"),
     ("ledger entries lost", "delete from etl_ledger where ctid = (select min(ctid) from etl_ledger)"),
     ("ledger entries doubled or of messages that are no rows", "insert into etl_ledger values (now(), '00000000-0000-4000-8000-000000000000')"),
@@ -28,7 +28,7 @@ TO_TABLES = (
     ("masks wrong", f"update {VISITS} set masked_phone = masked_ip where {ONE_VISIT}"),
     ("other columns wrong", f"update {VISITS} set ratio = ratio + 1 where {ONE_VISIT}"),
 )
-# ... or to the rest of the evidence.
+# The expected finding, and the damage to the other evidence.
 TO_EVIDENCE: dict[str, Callable[[Evidence], Evidence]] = {
     "good messages dead-lettered": lambda seen: replace(seen, dead=[*seen.dead, next(key for key, sent in seen.sent.items() if sent.good)]),
     "bad messages lost": lambda seen: replace(seen, dead=seen.dead[1:]),
@@ -43,7 +43,7 @@ TO_EVIDENCE: dict[str, Callable[[Evidence], Evidence]] = {
 
 
 def blind_spots(evidence: Evidence, database: psycopg.Connection) -> list[str]:
-    """The damages to a clean outcome that the checker does not find; there is one for each of its findings."""
+    """The kinds of damage to a clean result that the checker does not find; there is at least one damage for each kind of finding."""
     missed = [*({finding.name for finding in checker.check(evidence, database)} ^ ({name for name, _ in TO_TABLES} | TO_EVIDENCE.keys()))]
     for name, damage in TO_TABLES:
         with database.transaction(force_rollback=True):

@@ -1,4 +1,4 @@
-"""One soak, in a world that is up: the stack deployed behind the proxy, the load sent through it, and the wait until all is settled."""
+"""One soak run on running servers: deploys the stack behind the proxy, sends the load, and waits until the queues are empty."""
 
 import json
 import random
@@ -22,27 +22,27 @@ from world.soak.proxy import Proxy
 WORLD = paths.SOAK_WORLD
 
 TIMEOUT_SECONDS = 3
-# Shorter than the stack's, so that a bad message comes back many times.
+# Shorter than the stack's, so that a bad message is redelivered many times.
 VISIBILITY_SECONDS = 6
-# So many that no fault dead-letters a good message during the attack; after it, so few that a bad one leaves at once.
+# High enough that no fault dead-letters a good message during the attack; afterwards low enough that a bad one is dead-lettered at once.
 MOST_RECEIVES, MOST_RECEIVES_AT_LAST = 1000, 3
 EMULATOR_BATCH, POLLER_BATCH, FIFO_BATCH = 200, 60, 10
 STORM_BATCH, STORM_VISIBILITY_SECONDS = 1000, 60
-# For each queue; one more than pollers, for what is delivered to two at once.
+# For each queue; one environment more than pollers, for a batch that is delivered to two at once.
 ENVIRONMENTS, POLLERS = 3, 2
 SECRETS_TTL = 2
-# Seconds, of the function's own setting; it doubles with each receive.
+# The function's setting, in seconds; the delay doubles with each receive.
 OUTAGE_DELAY = 1
-# Without any change in the queues for so long, nothing more will come.
+# If the queues do not change for this long, nothing more will happen.
 QUIET_SECONDS = 40
 TICK_SECONDS = 10
 
 
 class Run:
-    """Owns the deployed stack, the FIFO queue beside it, what polls both (as a context manager), and the record of what was sent."""
+    """Owns the deployed stack, the further queues, the pollers (as a context manager), and the record of the sent messages."""
 
     def __init__(self, servers: Servers, proxy: Proxy, aws_proxy: Proxy, messages: list[Message], seed: int, storm: bool = False):
-        """In a storm the queues are in memory, and more environments take larger batches from them."""
+        """In a storm the queues are in memory, and batches are larger."""
         self.messages = messages
         self._servers, self._chance = servers, random.Random(seed)
         self.sent: dict[str, Message] = {}
@@ -91,7 +91,7 @@ class Run:
             def environment(number: int) -> Environment:
                 log = logs / f"{url.rpartition('/')[2]}-{number}.log"
                 variables = {"AWS_ENDPOINT_URL": aws_endpoint, "OUTAGE_DELAY": str(outage_delay)} | (settings or {})
-                # The deployed function never sees batches that are large enough for `COPY`; of these environments half do.
+                # The deployed function never gets batches large enough for `COPY`; half of these environments do.
                 variables["COPY_THRESHOLD"] = "5" if number % 2 else "2000"
                 return Environment(self.stack, paths.SAM_BUILD / "LoginFunction", log, self.tally, self.answers, **variables)
 
@@ -101,10 +101,10 @@ class Run:
 
             return Pool([environment(number) for number in range(ENVIRONMENTS)], [poller() for _ in range(POLLERS)])
 
-        # The function can hide nothing of a queue in memory.
+        # The function cannot hide messages of a queue in memory.
         outage_delay, batch = (0, STORM_BATCH) if storm else (OUTAGE_DELAY, POLLER_BATCH)
         self._pool = pool(self._url, batch, outage_delay)
-        # In the emulator's FIFO queues a hidden message keeps those of other groups from coming back.
+        # In LocalStack's FIFO queues, a hidden message also blocks the redelivery of other groups.
         self._fifo_pool = pool(self._fifo_url, FIFO_BATCH, 0, self._order)
         self._visits_pool = pool(self._visits_url, batch, outage_delay, settings={"MAPPING_FILE": str(mapping)})
         self._pools = self._pool, self._fifo_pool, self._visits_pool
@@ -148,12 +148,12 @@ class Run:
                 self.sent |= {sent["MessageId"]: ten[int(sent["Id"])] for sent in answer["Successful"]}
 
     def settle(self) -> tuple[list[str], int]:
-        """Waits until every good message is through, and then until the bad ones are in the dead-letter queues.
+        """Waits until every good message is loaded, and then until the bad ones are in the dead-letter queues.
 
-        Returns the logins that overtook a bad message of their group, and how many messages the queues hold still.
+        Returns the logins that overtook a bad message of their group, and the number of messages still in the queues.
         """
         stuck = sum(not message.good or message.held_back for message in self.messages)
-        print("Nothing breaks any more; waiting for the rest ...")
+        print("No more faults; waiting for the remaining messages ...")
         self._reveal()
         self._wait_until(lambda: self._remaining() <= stuck)
         held_back = [message.row[0] for message in self.messages if message.held_back]
@@ -162,8 +162,8 @@ class Run:
 
         self._set(self._url, redrive_policy(self._dead_url, MOST_RECEIVES_AT_LAST))
         self._set(self._visits_url, redrive_policy(self._visits_dead_url, MOST_RECEIVES_AT_LAST))
-        # In a FIFO queue what waits behind a bad message is received as often as that one, and would go with it to the dead-letter queue. One
-        # at a time, the bad one at the head of its group is received more often than all others, and leaves alone.
+        # In a FIFO queue, the messages behind a bad message are received as often as it, and would be dead-lettered with it. With a batch size
+        # of one, the bad message at the head of its group is received more often than all others, and is dead-lettered alone.
         for poller in self._fifo_pool.pollers:
             poller.batch_size, poller.hurried = 1, True
         time.sleep(TIMEOUT_SECONDS)
@@ -176,7 +176,7 @@ class Run:
         return [user for (user,) in overtaking], self._remaining()
 
     def _check(self) -> None:
-        """Raises what made a poller end."""
+        """Raises the error that ended a poller, if any."""
         for pool in self._pools:
             pool.check()
 
@@ -190,7 +190,7 @@ class Run:
         return self._sqs.depth(url) if isinstance(self._sqs, MemorySqs) else sum(self.stack.depth(url))
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Gives up when nothing has changed for a while; the account then says what is missing."""
+        """Gives up if nothing changes for a while; the checker then reports the missing messages."""
         before, since, shown = None, time.monotonic(), time.monotonic()
         while not condition() and time.monotonic() - since < QUIET_SECONDS:
             self._check()
@@ -199,12 +199,12 @@ class Run:
             if time.monotonic() - shown >= TICK_SECONDS:
                 shown = time.monotonic()
                 print(f"  ... {now} messages in the queues")
-                # Invocations that began among faults may have hidden theirs since.
+                # Invocations that began during faults may have hidden messages since.
                 self._reveal()
             time.sleep(0.25)
 
     def _reveal(self) -> None:
-        """Shows at once what the function has hidden for a while."""
+        """Makes messages visible that the function has hidden for a while."""
         for poller in (*self._pool.pollers, *self._visits_pool.pollers):
             poller.reveal()
 
@@ -228,10 +228,10 @@ class Run:
 
 
 def prepare_database(servers: Servers) -> None:
-    """Keeps the times of commits, refuses one kind of user, and ends the function's statements with its invocation."""
+    """Enables commit timestamps, adds a constraint that refuses one kind of user, and limits the function's statements to its timeout."""
     with servers.postgres.connect(autocommit=True) as admin:
         admin.execute("alter system set track_commit_timestamp = on")
-        # PostgreSQL's log would quote every row that a fault has it refuse.
+        # Otherwise PostgreSQL's log quotes every row that it refuses because of a fault.
         admin.execute("alter system set log_error_verbosity = terse")
         admin.execute(f"alter table user_logins add constraint refused check (user_id not like '{load.REFUSED_USER}%')")
         admin.execute(visits.SCHEMA)
@@ -240,7 +240,7 @@ def prepare_database(servers: Servers) -> None:
 
 
 def create_queue(sqs, name: str, visibility: float, fifo: bool = False) -> tuple[str, str]:
-    """A queue beside the stack's, and its dead-letter queue."""
+    """Creates a queue beside the stack's, and its dead-letter queue; returns both URLs."""
     attributes = {"VisibilityTimeout": str(visibility)} | ({"FifoQueue": "true"} if fifo else {})
     end = ".fifo" if fifo else ""
     dead = sqs.create_queue(QueueName=f"{name}-dead{end}", Attributes=attributes)["QueueUrl"]
@@ -254,7 +254,7 @@ def entry(number: int, message: Message) -> dict:
 
 
 def take_all(sqs, queue_url: str) -> list[str]:
-    """Empties a queue; the ids of its messages."""
+    """Empties a queue, and returns its message ids."""
     ids = []
     while messages := sqs.receive_message(QueueUrl=queue_url, MaxNumberOfMessages=10).get("Messages"):
         ids += [message["MessageId"] for message in messages]

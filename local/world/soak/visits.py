@@ -1,4 +1,4 @@
-"""A second mapping beside the logins': nested fields, a column of each type, and two masked ones, of which one is one-way."""
+"""A second mapping beside the logins': nested fields, a column of each type, and two masked columns, one of them one-way."""
 
 import ipaddress
 import json
@@ -90,7 +90,7 @@ grant insert on {TABLE} to login_etl
 
 
 def make(chance: random.Random, count: int, canary: str, bad_share: float) -> list[tuple[str, dict | None]]:
-    """Bodies, each with the row it must become: its columns as PostgreSQL's `to_jsonb` has them, and `ip` and `phone` before they are masked."""
+    """Bodies, each with its expected row: the columns as PostgreSQL's `to_jsonb` formats them, and the unmasked `ip` and `phone`."""
     return [body(chance, canary, chance.random() < bad_share) for _ in range(count)]
 
 
@@ -120,7 +120,7 @@ def body(chance: random.Random, canary: str, bad: bool) -> tuple[str, dict | Non
 
 
 def spoil(chance: random.Random, message: dict, canary: str) -> None:
-    """Breaks one of the message's rules, so that it must not become a row."""
+    """Makes one field invalid, so that the message must not become a row."""
     parent, field, value = chance.choice(
         (
             ("visit", "id", canary),

@@ -1,4 +1,4 @@
-"""Builds the product: the function as it is deployed, the function for a quick look, and the programs that the tests use."""
+"""Builds the product: the function for deployment, the function for the demo, and the programs that the tests use."""
 
 import json
 import os
@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 from world import command, paths
 
-# The development profile without debug information and symbols, built by this machine's compiler: ready in a third of the time.
+# The development profile without debug information and symbols, built by this machine's compiler, in a third of the time.
 QUICK = {
     "SAM_BUILD_MODE": "debug",
     "CARGO_LAMBDA_COMPILER": "cargo",
     "CARGO_PROFILE_DEV_DEBUG": "false",
     "CARGO_PROFILE_DEV_STRIP": "symbols",
 }
+PROGRAMS = ("--package", "login-etl", "--package", "etlctl", "--bins", "--locked")
+# A clean build is faster without incremental compilation, and a CI machine never builds twice.
+ONCE = {"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {}
 
 
 def architecture() -> str:
@@ -24,19 +27,19 @@ def architecture() -> str:
 
 
 def environment() -> dict[str, str]:
-    """For cargo, where it builds what stays on this machine: OpenSSL is the system's, if that is there."""
-    return os.environ | ({"OPENSSL_NO_VENDOR": "1"} if "SYSTEM_OPENSSL" in os.environ else {})
+    """For cargo builds that stay on this machine: uses the system's OpenSSL if its headers are installed."""
+    return os.environ | ({"OPENSSL_NO_VENDOR": "1"} if "SYSTEM_OPENSSL" in os.environ else {}) | ONCE
 
 
 def release_environment() -> dict[str, str]:
-    """For what is deployed: it brings its own OpenSSL, whatever is set here."""
+    """For builds that are deployed: always with their own OpenSSL."""
     return {name: value for name, value in os.environ.items() if name != "OPENSSL_NO_VENDOR"}
 
 
 def function(quick: bool = False, quiet: bool = False) -> Path:
-    """Builds the function by `sam build`, and gives the directory that can be deployed.
+    """Builds the function with `sam build`, and returns the directory to deploy.
 
-    It is what production gets; or, if that is `quick`, the same source without optimisation and with this machine's libraries.
+    The build is production's; with `quick`, the same source without optimisation and with this machine's libraries.
     """
     name = "demo" if quick else "function"
     directory, target = paths.SAM_DEMO if quick else paths.SAM_BUILD, paths.ROOT / "target" / name
@@ -52,16 +55,16 @@ def function(quick: bool = False, quiet: bool = False) -> Path:
     return directory
 
 
-def etlctl(quiet: bool = False) -> Path:
-    """Builds etlctl, and gives its program."""
-    words = ("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--locked")
+def etlctl(quiet: bool = False, nice: int = 0) -> Path:
+    """Builds etlctl, and returns its path."""
+    words = ("cargo", "build", *PROGRAMS)
     what = "Building etlctl" + ("" if (paths.ROOT / "target" / "debug").exists() else " (some minutes the first time)")
-    command.run(*words, what=what, log=paths.LOGS / "build-etlctl.log", environment=environment(), quiet=quiet)
+    command.run(*words, what=what, log=paths.LOGS / "build-etlctl.log", environment=environment(), quiet=quiet, nice=nice)
     return paths.ROOT / "target" / "debug" / "etlctl"
 
 
 class TestProgram(NamedTuple):
-    """A program of tests, and the directory of its package, which is where it runs."""
+    """A test program, and its package's directory, in which it runs."""
 
     name: str
     program: Path
@@ -69,15 +72,14 @@ class TestProgram(NamedTuple):
 
 
 @cache
-def programs(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
-    """Builds etlctl and all tests of the product with one set of features, as another one would compile the AWS SDK again; gives the tests."""
-    words = ("cargo", "build", "--package", "login-etl", "--package", "etlctl", "--bins", "--tests", "--locked")
-    # A build from nothing is sooner done without what makes the next one quicker; on a fresh machine of CI there is no next one.
-    settings = environment() | ({"CARGO_INCREMENTAL": "0"} if "CI" in os.environ else {})
-    command.run(*words, what="Building etlctl and the tests", log=paths.LOGS / "build-programs.log", environment=settings, quiet=quiet, nice=nice)
-    # Asked again, with nothing left to build, cargo says where the programs are.
+def tests(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
+    """Builds the tests, and returns them. Together with etlctl, because another set of features would compile the AWS SDK again."""
+    words = ("cargo", "build", *PROGRAMS, "--tests")
+    settings = environment()
+    command.run(*words, what="Building the tests", log=paths.LOGS / "build-tests.log", environment=settings, quiet=quiet, nice=nice)
+    # Run again with nothing left to build, cargo prints the programs' paths.
     words += ("--message-format", "json")
-    output = command.run(*words, what="Finding the tests", log=paths.LOGS / "built-programs.log", environment=settings, quiet=True)
+    output = command.run(*words, what="Finding the tests", log=paths.LOGS / "built-tests.log", environment=settings, quiet=True)
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return [
         TestProgram(f"{message['target']['name']}-{message['target']['kind'][0]}", Path(message["executable"]), Path(message["manifest_path"]).parent)
@@ -87,13 +89,13 @@ def programs(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
 
 
 def crates() -> int:
-    """How many crates the function is made of, itself among them."""
+    """The number of the function's crates, including itself."""
     words = ("cargo", "tree", "--locked", "--edges", "normal,build", "--prefix", "none", "--no-dedupe", "--format", "{p}")
     tree = subprocess.run(words, cwd=paths.ROOT, capture_output=True, text=True, check=False)
     return len(set(tree.stdout.splitlines()))
 
 
 def crates_of(target: Path, total: int) -> str:
-    """How far a build is: sam keeps cargo's output to itself until the end, but cargo leaves a trace of each crate that it begins."""
+    """A build's progress. sam holds back cargo's output until the end, but cargo leaves a file for each crate that it begins."""
     begun = {trace.parent.name.rsplit("-", 1)[0] for depth in ("*", "*/*") for trace in target.glob(f"{depth}/.fingerprint/*/invoked.timestamp")}
     return f"{min(len(begun), total)} of {total} crates" if begun and total else ""

@@ -1,4 +1,4 @@
-"""What ./local/test does, after its arguments are read: it builds, and runs the checks, several at once where one waits for what another does not need."""
+"""Runs ./local/test: builds, and runs the checks, several at once if they mostly wait for different things."""
 
 import json
 import os
@@ -21,31 +21,39 @@ from world.servers import Servers, alone
 
 WORLD = paths.TEST_WORLD
 TICK_SECONDS = 60
-# Tests wait for servers more than they compute, and some would fail for want of time: what only compiles gives way to them. Most tests wait
-# for the function, and then for the programs; nothing waits for the rest.
+# Tests wait for servers more than they compute, and some fail if they get too little CPU, so compilers run at a lower priority. Most tests need
+# the function first, then etlctl; no test needs the other builds.
 NICE = 15
 NICE_PROGRAMS = 5
-# Steps that run one after the other, each row beside the others. Cargo builds one thing at a time in a target directory.
+# The steps of a row run one after the other; rows run in parallel. Cargo runs one build at a time in a target directory.
 ROWS = (
-    ("build function",),
-    ("build programs", "format", "clippy", "docs", "instructions", "fuzz", "dependencies"),
+    ("build function", "instructions", "fuzz"),
+    ("build etlctl", "build tests", "format", "clippy", "docs", "dependencies"),
     ("prose", "workflows", "template", "executor", "fresh"),
     ("deployed", "soak"),
     ("deployments",),
     ("function",),
     ("etlctl",),
+    ("keys",),
     ("incidents",),
 )
+# The half of etlctl's tests that has a check of its own.
+KEYS = tuple(f"tests/etlctl/test_{name}.py" for name in ("find", "keys", "recover", "remask", "subject"))
 NO_PROSE = {".lock", ".pem", ".svg", ".txt"}
 NEEDS = {
-    "build function": {"fresh", "deployed", "deployments", "etlctl", "soak", "incidents"},
-    "build programs": {"function", "deployed", "etlctl", "incidents"},
+    "build function": {"fresh", "deployed", "deployments", "etlctl", "keys", "soak", "incidents"},
+    "build etlctl": {"function", "deployed", "etlctl", "keys", "incidents"},
+    "build tests": {"function"},
 }
-BUILDS = {"build function": partial(build.function, quiet=True), "build programs": partial(build.programs, quiet=True, nice=NICE_PROGRAMS)}
+BUILDS = {
+    "build function": partial(build.function, quiet=True),
+    "build etlctl": partial(build.etlctl, quiet=True, nice=NICE_PROGRAMS),
+    "build tests": partial(build.tests, quiet=True, nice=NICE_PROGRAMS),
+}
 
 
 class Run:
-    """One run of some checks: what they wait for, what runs now, and how each ended."""
+    """One run of some checks: the builds they wait for, the running checks, and the results."""
 
     def __init__(self, wanted: list[str]):
         self.wanted = wanted
@@ -87,14 +95,14 @@ class Run:
     def check(self, name: str) -> None:
         if not all(self.built[needed].result() for needed in BUILDS if name in NEEDS[needed]):
             self.passed[name] = False
-            self.say(f"FAILED   {name}: what it needs was not built")
+            self.say(f"FAILED   {name}: a build that it needs failed")
             return
         left_out = self.one(name, CHECKS[name])
         if isinstance(left_out, str):
             self.left_out.append(f"{name}: {left_out}")
 
     def one(self, name: str, step: Callable[[], str | None]) -> str | bool:
-        """Runs a step; gives whether it passed, or what it left out."""
+        """Runs a step; returns whether it passed, or what it left out."""
         self.running[name] = started = time.monotonic()
         answer: str | bool | None = None
         failure = ""
@@ -114,12 +122,12 @@ class Run:
             print(text, flush=True)
 
     def now(self) -> str:
-        """How long the run takes so far, and what runs now."""
+        """The elapsed time, and the running steps."""
         running = ", ".join(f"{name} {progress(name)}".strip() for name in list(self.running))
         return f"{time.monotonic() - self.started:.0f} s: {running}"
 
     def watch(self, rows: list[Future]) -> None:
-        """Returns when all rows are done; meanwhile says what runs."""
+        """Returns when all rows are done; meanwhile shows the running steps."""
         status = Console().status("") if sys.stdout.isatty() else None
         if status:
             status.start()
@@ -138,7 +146,7 @@ class Run:
 
 
 def progress(name: str) -> str:
-    """How far a step is, as far as its log counts."""
+    """A step's progress, if its log shows counts."""
     with suppress(OSError):
         return command.counted(paths.LOGS / f"{name.replace(' ', '-')}.log")
     return ""
@@ -156,14 +164,14 @@ def main() -> int:
     print(f"\nchecks: {len(results) - len(failed)} passed, {len(failed)} failed")
     print(f"in {time.monotonic() - run.started:.0f} s")
     if failed:
-        print(f"Failed: {', '.join(failed)}. Again, alone: ./local/test {' '.join(failed)}")
+        print(f"Failed: {', '.join(failed)}. To repeat only these: ./local/test {' '.join(failed)}")
     for left_out in run.left_out:
         print(f"Left out: {left_out}")
     return 0 if passed else 1
 
 
 def quietly(name: str, *words: str | Path, nice: int = 0, directory: Path = paths.ROOT, **environment: str) -> str:
-    """Runs a command of a check, its output into the check's log."""
+    """Runs a command of a check; its output goes to the check's log."""
     settings = build.environment() | environment
     return command.run(*words, what=name, log=paths.LOGS / f"{name}.log", environment=settings, quiet=True, nice=nice, directory=directory)
 
@@ -182,9 +190,9 @@ def check_docs() -> None:
 
 
 def check_dependencies() -> str | None:
-    """Licences, bans and sources; known vulnerabilities where their database can be reached."""
+    """Checks licences, bans and sources, and known vulnerabilities if their database is reachable."""
     if not shutil.which("cargo-deny"):
-        return "cargo-deny is not here (cargo install cargo-deny); the workflow has it"
+        return "cargo-deny is not installed (cargo install cargo-deny); the CI workflow installs it"
     quietly("dependencies", "cargo", "deny", "--locked", "check", "licenses", "bans", "sources")
     try:
         quietly("dependencies-advisories", "cargo", "deny", "--locked", "check", "advisories")
@@ -196,7 +204,7 @@ def check_dependencies() -> str | None:
 
 
 def check_template() -> None:
-    """SAM's linter, which sees what is SAM's, and two that read what SAM makes of the template: each misses what others find."""
+    """Runs SAM's linter on the template, and two further linters on the CloudFormation that SAM makes of it: each finds what others miss."""
     quietly("template-sam", "sam", "validate", "--lint", "--region", "us-east-1")
     key = "arn:aws:kms:us-east-1:123456789012:key/1"
     expanded = []
@@ -208,29 +216,30 @@ def check_template() -> None:
         file = paths.LOCAL / f"template.{name}.json"
         file.write_text(json.dumps(template.expand(parameters), indent=2))
         expanded.append(file)
-    # SAM has used up the parameter with which no condition is made.
+    # SAM resolves a parameter that no condition uses, which then looks unused.
     quietly("template-cfn-lint", "cfn-lint", "--ignore-checks", "W2001", "--", *expanded)
     files = [word for file in expanded for word in ("--file", file)]
-    # By its interpreter: a script cannot name one whose path has a space in it.
+    # By its interpreter: a script's #! line cannot name an interpreter whose path has a space.
     checkov = paths.CHECKOV / "bin" / "python", paths.CHECKOV / "bin" / "checkov"
     quietly("template-checkov", *checkov, "--skip-download", "--framework", "cloudformation", "--compact", "--quiet", *files)
     pytest("template", "tests/template")
 
 
 def check_prose() -> None:
-    """Links between pages, and English spelling."""
+    """Checks links between pages, and English spelling."""
     quietly("prose-links", "md-dead-link-check", "--no-color", "--config", paths.ROOT / "local" / "links.toml")
     tracked = quietly("prose-files", "git", "ls-files", "-z").split("\0")
-    # Text of ours, and neither what tools write nor what fuzzers found.
+    # Only our own text, without generated files and fuzzing inputs.
     ours = [file for file in tracked if file and not file.startswith("fuzz/corpus/") and Path(file).suffix not in NO_PROSE]
     quietly("prose-spelling", "codespell", "--ignore-words-list", "inout,nwe", *ours)
 
 
 def check_workflows() -> None:
-    """actionlint on whether they would run, zizmor on what an attacker could do with them, shellcheck on what they and the user run."""
+    """Checks the workflows with actionlint (correctness) and zizmor (security), compose.yaml against its schema, and all scripts with shellcheck."""
     workflows = sorted((paths.ROOT / ".github" / "workflows").glob("*.yml"))
     quietly("workflows-actionlint", "actionlint", "-shellcheck", "shellcheck", "-pyflakes", "", *workflows)
     quietly("workflows-zizmor", "zizmor", "--offline", "--quiet", "--strict-collection", ".github")
+    quietly("workflows-compose", "check-jsonschema", "--builtin-schema", "vendor.compose-spec", paths.ROOT / "local" / "compose.yaml")
     if shutil.which("shellcheck"):
         scripts = [file for file in (paths.ROOT / "local").iterdir() if file.is_file() and file.read_bytes().startswith((b"#!/usr/bin/env bash", b"# shellcheck"))]
         quietly("workflows-shellcheck", "shellcheck", "--external-sources", "--source-path", "SCRIPTDIR", *scripts)
@@ -241,47 +250,52 @@ def check_fresh() -> str | None:
 
 
 def check_function() -> None:
-    """The library's tests on a PostgreSQL and a LocalStack of their own: as usual, and by `COPY` as behind a pooler."""
+    """Runs the library's tests on their own PostgreSQL and LocalStack: with default settings, and with `COPY` and without prepared statements."""
     with Servers(paths.FUNCTION_WORLD) as servers:
         environment = {"PYTHON": sys.executable, **servers.environment()}
-        # The answer of the build that was waited for. Cargo itself would wait for what it builds for another check.
-        tests = BUILDS["build programs"]()
+        # The cached result of the finished build. Running cargo here would wait for other checks' builds.
+        tests = BUILDS["build tests"]()
         for test in tests:
             quietly(f"function-{test.name}", test.program, directory=test.directory, **environment)
         [it] = [test for test in tests if test.name == "it-test"]
-        # The other two ways have the large batches of the first run, the soak, and the test behind a pooler.
+        # The first run's large batches, the soak, and the test behind a pooler cover the other two combinations.
         quietly("function-copy", it.program, directory=it.directory, **environment, COPY_THRESHOLD="1", PREPARED_STATEMENTS="false")
 
 
 def check_deployed() -> str | None:
-    """The deployed stack: messages through it, what it logs and measures."""
+    """Tests the deployed stack: loading messages, its logs and its metrics."""
     on_stack("deployed", WORLD, "tests/end_to_end", "tests/packaging", "--ignore", "tests/end_to_end/test_deployment.py")
     return None if pgbouncer.program() else f"the function behind a pooler: {pgbouncer.MISSING}"
 
 
 def check_deployments() -> None:
-    """Stacks of every kind, and changes to them, on servers of their own: they wait for CloudFormation most of the time."""
+    """Tests stacks of every kind, and stack updates, on their own servers: these tests mostly wait for CloudFormation."""
     with Servers(paths.DEPLOYMENTS_WORLD):
         pytest("deployments", "tests/end_to_end/test_deployment.py", LOGIN_ETL_WORLD=str(paths.DEPLOYMENTS_WORLD))
 
 
 def check_etlctl() -> None:
-    """etlctl, the schema and what partitions it, on servers of their own, so that they can run beside the stack's."""
-    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/partitioning", "tests/incidents")
+    """What else etlctl does, and partitioned tables, on servers of its own, so that it runs in parallel with the other checks of a stack."""
+    on_stack("etlctl", paths.ETLCTL_WORLD, "tests/etlctl", "tests/incidents", "tests/partitioning", *(word for file in KEYS for word in ("--ignore", file)))
+
+
+def check_keys() -> None:
+    """What etlctl does with masked values and their keys."""
+    on_stack("keys", paths.KEYS_WORLD, *KEYS)
 
 
 def on_stack(name: str, world: Path, *tests: str) -> None:
     """Runs tests on servers with the stack deployed."""
     with Servers(world) as servers:
-        # Longer than the demo's, so that no pause of the machine's adds a receipt to those that the tests count.
+        # A longer timeout than the demo's, so that a pause of the machine causes no further receive, because tests count receives.
         stack.deploy(servers, quiet=True, LogLevel="TRACE", FunctionTimeout=3, SecretsTtl=2)
         pytest(name, *tests, LOGIN_ETL_WORLD=str(world))
 
 
 def check_instructions() -> str | None:
-    """The instructions that the function's own work takes, which do not wobble as times do, against recorded ceilings."""
+    """Compares the function's instruction counts, which are more stable than times, with recorded ceilings."""
     if not shutil.which("valgrind"):
-        return "valgrind is not here (apt-get install valgrind)"
+        return "valgrind is not installed (apt-get install valgrind)"
     return instructions.check()
 
 
@@ -290,12 +304,12 @@ def check_fuzz() -> None:
 
 
 def check_soak() -> None:
-    """The same schedule each time; `./local/soak` takes a new one."""
+    """Runs the soak with a fixed schedule; `./local/soak` makes a new one."""
     quietly("soak", sys.executable, "-m", "world.soak", "--quick", "--seed", "1", "--build", paths.SAM_BUILD)
 
 
 def check_incidents() -> None:
-    """Two of the five, one of the database's and one of the secrets'; `./local/incidents` plays all."""
+    """Plays two of the five incidents, one of the database and one of the secrets; `./local/incidents` plays all."""
     only = ("--only", "database-down", "--only", "keyring-broken")
     etlctl = paths.ROOT / "target" / "debug" / "etlctl"
     quietly("incidents", sys.executable, "-m", "world.incidents", *only, "--build", paths.SAM_BUILD, "--etlctl", etlctl)

@@ -1,4 +1,4 @@
-"""What ./local/rotation does, after its arguments are read."""
+"""Runs ./local/rotation."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from world.soak.checker import mask
 WORLD = paths.ROTATION_WORLD
 MASKING_SECRET = "login-etl/masking"
 INSERT = (paths.ROOT / "tests" / "statements" / "insert.sql").read_text()
-# The original's cipher, to AES-SIV, to the next AES-SIV key, and back.
+# The run rotates from the original's cipher to AES-SIV, to the next AES-SIV key, and back.
 KEYS = {
     "": {"key": "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4", "iv": "000102030405060708090a0b0c0d0e0f"},
     "2026-11": {"cipher": "aes-siv", "key": "fffefdfcfbfaf9f8f7f6f5f4f3f2f1f0f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"},
@@ -40,14 +40,14 @@ def main() -> int:
     with alone(WORLD):
         down.stop(WORLD)
         if not options.etlctl:
-            build.programs()
+            build.etlctl()
         with Servers(WORLD) as servers:
             etlctl = options.etlctl or paths.ROOT / "target" / "debug" / "etlctl"
             return Bench(servers, etlctl.resolve(), options.rows).run(options.seconds, options.rate)
 
 
 class Bench:
-    """A filled table. A row's user is its number, its address's and its device's, so that what its masks must be is in the row itself."""
+    """A filled table. A row's user consists of its row, address and device numbers, so that the row itself tells its correct masks."""
 
     def __init__(self, servers: Servers, etlctl: Path, rows: int):
         self.servers, self.etlctl, self.rows = servers, etlctl, rows
@@ -56,14 +56,14 @@ class Bench:
         self.secrets = servers.localstack.client("secretsmanager")
         self.secrets.create_secret(Name=MASKING_SECRET, SecretString=self.keyring())
         self.database = servers.postgres.connect(autocommit=True)
-        print(f"Filling in {rows} rows, of {DISTINCT} addresses and devices ...\n")
+        print(f"Inserting {rows} rows, with {DISTINCT} addresses and devices ...\n")
         self.fill(rows)
 
     def keyring(self) -> str:
         return json.dumps({"active": self.active, "keys": KEYS})
 
     def masks(self, ip: int, device: int) -> tuple[str, str]:
-        """Under the active key."""
+        """The masks of an address and a device under the active key."""
         address = f"10.{ip >> 16}.{ip >> 8 & 255}.{ip & 255}"
         return self.masked(self.active, "ip", address), self.masked(self.active, "device_id", f"{device:09}")
 
@@ -107,7 +107,7 @@ class Bench:
         self.secrets.put_secret_value(SecretId=MASKING_SECRET, SecretString=self.keyring())
 
     def measure(self, *remask: str, inserts: bool = True, seconds: float | None = None) -> dict[str, float]:
-        """Inserts while a remask runs, for so many seconds at most."""
+        """Inserts while a remask runs, or alone if there is none; for at most `seconds`."""
         batches = [[self.batch(random.Random(f"{self.active} {number} {batch}")) for batch in range(BATCHES)] for number in range(FUNCTIONS)]
         stop = threading.Event()
         left = self.left()
@@ -131,12 +131,12 @@ class Bench:
         return figures | ({"remasked": (left - self.left()) / elapsed} if remask else {})
 
     def left(self) -> int:
-        """Rows that are not under the active key."""
+        """The number of rows that are not under the active key."""
         under = f"like '{self.active}:%'" if self.active else "not like '%:%'"
         return self.database.execute(f"select count(*) from user_logins where not (masked_ip {under} and masked_device_id {under})").fetchone()[0]
 
     def etlctl_runs(self, *arguments: str, seconds: float | None) -> None:
-        """To its end, or for so long: to be killed does it no harm."""
+        """Runs etlctl to its end or for `seconds`; killing it is harmless."""
         environment = {"PATH": os.environ["PATH"], **self.servers.environment(), "MASKING_SECRET_ID": MASKING_SECRET}
         with subprocess.Popen([self.etlctl, *arguments], env=environment, stdout=subprocess.DEVNULL, cwd=WORLD) as process:
             try:
@@ -149,7 +149,7 @@ class Bench:
                 sys.exit(f"etlctl {' '.join(arguments)} ended with status {process.returncode}")
 
     def batch(self, chance: random.Random) -> list[list]:
-        """What the function's statement takes, but for the messages' times and ids."""
+        """The parameters of the function's statement, without the messages' times and ids."""
         places = [(chance.randrange(DISTINCT), chance.randrange(DISTINCT)) for _ in range(BATCH_SIZE)]
         ips, devices = zip(*(self.masks(*place) for place in places))
         users = [f"{uuid.uuid4().hex}-{ip}-{device}" for ip, device in places]
@@ -157,7 +157,7 @@ class Bench:
         return [users, ["ios"] * BATCH_SIZE, list(ips), list(devices), [None] * BATCH_SIZE, [230] * BATCH_SIZE, [today] * BATCH_SIZE]
 
     def function(self, batches: list[list[list]], stop: threading.Event) -> list[float]:
-        """Inserts as the function does; returns how long each batch took."""
+        """Inserts as the function does; returns each batch's seconds."""
         latencies = []
         with self.servers.postgres.connect(autocommit=True, cursor_factory=psycopg.RawCursor) as database:
             while not stop.is_set():
@@ -170,7 +170,7 @@ class Bench:
         return latencies
 
     def verdict(self) -> int:
-        """The masks are now those that the table was filled with."""
+        """Checks that every row is there and has its correct mask; returns the exit status."""
         wrong = " or ".join(
             f"{column} is distinct from (select mask from masks where field = '{field}' and number = split_part(user_id, '-', {place})::integer)"
             for place, (column, field) in enumerate(MASKED.items(), 2)
@@ -181,8 +181,8 @@ class Bench:
         ).fetchone()
         inserted = self.database.execute("select count(*) from etl_ledger").fetchone()[0]
         good = (rows, filled + inserted, wrong, self.left()) == (self.rows, self.rows, 0, 0)
-        print(f"\n{rows} of {self.rows} rows are there, {wrong} of them with a wrong mask, {self.left()} not under the active key.")
-        print("Nothing lost, nothing doubled, nothing damaged." if good else "It does not hold.")
+        print(f"\n{rows} of {self.rows} rows found, {wrong} of them with a wrong mask, {self.left()} not under the active key.")
+        print("Passed: no row lost, doubled or damaged." if good else "FAILED.")
         return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-//! Any secret and any masked value: refused, or a keyring that recovers what it masks.
+//! Any secret is refused, or is a keyring that recovers what it masks, unless its active key is one-way. No masked value makes it panic.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,8 +10,10 @@ fuzz_target!(|input: (&str, &str)| {
         let _ = keyring.recover("ip", value);
         if let Ok(masked) = keyring.mask("ip", value) {
             assert!(masked.as_str().len() <= 256);
-            let recovered = keyring.recover("ip", masked.as_str()).expect("its own mask");
-            assert_eq!(recovered.as_str(), value);
+            match keyring.recover("ip", masked.as_str()) {
+                Ok(recovered) => assert_eq!(recovered.as_str(), value),
+                Err(_) => assert!(keyring.is_one_way(keyring.active())),
+            }
         }
     }
 });

@@ -1,4 +1,4 @@
-"""Whether the doctor finds each thing that is wrong, and nothing where all is right."""
+"""`etlctl doctor`: finds each fault, and reports none in a sound pipeline."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from world.localstack import free_port
 from world.servers import DATABASE_SECRET, OPERATOR_SECRET
 from world.tokens import Tokens
 
-# None of these signed the server's certificate.
+# Roots that did not sign the server's certificate.
 OTHER_ROOTS = str(Path(botocore.__file__).parent / "cacert.pem")
 
 
 def findings(pipeline, **environment):
-    """What the doctor finds that is not right, after a look at what it says of everything."""
+    """The doctor's findings that are not ok. Also checks the form of all its findings."""
     told = pipeline.run("doctor", "--json", environment=environment)
     checks = json.loads(told.stdout)
     for check in checks:
@@ -39,12 +39,12 @@ def secret_values(pipeline):
 
 @pytest.fixture
 def undo():
-    """Takes back, at the end, what a test did to the pipeline."""
+    """Undoes, at the end, what a test did to the pipeline."""
     with ExitStack() as undo:
         yield undo
 
 
-# What can be wrong, as functions that bring it about.
+# Faults, as functions that cause them.
 
 
 def queue(url="queue_url", **wrong):
@@ -65,7 +65,7 @@ def dead_letter_queue(**wrong):
 
 def mapping(**wrong):
     def spoil(pipeline, undo):
-        # LocalStack takes a while to change one, and a new one is there at once.
+        # LocalStack takes a while to change a mapping, but creates a new one at once.
         queues = Queues(pipeline.servers, VisibilityTimeout="300")
         undo.callback(queues.delete)
         undo.callback(pipeline.functions.delete_event_source_mapping, UUID=pipeline.lead(queues, **wrong))
@@ -100,11 +100,11 @@ def bad_keyring(pipeline, undo):
     pipeline.put_keyring({"key": "none of ours"})
 
 
-def test_all_is_well_and_said_to_be_so(pipeline):
+def test_a_sound_pipeline_has_only_ok_findings(pipeline):
     assert findings(pipeline) == []
     said = pipeline.run("doctor")
     assert (said.returncode, said.stdout.count("\n  ok  ")) == (0, len(pipeline.json("doctor")))
-    assert said.stdout.endswith(" ok, 0 to think about, 0 wrong, 0 not known\n")
+    assert said.stdout.endswith(" ok, 0 warn, 0 failed, 0 unknown\n")
 
 
 DATABASE, QUEUE, DEAD, MAPPING, USER = "database", "queue", "dead-letter queue", "event source mapping", "function's database user"
@@ -121,15 +121,15 @@ RUSSIA = '{"body": {"locale": ["RU"]}}'
         pytest.param(dead_message, DEAD, "warning", "1 message", "etlctl dlq explain", id="dead letters"),
         pytest.param(mapping(Enabled=False), MAPPING, "failed", "Disabled", "enable it", id="disabled mapping"),
         pytest.param(mapping(FunctionResponseTypes=[]), MAPPING, "failed", "lacks ReportBatch", "FunctionResponseTypes", id="no partial failures"),
-        pytest.param(mapping(FilterCriteria={"Filters": [{"Pattern": RUSSIA}]}), MAPPING, "failed", RUSSIA, "take the filter away", id="filter"),
+        pytest.param(mapping(FilterCriteria={"Filters": [{"Pattern": RUSSIA}]}), MAPPING, "failed", RUSSIA, "remove the filter", id="filter"),
         pytest.param(mapping(ScalingConfig={"MaximumConcurrency": 1000}), DATABASE, "failed", "may want 1000", "lower", id="high concurrency"),
-        pytest.param(mapping(ScalingConfig={}), MAPPING, "warning", "no MaximumConcurrency", "set one", id="no maximum concurrency"),
+        pytest.param(mapping(ScalingConfig={}), MAPPING, "warning", "no MaximumConcurrency", "set MaximumConcurrency", id="no maximum concurrency"),
         pytest.param(reserved_concurrency, MAPPING, "failed", "reserved concurrency 1", "lower MaximumConcurrency", id="reserved concurrency"),
         pytest.param(quiet_log, "function", "failed", "it logs at WARN", "LogLevel", id="quiet log"),
         pytest.param(bad_keyring, "secrets", "failed", "hex digits", "AWSPREVIOUS", id="keyring that does not parse"),
     ],
 )
-def test_what_is_wrong_in_the_pipeline_is_found_alone_and_with_advice(pipeline, undo, spoil, area, state, found, advice):
+def test_each_fault_of_the_pipeline_is_the_only_finding_and_has_advice(pipeline, undo, spoil, area, state, found, advice):
     environment = spoil(pipeline, undo)
     (finding,) = findings(pipeline, **environment or {})
     assert (finding["area"], finding["state"]) == (area, state)
@@ -141,7 +141,7 @@ def test_what_is_wrong_in_the_pipeline_is_found_alone_and_with_advice(pipeline, 
     "environment, area, state, found",
     [
         pytest.param({"DATABASE_TLS": "disable"}, DATABASE, "warning", "TLS is off", id="no TLS"),
-        pytest.param({"DATABASE_CA": OTHER_ROOTS}, DATABASE, "failed", "leads to none of the roots that are trusted, which are those of", id="other roots"),
+        pytest.param({"DATABASE_CA": OTHER_ROOTS}, DATABASE, "failed", "no trusted root signed the database's certificate; trusted are those in", id="other roots"),
         pytest.param({"DATABASE_HOST": "127.0.0.1"}, DATABASE, "failed", 'is not for "127.0.0.1", but for localhost', id="a host that the certificate does not name"),
         pytest.param({"DATABASE_PORT": str(free_port())}, DATABASE, "failed", "the connection is lost: connection refused", id="nobody there"),
         pytest.param({"MASKING_SECRET_ID": "none-of-ours"}, "secrets", "failed", '"none-of-ours" (ResourceNotFoundException)', id="no keyring"),
@@ -150,14 +150,14 @@ def test_what_is_wrong_in_the_pipeline_is_found_alone_and_with_advice(pipeline, 
         pytest.param({"ETLCTL_DATABASE_SECRET_ID": None}, DATABASE, "unknown", "set ETLCTL_DATABASE_SECRET_ID", id="nobody to the database"),
     ],
 )
-def test_a_setting_that_leads_astray_is_found_first(pipeline, environment, area, state, found):
+def test_a_wrong_setting_is_the_first_finding(pipeline, environment, area, state, found):
     environment = {name: value and value.format(url=pipeline.queues.queue_url) for name, value in environment.items()}
     finding = findings(pipeline, **environment)[0]
     assert (finding["area"], finding["state"]) == (area, state)
     assert found in finding["found"]
 
 
-def test_what_cannot_be_looked_at_is_not_called_wrong(pipeline):
+def test_what_cannot_be_checked_is_not_reported_as_failed(pipeline):
     told = pipeline.run("doctor", "--json", environment={"AWS_REGION": None, "AWS_DEFAULT_REGION": None})
     assert told.returncode in (1, 3)
     assert "AWS_REGION" in told.stdout + told.stderr
@@ -171,13 +171,13 @@ def other_queues(servers):
     queues.delete()
 
 
-def test_a_queue_that_leads_nowhere_is_wrong(pipeline, other_queues):
+def test_a_queue_without_an_event_source_mapping_is_failed(pipeline, other_queues):
     (finding,) = findings(pipeline, **other_queues.environment)
     assert (finding["area"], finding["state"]) == ("event source mapping", "failed")
-    assert "none leads from the queue" in finding["found"]
+    assert "there is none from the queue" in finding["found"]
 
 
-def test_a_dead_letter_queue_of_another_queue_is_wrong(pipeline, other_queues):
+def test_a_dead_letter_queue_of_another_queue_is_failed(pipeline, other_queues):
     (finding,) = findings(pipeline, DLQ_URL=other_queues.environment["DLQ_URL"])
     assert (finding["area"], finding["state"]) == ("queue", "failed")
     assert other_queues.arn(other_queues.dead_letter_queue_url) in finding["advice"]
@@ -222,29 +222,31 @@ def test_credentials_that_do_not_parse_are_found(pipeline, undo):
         ("", "alter role {} nologin", "failed", "may not log in"),
         ("", "alter role {} reset statement_timeout", "warning", "no time limit"),
         ("", "alter role {} set synchronous_commit = off", "failed", "may be lost when the server crashes"),
-        ("", "grant select (masked_ip) on user_logins to {}", "warning", "may read or change rows"),
+        ("", "alter database {database} set synchronous_commit = on; alter role {} set synchronous_commit = off", "failed", "may be lost"),
+        ("", "grant select (masked_ip) on user_logins to {}", "warning", "may read or change existing rows"),
         ("", "revoke insert on user_logins from {}", "failed", "may not insert rows"),
         ("", "revoke delete on etl_ledger from {}", "warning", "may not delete expired ledger keys"),
     ],
 )
-def test_what_the_functions_user_may_not_do_or_should_not_is_found(pipeline, undo, options, change, state, found):
+def test_missing_and_excessive_rights_of_the_functions_user_are_found(pipeline, undo, options, change, state, found):
     name = f"etlctl_{uuid.uuid4().hex[:12]}"
     its = secret(pipeline, undo, username=name, password=name)
     database = undo.enter_context(pipeline.connect())
     database.execute(f"create role {name} login password '{name}' {options}")
     undo.callback(database.execute, f"drop owned by {name}; drop role {name}")
     database.execute(f"grant insert on user_logins to {name}; grant select, insert, update, delete on etl_ledger to {name}")
-    database.execute(f"alter role {name} set statement_timeout = '30s'; {change.format(name)}")
+    undo.callback(database.execute, f"alter database {database.info.dbname} reset synchronous_commit")
+    database.execute(f"alter role {name} set statement_timeout = '30s'; {change.format(name, database=database.info.dbname)}")
     finding, *others = findings(pipeline, DATABASE_SECRET_ID=its)
     assert (finding["area"], finding["state"]) == (USER, state)
     assert found in finding["found"]
-    # Who may do anything may also read.
+    # A superuser may also read.
     assert ["may read" in other["found"] for other in others] == [True] * (options == "superuser")
 
 
 IN_DATABASE = [
     pytest.param("drop index user_logins_masked_ip_idx", DATABASE, "warning", "index", id="no index"),
-    pytest.param("alter table etl_ledger drop constraint etl_ledger_pkey", DATABASE, "failed", "has no key", id="no ledger key"),
+    pytest.param("alter table etl_ledger drop constraint etl_ledger_pkey", DATABASE, "failed", "has no unique index", id="no ledger key"),
     pytest.param("alter table user_logins alter locale type varchar(2)", DATABASE, "failed", "does not fit", id="narrow column"),
     pytest.param("drop table user_logins cascade", DATABASE, "failed", "no table user_logins", id="no table"),
     pytest.param("drop table etl_ledger", DATABASE, "failed", "no table etl_ledger", id="no ledger"),
@@ -257,25 +259,25 @@ IN_DATABASE = [
 ]
 
 
-def test_a_schedule_that_does_not_come_is_found(pipeline, world):
+def test_a_schedule_that_does_not_run_is_found(pipeline, world):
     def look():
         return [check["found"] for check in findings(pipeline, DATABASE_NAME=world.name, MAINTENANCE_SCHEDULE="arn:of-a-schedule")]
 
-    assert look() == ["expired keys and rows have never been deleted by the schedule"]
+    assert look() == ["the schedule has never deleted expired keys and rows"]
     with world.connect() as database:
         database.execute("insert into etl_maintenance (done_at) values (now())")
         assert look() == []
         database.execute("update etl_maintenance set done_at = now() - interval '25 hours'")
-    assert look() == ["expired keys and rows were last deleted 1 d 1 h ago"]
+    assert look() == ["the schedule last deleted expired keys and rows 1 d 1 h ago"]
 
 
-REFUSED = "a row that it writes, made up and taken back, is refused: SQLSTATE"
+REFUSED = "a test row that it writes (and rolls back) is refused: SQLSTATE"
 RAISING = "create function f() returns trigger language plpgsql as $$ begin raise exception 'no'; end $$"
 PARTITIONED = """alter table user_logins rename to old; create table user_logins (like old) partition by range (create_date);
                  create index on user_logins (masked_ip); create index on user_logins (masked_device_id);
                  grant insert on user_logins to login_etl"""
 TRIED = [
-    pytest.param("alter table user_logins enable row level security", f"{REFUSED} 42501: a policy of row security", id="row security"),
+    pytest.param("alter table user_logins enable row level security", f"{REFUSED} 42501: a row security policy", id="row security"),
     pytest.param("alter role login_etl in database {0} set default_transaction_read_only = on", f"{REFUSED} 25006", id="read-only"),
     pytest.param("alter role login_etl in database {0} set search_path = nowhere", f"{REFUSED} 42P01", id="search path"),
     pytest.param(f"{RAISING}; create trigger t before insert on user_logins for each row execute function f()", f"{REFUSED} P0001", id="trigger"),
@@ -295,7 +297,7 @@ def test_a_row_is_tried_as_the_function_writes_it(pipeline, world, change, found
 
 
 @pytest.mark.parametrize("change, area, state, found", IN_DATABASE)
-def test_what_is_wrong_in_the_database_is_found_first_and_where_it_says_to_migrate_that_helps(pipeline, world, change, area, state, found):
+def test_each_fault_of_the_database_is_found_and_advised_migrations_repair_it(pipeline, world, change, area, state, found):
     def look():
         return findings(pipeline, DATABASE_NAME=world.name)
 
@@ -321,12 +323,12 @@ def test_failures_of_the_last_hour_are_found(pipeline, undo):
         pipeline.logged(line)
     whole, single = findings(pipeline)
     assert (whole["state"], single["state"]) == ("failed", "warning")
-    assert "a batch came back as a whole 1 time: Table" in whole["found"]
+    assert "1 batch failed as a whole: Table" in whole["found"]
     assert "1 of 1 delivery failed: 1 × user_id is missing" in single["found"]
 
 
 def snapshot(pipeline):
-    """All that somebody might change by looking."""
+    """Everything that a check might change."""
     attributes = {url: pipeline.queues.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"] for url in pipeline.queues.urls}
     mapping = pipeline.functions.get_event_source_mapping(UUID=pipeline.mapping)
     function = pipeline.functions.get_function_configuration(FunctionName=pipeline.name)
@@ -341,7 +343,7 @@ def snapshot(pipeline):
     return attributes, mapping, function, versions, counts, objects, roles
 
 
-def test_it_changes_nothing(pipeline, undo):
+def test_doctor_changes_nothing(pipeline, undo):
     dead_message(pipeline, undo)
     before = snapshot(pipeline)
     findings(pipeline)
@@ -351,7 +353,7 @@ def test_it_changes_nothing(pipeline, undo):
     assert message["Attributes"]["ApproximateReceiveCount"] == "1"
 
 
-def test_of_a_stack_it_needs_to_know_only_the_name_and_who_asks(stack, pipeline):
+def test_a_stacks_name_and_a_database_user_are_enough(stack, pipeline):
     names = {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "PATH", "ETLCTL_DATABASE_SECRET_ID"}
     environment = {name: None for name in pipeline.environment if name not in names}
     told = pipeline.run("doctor", "--stack", stack.name, "--json", environment=environment)
@@ -394,8 +396,8 @@ def test_people_get_a_list_by_area_with_advice_where_something_is_wrong(pipeline
     assert text == (Path(__file__).parent / "golden" / "doctor.txt").read_text()
 
 
-def test_the_way_to_sign_in_is_checked_against_the_users_role(pipeline, undo, servers):
-    """RDS lets members of rds_iam in by tokens, and by nothing else."""
+def test_the_sign_in_method_is_checked_against_the_users_role(pipeline, undo, servers):
+    """RDS accepts only tokens from members of rds_iam."""
     tokens = undo.enter_context(Tokens(servers.postgres))
     name = f"etlctl_{uuid.uuid4().hex[:12]}"
     its = secret(pipeline, undo, username=name, password=name)
@@ -403,12 +405,12 @@ def test_the_way_to_sign_in_is_checked_against_the_users_role(pipeline, undo, se
     database.execute(f"create role {name} login password '{name}' in role login_etl; alter role {name} set statement_timeout = '30s'")
     undo.callback(database.execute, f"drop role {name}")
     by_token = {"FUNCTION_DATABASE_AUTH": "iam", "FUNCTION_DATABASE_USER": name, "DATABASE_SECRET_ID": None}
-    assert "is not of rds_iam" in findings(pipeline, **by_token)[0]["found"]
+    assert "is not in the role rds_iam" in findings(pipeline, **by_token)[0]["found"]
     tokens.admit(name)
     assert findings(pipeline, **by_token) == []
     assert [verdict.reason for verdict in tokens.verdicts] == [""]
-    assert "takes tokens of it, and no password" in findings(pipeline, DATABASE_SECRET_ID=its)[0]["found"]
-    # Who asks may have no right to sign in as the function, which says nothing of the function.
+    assert "accepts its tokens, and no password" in findings(pipeline, DATABASE_SECRET_ID=its)[0]["found"]
+    # The operator may have no right to sign in as the function. That is no fault of the function.
     (finding,) = findings(pipeline, **by_token, AWS_SECRET_ACCESS_KEY="another")
     assert finding["state"] == "unknown"
     assert "rds-db:connect" in finding["found"]

@@ -1,4 +1,4 @@
-//! The way to the database, the schema in it, and the rights of the function's user.
+//! Checks of the connection to the database, of its schema, and of the rights of the function's user.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,11 +16,11 @@ use crate::{
     settings::{Settings, connect},
 };
 
-/// A certificate that ends within this is worth a word.
+/// A certificate that expires within this gets a warning.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
-/// The schedule comes every quarter of an hour; after a day without it, batches prune the ledger themselves.
+/// The schedule runs every quarter of an hour; after a day without it, batches prune the ledger themselves.
 const MAINTENANCE_OVERDUE: Duration = Duration::from_secs(86_400);
-/// Clocks further apart than this write wrong days around midnight, and AWS refuses signatures at five minutes.
+/// Clocks further apart than this, in seconds, get a warning. AWS refuses signatures that are five minutes off.
 const CLOCKS: f64 = 5.0;
 
 pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Option<&Pipeline>) {
@@ -31,11 +31,11 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     let credentials = settings.credentials(&connector).await;
     let Some(credentials) = checks.have(credentials) else { return };
     match certificate(&connector, &credentials).await {
-        Ok(None) => checks.consider(false, "TLS is off", "set DATABASE_TLS to verify-full, but for local runs"),
+        Ok(None) => checks.consider(false, "TLS is off", "set DATABASE_TLS to verify-full, except for local runs"),
         Ok(Some(left)) => checks.consider(
             left > ENDS_SOON,
             format!("TLS is verified; the certificate is good for {}", duration(left)),
-            "renew the server's certificate before it ends: no batch is loaded after",
+            "renew the server's certificate before it expires: after that no batch is loaded",
         ),
         Err(failure) => {
             checks.check(false, failure.why(), "check DATABASE_HOST, DATABASE_CA and the server's certificate");
@@ -53,20 +53,20 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
         checks.have(part);
     }
     checks.area = "function's database user";
-    // What is wrong with the secret itself is said elsewhere.
+    // The checks of the secrets report an unusable one.
     let Ok(function) = settings.function_credentials(&connector).await else { return };
     let host = connector.host(&function).unwrap_or_default();
     let rights = rights(settings, &host, &function, client, checks).await;
     if checks.have(rights) == Some(true) {
-        let advice = format!("`\\password {}` in psql, and the same in the secret", function.username());
+        let advice = format!("set one password in both: `\\password {}` in psql, and the secret", function.username());
         let connected = connect(&connector, &function).await;
-        // Who asks may well have no right to sign in as the function.
+        // With IAM, a failure says nothing: the caller may have no right to sign in as the function.
         let connected = if function.is_token() { checks.have(connected).map(Ok) } else { Some(connected) };
         let Some(connected) = connected else { return };
         match connected {
             Ok(connection) => {
                 checks.right(format!("{:?} can log in", function.username()));
-                // What is wrong already is why a row would be refused.
+                // After an earlier failure, the row would be refused for the same reason.
                 if checks.count(State::Wrong) == wrong {
                     let tried = try_row(settings, connection, checks).await;
                     checks.have(tried);
@@ -77,14 +77,14 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
     }
 }
 
-/// Writes a made-up row as the function does, and takes it back.
+/// Writes a test row as the function does, and rolls it back.
 async fn try_row(settings: &Settings, connection: Connection, checks: &mut Checks) -> Result<(), Failure> {
     let mapping = &settings.declared;
-    // What is wrong with the keyring is said elsewhere.
+    // The checks of the secrets report an unusable keyring.
     let Ok(keyring) = settings.keyring().await else { return Ok(()) };
     let Some(row) = mapping::example_row(mapping, &keyring) else { return Ok(()) };
     let names: Vec<_> = mapping.columns().iter().map(|column| column.name.clone()).collect();
-    let wrong = |error: &DatabaseError| format!("a row that it writes, made up and taken back, is refused: {error}");
+    let wrong = |error: &DatabaseError| format!("a test row that it writes (and rolls back) is refused: {error}");
     let trial = match Trial::begin(connection, mapping).await {
         Ok(trial) => trial,
         Err(error) => return Err(failed(error.to_string())),
@@ -94,26 +94,26 @@ async fn try_row(settings: &Settings, connection: Connection, checks: &mut Check
         .await
         .map(|refusals| refusals.into_iter().next().flatten())
     {
-        Ok(None) => checks.right("it can write a row and its ledger key, which was tried and taken back"),
-        Ok(Some(error)) if error.is_likely_the_row_s(&names) => {
+        Ok(None) => checks.right("it can write a row and its ledger key (tried, and rolled back)"),
+        Ok(Some(error)) if error.is_likely_row_fault(&names) => {
             checks.consider(
                 false,
                 wrong(&error),
-                "see whether messages are refused for that, too: `etlctl dlq explain`",
+                "run `etlctl dlq explain` to see whether messages are refused for this reason, too",
             );
         }
         Ok(Some(error)) | Err(error) => {
             checks.check(
                 false,
                 wrong(&error),
-                "no message is loaded until this is mended; messages wait in the queue meanwhile",
+                "correct this: until then no message is loaded, and messages wait in the queue",
             );
         }
     }
     Ok(())
 }
 
-/// How long the server's certificate is good for, verified as the function verifies it; `None` without TLS.
+/// The time until the server's certificate expires, after verification as in the function; `None` without TLS.
 async fn certificate(connector: &Connector, credentials: &Credentials) -> Result<Option<Duration>, Failure> {
     let (host, port) = (connector.host(credentials)?, connector.port(credentials));
     let shown = connector.certificate(credentials).await;
@@ -134,7 +134,11 @@ async fn clock(client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     let since = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let apart = (row.get::<_, f64>(0) - (since(asked) + since(answered)) / 2.0).abs();
     let found = format!("its clock and this machine's are {apart:.1} s apart");
-    checks.consider(apart <= CLOCKS, found, "see which of the two is wrong: the day of a row is the database's");
+    checks.consider(
+        apart <= CLOCKS,
+        found,
+        "correct the wrong clock: rows expire by the database's, and AWS refuses requests signed five minutes off",
+    );
     Ok(())
 }
 
@@ -155,11 +159,11 @@ async fn schema(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
         return Ok(());
     }
     let found = match misfits.is_empty() {
-        true => format!("the columns of {name} fit"),
-        false => format!("{name} does not fit"),
+        true => format!("the columns of {name} fit the mapping"),
+        false => format!("{name} does not fit the mapping"),
     };
     checks.check(misfits.is_empty(), found, misfits.join("; "));
-    // Whoever can make a function there can have others run it, whose statements call one of that name.
+    // Whoever can create a function there can make other users' statements call it, under the name of a function that they use.
     let open = "select exists (select from pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) as acl
                 where nspname = 'public' and acl.grantee = 0 and acl.privilege_type = 'CREATE')";
     let open: bool = client.query_one(open, &[]).await.map_err(sql("look at the schema public"))?.get(0);
@@ -167,11 +171,11 @@ async fn schema(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
     checks.check(
         !open,
         format!("{found} in the schema public"),
-        "revoke create on schema public from public: other people's statements may call functions made there",
+        "revoke create on schema public from public: functions made there can run in other users' statements",
     );
     let key = "select exists (select from pg_index where indrelid = to_regclass($1) and indisunique and indisvalid)";
     let key: bool = client.query_one(key, &[&ledger]).await.map_err(sql("look at the ledger"))?.get(0);
-    let found = if key { "the ledger has its key" } else { "the ledger has no key" };
+    let found = if key { "the ledger has a unique index" } else { "the ledger has no unique index" };
     checks.check(key, found, "make (sent_at, message_id) its primary key: without it messages are inserted twice");
     let indexes =
         "select count(distinct attname) from pg_index join pg_attribute on attrelid = indrelid and attnum = indkey[0]
@@ -193,15 +197,15 @@ async fn schema(settings: &Settings, client: &Client, checks: &mut Checks) -> Re
     Ok(())
 }
 
-/// Whether the schedule has been at work.
+/// Checks that the schedule has run lately.
 async fn maintenance(settings: &Settings, client: &Client, checks: &mut Checks) -> Result<(), Failure> {
     let retention = settings.mapping.retention_days();
     if settings.get("MAINTENANCE_SCHEDULE").is_none() {
         if let Some(days) = retention {
             checks.consider(
                 false,
-                format!("rows are to go after {days} days, and no schedule deletes them"),
-                "deploy the template's schedule, or send the function its event: docs/forget-a-person.md",
+                format!("rows expire after {days} days, but no schedule deletes them"),
+                "deploy the template's schedule, or send the function its event: see docs/forget-a-person.md",
             );
         }
         return Ok(());
@@ -216,19 +220,20 @@ async fn maintenance(settings: &Settings, client: &Client, checks: &mut Checks) 
     let ago: Option<f64> = client.query_one(&query, &[]).await.map_err(sql("read the schedule's record"))?.get(0);
     let ago = ago.map(|ago| Duration::from_secs_f64(ago.max(0.0)));
     let found = match ago {
-        None => "expired keys and rows have never been deleted by the schedule".to_owned(),
-        Some(ago) => format!("expired keys and rows were last deleted {} ago", duration(ago)),
+        None => "the schedule has never deleted expired keys and rows".to_owned(),
+        Some(ago) => format!("the schedule last deleted expired keys and rows {} ago", duration(ago)),
     };
     checks.consider(
         ago.is_some_and(|ago| ago < MAINTENANCE_OVERDUE),
         found,
-        "a new stack's comes within a quarter of an hour; else see the schedule STACK-maintenance, and the function's log for `maintenance failed`; batches prune the ledger meanwhile",
+        "wait a quarter of an hour if the stack is new; else check the schedule STACK-maintenance, and look for \
+         `maintenance failed` in the function's log. Batches prune the ledger meanwhile",
     );
     Ok(())
 }
 
 async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pipeline>) -> Result<(), Failure> {
-    // Who may not see others' sessions can still count them.
+    // A user who may not see others' sessions can still count them.
     let query =
         "select current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
                         - (select sum(numbackends)::bigint from pg_stat_database)
@@ -238,14 +243,12 @@ async fn connections(client: &Client, checks: &mut Checks, pipeline: Option<&Pip
     checks.check(
         i64::from(concurrency) <= free,
         format!("it has {free} connections for the function, which may want {concurrency}"),
-        "lower MaximumConcurrency or raise max_connections; behind RDS Proxy, fewer will do",
+        "lower MaximumConcurrency or raise max_connections; behind RDS Proxy, fewer connections are enough",
     );
     Ok(())
 }
 
-/// What the function's user may do: what it has to, and not more.
-///
-/// Returns whether it may log in at all.
+/// Checks that the function's user has the rights it needs, and no others. Returns whether it may log in.
 async fn rights(
     settings: &Settings,
     host: &str,
@@ -261,7 +264,7 @@ async fn rights(
         checks.check(
             false,
             format!("there is no user {user:?}"),
-            "`etlctl migrate` makes login_etl; name it in the secret",
+            "run `etlctl migrate`, which makes login_etl, and name login_etl in the secret",
         );
         return Ok(false);
     };
@@ -289,29 +292,29 @@ async fn rights(
         if powers {
             format!("{user:?} is a superuser, or close to one")
         } else {
-            format!("{user:?} has no powers over the server")
+            format!("{user:?} has no administrative rights")
         },
         "give the function a user of its own: login_etl",
     );
     checks.consider(
         !reads,
-        found(reads, "read or change rows that are there"),
+        found(reads, "read or change existing rows"),
         format!(
             "revoke select, update, delete and truncate on {} from it: it needs none of them",
             mapping.table().name
         ),
     );
-    // The role's setting, the database's for it, or the server's.
+    // Set for the role, for the database, or for the server.
     let durable = "select coalesce(
             (select split_part(setting, '=', 2) from pg_db_role_setting, pg_roles, unnest(setconfig) as setting
              where setrole in (pg_roles.oid, 0) and setdatabase in (0, (select oid from pg_database where datname = current_database()))
-                 and rolname = $1 and setting like 'synchronous_commit=%' order by setdatabase = 0, setrole = 0 limit 1),
+                 and rolname = $1 and setting like 'synchronous_commit=%' order by setrole = 0, setdatabase = 0 limit 1),
             (select reset_val from pg_settings where name = 'synchronous_commit')) not in ('off', 'local')";
     let durable: bool = client.query_one(durable, &[&user]).await.map_err(sql("look at the commits"))?.get(0);
     checks.check(
         durable,
-        if durable { "what it commits is on disk" } else { "what it commits may be lost when the server crashes" },
-        format!("alter role {user} set synchronous_commit = on: SQS is told that such rows are written"),
+        if durable { "its commits are on disk" } else { "its commits may be lost when the server crashes" },
+        format!("alter role {user} set synchronous_commit = on: otherwise a crash loses rows whose messages are gone"),
     );
     let unlogged = "select string_agg(relname, ', ') from pg_class where oid in ($1::text::regclass, $2::text::regclass) and relpersistence = 'u'";
     let unlogged: Option<String> =
@@ -327,17 +330,17 @@ async fn rights(
         "select exists (select from pg_auth_members where roleid = to_regrole('rds_iam') and member = to_regrole($1))";
     let of_iam: bool =
         client.query_one(of_iam, &[&quoted(user)]).await.map_err(sql("look at its way to sign in"))?.get(0);
-    // A proxy signs in to the database with a secret, whatever it asks of its own clients.
+    // A proxy signs in to the database with a secret, even if its own clients use tokens.
     let is_behind_proxy = host.split('.').any(|label| label.starts_with("proxy-"));
     match (function.is_token() && !is_behind_proxy, of_iam) {
         (true, false) => checks.add(
             State::Wrong,
-            format!("{user:?} is not of rds_iam: the server takes a token of it for a password"),
+            format!("{user:?} is not in the role rds_iam: the server treats its token as a password"),
             format!("grant rds_iam to {user}"),
         ),
         (false, true) => checks.add(
             State::Wrong,
-            format!("{user:?} is of rds_iam: the server takes tokens of it, and no password"),
+            format!("{user:?} is in the role rds_iam: the server accepts its tokens, and no password"),
             format!("deploy with DatabaseAuth=iam, or revoke rds_iam from {user}"),
         ),
         _ => {}
@@ -346,7 +349,7 @@ async fn rights(
     checks.consider(
         limited,
         if limited { "its statements have a time limit" } else { "its statements have no time limit" },
-        format!("alter role {user} set statement_timeout = the function's timeout"),
+        format!("alter role {user} set statement_timeout to the function's timeout"),
     );
     let may_log_in: bool = role.get(1);
     if !may_log_in {
@@ -355,13 +358,13 @@ async fn rights(
     Ok(may_log_in)
 }
 
-/// How to get back what a migration makes. A migration that is recorded does not run again by itself.
+/// How to restore what a migration made. `etlctl migrate` does not run a recorded migration again.
 fn again(name: &str, outstanding: &[String]) -> String {
     if outstanding.iter().any(|outstanding| outstanding == name) {
         "run `etlctl migrate`".to_owned()
     } else if name.starts_with(migrate::TABLE) {
-        "it was there once: `etlctl mapping ddl | psql` makes it again".to_owned()
+        "it was made once, and is gone: run `etlctl mapping ddl | psql`".to_owned()
     } else {
-        format!("it was there once: run schema/{name}.sql again, with psql")
+        format!("it was made once, and is gone: run schema/{name}.sql with psql")
     }
 }

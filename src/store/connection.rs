@@ -10,6 +10,7 @@ use native_tls::TlsConnector;
 use postgres_native_tls::MakeTlsConnector;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
     task::JoinHandle,
     time::{Instant, timeout, timeout_at},
 };
@@ -220,14 +221,9 @@ impl Connector {
         self.config.name.as_deref().or(of_secret).unwrap_or("postgres")
     }
 
-    /// Starts connecting while the credentials are fetched, if the settings have the host and TLS is on.
-    pub(super) fn begin(&self) -> Option<Early> {
-        let host = self.config.host.clone()?;
-        let tls = self.tls(&host).ok().flatten()?;
-        // If the secret has another port, this connection is not used.
-        let port = self.config.port.unwrap_or(DEFAULT_PORT);
-        let limits = Limits { connecting: self.config.connect_timeout, unacknowledged: UNACKNOWLEDGED };
-        Some(Early::begin(tls, host, self.config.hostaddr, port, limits))
+    /// The TLS connector of the settings' host.
+    pub(super) fn configured_tls(&self) -> Option<TlsConnector> {
+        self.tls(self.config.host.as_deref()?).ok().flatten()
     }
 
     /// Signs in over an early connection. Opens a new connection if the early one leads elsewhere or has failed.
@@ -330,6 +326,15 @@ impl Connector {
             _ => StoreError::Connect(error),
         }
     }
+}
+
+/// Starts connecting while roots and credentials are read, if the settings have the host and TLS is on.
+pub(super) fn begin(config: &DatabaseConfig, tls: oneshot::Receiver<TlsConnector>) -> Option<Early> {
+    let host = config.host.clone().filter(|_| config.tls != Tls::Disable)?;
+    // If the secret has another port, this connection is not used.
+    let port = config.port.unwrap_or(DEFAULT_PORT);
+    let limits = Limits { connecting: config.connect_timeout, unacknowledged: UNACKNOWLEDGED };
+    Some(Early::begin(host, config.hostaddr, port, limits, tls))
 }
 
 async fn open<T>(config: &Config, tls: T) -> Result<Connection, tokio_postgres::Error>

@@ -35,7 +35,7 @@ use std::{
 
 use aws_config::SdkConfig;
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, oneshot},
     task::spawn_blocking,
     time::{Instant, sleep, timeout_at},
 };
@@ -139,16 +139,20 @@ impl Store {
         mapping: &Mapping,
     ) -> Result<Self, StoreError> {
         let signer = Signer::new(config.sign_in.clone(), secrets, sdk_config);
-        // Reading the trusted roots takes milliseconds, and so do the TLS handshake and the server's new process. All of it
+        // The server's new process, OpenSSL with the trusted roots, and the TLS handshake take milliseconds each. All of it
         // runs while the secret is fetched.
+        let (send_tls, tls) = oneshot::channel();
+        let early = connection::begin(&config, tls);
+        let making = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME")));
         let connector = async {
-            let connector = spawn_blocking(|| Connector::new(config, env!("CARGO_PKG_NAME"))).await;
-            let connector = connector.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
-            let early = connector.begin();
-            Ok::<_, StoreError>((connector, early))
+            let connector = making.await.unwrap_or_else(|panic| resume_unwind(panic.into_panic()))?;
+            if let Some(tls) = connector.configured_tls() {
+                _ = send_tls.send(tls);
+            }
+            Ok::<_, StoreError>(connector)
         };
         let (connector, signer) = tokio::join!(connector, signer);
-        let ((connector, early), signer) = (connector?, signer?);
+        let (connector, signer) = (connector?, signer?);
         connector.host(signer.known())?;
         let retention = connector.ledger_retention();
         // Prune after the first batch, as an environment may insert few rows in its life.

@@ -32,8 +32,8 @@ def environment() -> dict[str, str]:
 
 
 def release_environment() -> dict[str, str]:
-    """For builds that are deployed: always with their own OpenSSL."""
-    return {name: value for name, value in os.environ.items() if name != "OPENSSL_NO_VENDOR"}
+    """For builds that are deployed: always with their own OpenSSL, which records when it was compiled. With a fixed time, equal sources give equal builds."""
+    return {name: value for name, value in os.environ.items() if name != "OPENSSL_NO_VENDOR"} | {"SOURCE_DATE_EPOCH": "0"}
 
 
 def function(quick: bool = False, quiet: bool = False) -> Path:

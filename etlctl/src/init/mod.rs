@@ -102,7 +102,7 @@ pub async fn run(settings: Option<&Settings>, host: Option<&str>, options: &Init
         "\n{BOLD}Next:{BOLD:#}\n  {}    # shows each message's row\n  {}    # as the tables' owner\n  {}\n",
         commands[0], commands[1], commands[2]
     );
-    text += "In a checkout, run `sam build` first, and copy the mapping to .aws-sam/build/LoginFunction/ instead.\n";
+    text += "In a checkout, copy the mapping to mapping.toml instead, and run `sam build` before `sam deploy`.\n";
     Ok(Reply::new(text, json!({"mapping": mapping_file, "samconfig": config_file, "next": commands})))
 }
 

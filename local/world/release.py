@@ -129,7 +129,11 @@ def bill_of_materials() -> Path | None:
     for other in paths.ROOT.glob(f"*/**/{name}.json"):
         if "target" not in other.relative_to(paths.ROOT).parts:
             other.unlink()
-    return Path(shutil.move(paths.ROOT / f"{name}.json", RELEASE / f"{name}.json"))
+    made, file = paths.ROOT / f"{name}.json", RELEASE / f"{name}.json"
+    # The same wherever the checkout is.
+    file.write_text(made.read_text().replace(f"path+{paths.ROOT.as_uri()}", "path+file:///login-etl"))
+    made.unlink()
+    return file
 
 
 def version() -> str:

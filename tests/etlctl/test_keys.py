@@ -84,8 +84,8 @@ def test_rows_of_a_key_that_is_not_in_the_ring_are_reported_with_status_1(world)
     assert world.json("keys", "list", status=1)["rows_of_unknown_keys"] == {"gone": 2, "lost": 1}
     result = world.run("keys", "list")
     assert result.returncode == 1
-    assert "2 rows masked under gone, which is not in the ring" in result.stdout
-    assert "1 row masked under lost, which is not in the ring" in result.stdout
+    assert "2 rows masked with gone, which is not in the keyring" in result.stdout
+    assert "1 row masked with lost, which is not in the keyring" in result.stdout
 
 
 def test_without_rows_the_list_needs_no_database(empty_world):
@@ -201,7 +201,7 @@ def test_activating_the_active_key_changes_nothing(empty_world):
 def test_an_unknown_key_is_refused_with_a_list_of_the_keys(empty_world):
     empty_world.json("keys", "add", "new")
     for command in ("activate", "retire"):
-        assert 'there is no key "nwe" in the ring; it has "", "new"' in refused(empty_world, command, "nwe", status=2)
+        assert 'there is no key "nwe" in the keyring; it has "", "new"' in refused(empty_world, command, "nwe", status=2)
 
 
 # Retire.

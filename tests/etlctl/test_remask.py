@@ -106,8 +106,8 @@ def test_recoverable_masks_are_rewritten_under_the_active_key_and_all_else_stays
     places = rows(world, "user_id, ctid::text, xmin::text")
     again = world.run("keys", "remask")
     assert again.returncode == 1
-    assert again.stdout.startswith("0 rows brought under new")
-    assert f"{len(junk)} rows with a mask that no key of the ring recovers: left as they are" in again.stdout
+    assert again.stdout.startswith("0 rows remasked with new")
+    assert f"{len(junk)} rows with a mask that no key of the keyring recovers: left as they are" in again.stdout
     assert "1 row with a value that is too long under this key: left as they are" in again.stdout
     assert "Checked" not in again.stdout
     assert rows(world, "user_id, ctid::text, xmin::text") == places, "a second run writes nothing"

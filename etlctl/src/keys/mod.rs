@@ -78,7 +78,7 @@ async fn list(settings: &Settings, no_rows: bool) -> Result<Reply, Failure> {
     let mut text = table(&["key", "cipher", "", "made", "age", "rows"], shown);
     for (id, rows) in &strangers {
         text += &format!(
-            "\n{WARNING}{} masked under {}, which is not in the ring: without that key they cannot be recovered.{WARNING:#}\n",
+            "\n{WARNING}{} masked with {}, which is not in the keyring: without that key they cannot be recovered.{WARNING:#}\n",
             count(**rows, "row"),
             key_name(id)
         );
@@ -109,8 +109,8 @@ async fn add(settings: &Settings, id: Option<&str>, cipher: &str) -> Result<Repl
     secret.ring.add(id, cipher)?;
     secret.write().await?;
     let text = format!(
-        "{GOOD}The key {id:?} is in the ring.{GOOD:#} It masks nothing yet: `etlctl keys activate {id}` has new rows masked \
-         under it.\nIf the keyring is lost, so is every masked value: see that its backup has the new key.\n"
+        "{GOOD}The key {id:?} is in the keyring.{GOOD:#} It masks nothing yet: run `etlctl keys activate {id}` to mask new \
+         rows with it.\nBack the keyring up first: without the key, its masks cannot be recovered.\n"
     );
     Ok(Reply::new(text, json!({"added": id, "cipher": cipher})))
 }
@@ -129,22 +129,22 @@ async fn activate(settings: &Settings, id: &str, one_way: bool) -> Result<Reply,
     let fit = settings.keyring().await?.longest();
     if one_way {
         let text = format!(
-            "{GOOD}{} is active for one-way masks.{GOOD:#} Running functions use it within {}, new ones at once. Masks under another \
-             key stay as they are, as nobody can recover their values: equal values of old and new rows have different masks.\n",
+            "{GOOD}{} is active for one-way masks.{GOOD:#} Running functions use it within {}, new ones at once. Masks of another \
+             key stay, because nobody can recover their values: equal values of old and new rows have different masks.\n",
             key_name(id),
             duration(ttl)
         );
         return Ok(Reply::new(text, json!({"one_way": id, "before": before, "in_use_within_seconds": ttl.as_secs()})));
     }
     let mut text = format!(
-        "{GOOD}{} is active.{GOOD:#} Running functions mask under it within {}, new ones at once. Then\n\
-         `etlctl keys remask` brings the old rows over; until it has, equal values of old and new rows have different masks.\n",
+        "{GOOD}{} is active.{GOOD:#} Running functions use it within {}, new ones at once. Then run `etlctl keys remask`:\n\
+         until it has finished, equal values of old and new rows have different masks.\n",
         key_name(id),
         duration(ttl)
     );
     if fit < fitted {
         text += &format!(
-            "{WARNING}Values of {} to {fitted} bytes were masked until now, and are too long under it: their messages are refused.{WARNING:#}\n",
+            "{WARNING}Values of {} to {fitted} bytes were masked until now, but are too long for this key: their messages are refused.{WARNING:#}\n",
             fit + 1
         );
     }
@@ -161,7 +161,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         return Err(failed(format!("{} is active: activate another key first", key_name(id))));
     }
     // Without `replaced`, the key was replaced when the ring was last written, at the latest.
-    let (since, event) = key.replaced.map_or((secret.written, "the ring was changed"), |at| (at, "it was replaced"));
+    let (since, event) = key.replaced.map_or((secret.written, "the keyring was changed"), |at| (at, "it was replaced"));
     let unused_for = age(since);
     if settings.get("FUNCTION_NAME").or_else(|| settings.get("SECRETS_TTL")).is_none() {
         return Err(failed(
@@ -193,7 +193,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
         )));
     }
     let question = format!(
-        "Take {} out of the ring? No row of this database uses it, but masks in backups and copies are lost without it.",
+        "Remove {} from the keyring? No row of this database uses it, but masks in backups and copies are lost without it.",
         key_name(id)
     );
     confirm(&question, yes)?;
@@ -201,7 +201,7 @@ async fn retire(settings: &Settings, id: &str, yes: bool) -> Result<Reply, Failu
     secret.ring.keys.remove(id);
     secret.write().await?;
     let text = format!(
-        "{GOOD}{} is out of the ring.{GOOD:#} The secret's version that has it is kept under the label {label} until you \
+        "{GOOD}{} is removed from the keyring.{GOOD:#} The secret's version that has it is kept under the label {label} until you \
          remove the label.\n",
         key_name(id)
     );

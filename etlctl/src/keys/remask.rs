@@ -94,7 +94,7 @@ pub async fn run(settings: &Settings, options: &Remask) -> Result<Reply, Failure
     let connection = settings.database().await?;
     let client = &connection.client;
     writable(client).await?;
-    // Held until the session ends, so that the key that rows are brought under is not retired meanwhile.
+    // Held until the session ends, so that the key that rows are remasked with is not retired meanwhile.
     let locked = client.query_one("select pg_try_advisory_lock_shared($1)", &[&REMASKING]).await;
     if !locked.map_err(sql("see whether a key is being retired"))?.get::<_, bool>(0) {
         return Err(failed("a key is being retired just now: try again"));
@@ -158,7 +158,7 @@ impl Run<'_> {
         let rate = self.changed as f64 / self.took.as_secs_f64();
         let (changed, read) = (count(self.changed, "row"), count(last.read, "row"));
         let took = duration(self.took);
-        let mut text = format!("{changed} brought under {active}, {read} read, in {took} ({rate:.0} rows/s)\n");
+        let mut text = format!("{changed} remasked with {active}, {read} read, in {took} ({rate:.0} rows/s)\n");
         let mut say = |style: Style, said: String| text += &format!("{style}{said}{style:#}\n");
 
         let equal =
@@ -168,7 +168,7 @@ impl Run<'_> {
         }
         if last.unrecoverable > 0 {
             let rows = count(last.unrecoverable, "row");
-            say(BAD, format!("{rows} with a mask that no key of the ring recovers: left as they are."));
+            say(BAD, format!("{rows} with a mask that no key of the keyring recovers: left as they are."));
         }
         if last.one_way > 0 {
             let rows = count(last.one_way, "row");

@@ -183,7 +183,7 @@ impl Ring {
         let known = || self.keys.keys().map(|id| format!("{id:?}")).collect::<Vec<_>>().join(", ");
         self.keys
             .get(id)
-            .ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the ring; it has {}", known())))
+            .ok_or_else(|| Failure::Usage(format!("there is no key {id:?} in the keyring; it has {}", known())))
     }
 }
 

@@ -237,7 +237,7 @@ def test_activating_warns_of_values_that_become_too_long(empty_world):
     empty_world.json("keys", "add", "a-rather-long-name-for-a-key")
     result = empty_world.run("keys", "activate", "a-rather-long-name-for-a-key")
     assert result.returncode == 0
-    assert "bytes were masked until now, and are too long under it" in result.stdout
+    assert "bytes were masked until now, but are too long for this key" in result.stdout
 
 
 def test_one_way_columns_have_a_key_of_their_own(world, tmp_path):

@@ -204,7 +204,7 @@ pub fn printable(text: &str) -> String {
     })
 }
 
-/// Whether it is a control character, or one that sets the direction of text.
+/// Whether it is a control character or a text direction mark.
 fn is_harmful(character: char) -> bool {
     let directs =
         matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

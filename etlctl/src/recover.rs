@@ -47,7 +47,7 @@ pub async fn run(settings: &Settings, options: &Recover, as_json: bool) -> Resul
     let mut output = options.output.as_deref().map(create).transpose()?;
 
     let keyring = settings.keyring().await;
-    // Without a keyring, the attempt is recorded as one that recovered nothing.
+    // Without a keyring, the attempt is recorded as recovering nothing.
     let recover = |(field, masked): &(&Field, &str)| keyring.as_ref().ok()?.recover(&field.path, masked).ok();
     let values: Vec<Option<Zeroizing<String>>> = masks.iter().map(recover).collect();
     let recovered: Vec<&str> =

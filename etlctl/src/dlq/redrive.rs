@@ -23,7 +23,7 @@ const BATCH: usize = 500;
 /// Most bytes of one invocation's bodies, well below Lambda's limit of 6 MB.
 const BATCH_BYTES: usize = 2_000_000;
 
-/// The messages that a redrive has hidden, and the ids of those that it has loaded.
+/// The messages that a redrive has hidden, and the ids of the loaded messages.
 #[derive(Default)]
 struct Taken {
     dead: Vec<Dead>,

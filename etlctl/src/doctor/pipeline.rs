@@ -115,7 +115,7 @@ async fn secrets(settings: &Settings, checks: &mut Checks) {
     }
 }
 
-/// Records a secret that is wrong as failed, and one that could not be read as unknown.
+/// Records a wrong secret as failed, and an unreadable secret as unknown.
 fn unusable(checks: &mut Checks, error: SecretError, advice: &str) {
     let known = match &error {
         SecretError::Read { code, .. } => {

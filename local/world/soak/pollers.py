@@ -40,7 +40,7 @@ class Redeliveries:
 
 
 class Order:
-    """Tracks a FIFO queue's deleted messages, to check that a batch is one that SQS would deliver.
+    """Tracks a FIFO queue's deleted messages, to check that SQS would deliver such a batch.
 
     LocalStack makes a batch's messages visible one after the other, and may deliver a later message while an earlier one is still being handled.
     """

@@ -111,6 +111,9 @@ class LocalStack:
         for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs, self.identities):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
+        libraries = self.directory / "volume" / "usr" / "lib"
+        libraries.mkdir(parents=True)
+        (libraries / "localstack").symlink_to(self._index_of_services())
         # LocalStack itself fails to make a certificate with pyOpenSSL 26.
         trustme.CA(organization_name="login-etl").issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self._certificate)
         with self.log.open("wb") as output:
@@ -146,6 +149,19 @@ class LocalStack:
             self._process.wait(timeout=10)
         self._process = None
         self._state.unlink(missing_ok=True)
+
+    def _index_of_services(self) -> Path:
+        """The directory with LocalStack's index of AWS's services, which LocalStack would make again at each start, in four seconds. It is part
+        of the environment, because it depends on its packages."""
+        root = self.python.parent.parent / "localstack"
+        if not root.exists():
+            new = root.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            (new / "usr" / "lib" / "localstack").mkdir(parents=True)
+            environment = self._environment() | {"FILESYSTEM_ROOT": str(new)}
+            subprocess.run([self.python, "-m", "localstack.aws.spec"], env=environment, cwd=self.directory, check=True, capture_output=True)
+            new.rename(root)
+        return root / "usr" / "lib" / "localstack"
 
     @property
     def _certificate(self) -> Path:

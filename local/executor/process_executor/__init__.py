@@ -7,6 +7,7 @@ when ``LAMBDA_RUNTIME_EXECUTOR=process``.
 - ``runtime``: one run of ``bootstrap``: the process, and the Runtime API that serves it.
 - ``log``: the output of the function and the platform, in Lambda's format.
 - ``s3``: an S3 that keeps its objects in this LocalStack's own directory.
+- ``speed``: a faster LocalStack.
 """
 
 from localstack.services.lambda_.invocation.plugins import RuntimeExecutorPlugin

@@ -64,6 +64,11 @@ class LocalStack:
         return self._process.pid if self._process else None
 
     @property
+    def ca_file(self) -> Path:
+        """The certificate of the authority that issued LocalStack's own, for clients that use TLS."""
+        return self.directory / "volume" / "ca.pem"
+
+    @property
     def log(self) -> Path:
         return self.directory / "localstack.log"
 
@@ -115,7 +120,9 @@ class LocalStack:
         libraries.mkdir(parents=True)
         (libraries / "localstack").symlink_to(self._index_of_services())
         # LocalStack itself fails to make a certificate with pyOpenSSL 26.
-        trustme.CA(organization_name="login-etl").issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self._certificate)
+        authority = trustme.CA(organization_name="login-etl")
+        authority.cert_pem.write_to_path(self.ca_file)
+        authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self._certificate)
         with self.log.open("wb") as output:
             self._process = child = psutil.Popen(
                 [self.python, "-m", "localstack.runtime.main"],

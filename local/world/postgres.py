@@ -321,7 +321,8 @@ class Postgres:
             process = subprocess.Popen(
                 [*self.as_account, self._programs[0] / program, *arguments],
                 cwd="/",
-                env=environment | {"LC_ALL": "C", "TZ": "UTC"},
+                # For each session that signs in with a token, PostgreSQL's LDAP client would load SASL's plugins, which nobody uses.
+                env=environment | {"LC_ALL": "C", "TZ": "UTC", "SASL_PATH": "/nonexistent"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ from world import arguments, down, paths
 from measure import batches, cold, columns, environments, footprint, ledger, profile, report
 from measure.batches import Wrong
 from measure.bench import Bench, ContenderFailed
-from world.build import release_environment
+from world.build import function, release_environment
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -40,9 +40,10 @@ def main() -> int:
 
 
 def build() -> None:
-    print("Building (some minutes the first time) ...")
-    packages = ("--package", "login-etl", "--package", "login-etl-benches", "--target-dir", paths.ROOT / "target")
-    # With OpenSSL inside, as deployed: loading it as a library takes two milliseconds of a cold start.
+    function()
+    print("Building the benchmark (some minutes the first time) ...")
+    packages = ("--package", "login-etl-benches", "--target-dir", paths.ROOT / "target")
+    # With OpenSSL inside, as in the function.
     environment = release_environment()
     subprocess.run(["cargo", "build", "--release", "--locked", "--quiet", *packages], cwd=paths.ROOT, env=environment, check=True)
 
@@ -54,6 +55,7 @@ def measure(servers: Servers, options: argparse.Namespace, measured: dict[str, d
         quick=options.quick,
         seed=options.seed,
         binaries=(options.binaries or paths.ROOT / "target" / "release").resolve(),
+        function=(options.binaries / "login-etl" if options.binaries else paths.SAM_BUILD / "LoginFunction" / "bootstrap").resolve(),
         peers_python=paths.BENCH_VENV / "bin" / "python",
         directory=WORLD / "files",
         results={name: one["result"] for name, one in measured.items()},

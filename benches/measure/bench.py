@@ -40,6 +40,8 @@ class Bench:
     quick: bool
     seed: int
     binaries: Path
+    # The function as it is deployed.
+    function: Path
     peers_python: Path
     directory: Path
     keyring_secret: str = KEYRING_SECRET
@@ -142,7 +144,10 @@ class Bench:
     def command(self, name: str) -> list[str]:
         if name in PYTHON:
             return [str(self.peers_python), str(paths.ROOT / "benches" / "peers" / f"{name}.py")]
-        return [str(self.binaries / name)]
+        return [str(self.program(name))]
+
+    def program(self, name: str) -> Path:
+        return self.function if name == "login-etl" else self.binaries / name
 
     def contender(self, name: str, environment: dict[str, str]) -> "Contender":
         """Starts a contender, and returns when it is ready."""

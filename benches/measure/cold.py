@@ -55,7 +55,7 @@ class AnyToken(Tokens):
 
 
 def measure(bench: Bench) -> dict:
-    if missing := [name for name in ("hello", "login-etl") if not (bench.binaries / name).exists()]:
+    if missing := [name for name in ("hello", "login-etl") if not bench.program(name).exists()]:
         return {"skipped": f"no {' and no '.join(missing)} in {bench.binaries.name}"}
     environment = bench.environment(bench.database("bench_cold"))
     reader = bench.servers.localstack.client("secretsmanager")
@@ -76,7 +76,7 @@ def measure(bench: Bench) -> dict:
         deployed = trusting | {"AWS_ENDPOINT_URL": https.endpoint}
         by_token = {"DATABASE_AUTH": "iam", "DATABASE_USER": TOKEN_USER, "DATABASE_SECRET_ID": ""}
         refused = {"DATABASE_TLS": "disable", "DATABASE_PORT": str(free_port())}
-        hello, function = [str(bench.binaries / "hello")], [str(bench.binaries / "login-etl")]
+        hello, function = bench.command("hello"), bench.command("login-etl")
         python = [str(bench.peers_python), str(paths.ROOT / "benches" / "peers" / "cold.py")]
         contenders = {
             "hello": (hello, environment),

@@ -48,7 +48,7 @@ WAITS = {
 
 
 def measure(bench: Bench) -> dict:
-    if not (bench.binaries / CONTENDER).exists():
+    if not bench.program(CONTENDER).exists():
         return {"skipped": f"no {CONTENDER} in {bench.binaries.name}"}
     chance, runs = random.Random(bench.seed), []
     for batch, count in BATCHES.items():

@@ -28,7 +28,7 @@ OBSERVED_BATCH, OBSERVED_EVENTS = 100, 21
 
 
 def measure(bench: Bench) -> dict:
-    if missing := [name for name in ("hello", "login-etl") if not (bench.binaries / name).exists()]:
+    if missing := [name for name in ("hello", "login-etl") if not bench.program(name).exists()]:
         return {"skipped": f"no {' and no '.join(missing)} in {bench.binaries.name}"}
     return {
         "memory": memory(bench),
@@ -100,18 +100,14 @@ def throttled(bench: Bench) -> dict:
 
 
 def packages(bench: Bench) -> dict:
-    """Bytes of the program and of its package, by architecture, for the architectures that were built here."""
-    built = (bench.binaries / "login-etl", paths.ROOT / "target" / "aarch64-unknown-linux-gnu" / "release" / "login-etl")
-    sizes = {}
-    for program in built:
-        if program.exists():
-            package = bench.directory / "bootstrap.zip"
-            with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-                archive.write(program, "bootstrap")
-            machine = int.from_bytes(program.open("rb").read(20)[18:], "little")
-            sizes.setdefault(MACHINES.get(machine, platform.machine()), [program.stat().st_size, package.stat().st_size])
-            package.unlink()
-    return sizes
+    """Bytes of the program and of its package, by architecture."""
+    program, package = bench.program("login-etl"), bench.directory / "bootstrap.zip"
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.write(program, "bootstrap")
+    machine = int.from_bytes(program.open("rb").read(20)[18:], "little")
+    sizes = [program.stat().st_size, package.stat().st_size]
+    package.unlink()
+    return {MACHINES.get(machine, platform.machine()): sizes}
 
 
 def observed(bench: Bench) -> dict | None:

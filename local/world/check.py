@@ -25,16 +25,17 @@ TICK_SECONDS = 60
 # the function first, then etlctl; no test needs the other builds.
 NICE = 15
 NICE_PROGRAMS = 5
-# The steps of a row run one after the other; rows run in parallel. Cargo runs one build at a time in a target directory.
+# The steps of a row run one after the other; rows run in parallel, some at a time, so the longest come first. Cargo runs one build at a time in a
+# target directory.
 ROWS = (
     ("build function", "instructions", "fuzz"),
     ("build etlctl", "build tests", "format", "clippy", "docs", "dependencies"),
     ("prose", "workflows", "template", "executor", "fresh"),
+    ("function",),
+    ("keys",),
+    ("etlctl",),
     ("deployed", "soak"),
     ("deployments",),
-    ("function",),
-    ("etlctl",),
-    ("keys",),
     ("incidents",),
 )
 # The half of etlctl's tests that has a check of its own.

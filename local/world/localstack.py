@@ -166,7 +166,10 @@ class LocalStack:
             shutil.rmtree(new, ignore_errors=True)
             (new / "usr" / "lib" / "localstack").mkdir(parents=True)
             environment = self._environment() | {"FILESYSTEM_ROOT": str(new)}
-            subprocess.run([self.python, "-m", "localstack.aws.spec"], env=environment, cwd=self.directory, check=True, capture_output=True)
+            words = [self.python, "-m", "localstack.aws.spec"]
+            made = subprocess.run(words, env=environment, cwd=self.directory, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise LocalStackError(f"LocalStack cannot make its index of services.\n{made.stdout}{made.stderr}")
             new.rename(root)
         return root / "usr" / "lib" / "localstack"
 

@@ -13,6 +13,7 @@ from measure import batches, cold, columns, environments, footprint, ledger, pro
 from measure.batches import Wrong
 from measure.bench import Bench, ContenderFailed
 from world.build import function, release_environment
+from world.command import CommandFailed
 from world.postgres import PostgresError
 from world.servers import Servers, alone
 
@@ -81,7 +82,7 @@ def command(options: argparse.Namespace, section: str) -> str:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PostgresError, ContenderFailed, Wrong, subprocess.CalledProcessError) as error:
+    except (CommandFailed, PostgresError, ContenderFailed, Wrong, subprocess.CalledProcessError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted; everything is stopped.")

@@ -10,7 +10,8 @@ from localstack.utils import functions
 
 
 @hooks.on_runtime_create()
-def faster():
+def faster() -> None:
+    """Runs before LocalStack imports what this changes."""
     leave_recursion_to_python()
     read_endpoints_once()
     parse_yaml_in_c()

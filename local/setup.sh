@@ -245,7 +245,7 @@ need_uv() {
 uv() {
     local index
     index=${PIP_INDEX_URL:-$("$LOCAL/uv/bin/python" -m pip config get global.index-url 2>/dev/null)} || index=
-    env ${index:+"UV_DEFAULT_INDEX=$index"} UV_CACHE_DIR="$LOCAL/cache/uv" UV_PYTHON_DOWNLOADS=never "$LOCAL/uv/bin/uv" "$@"
+    env ${index:+"UV_DEFAULT_INDEX=$index"} UV_SYSTEM_CERTS=1 UV_CACHE_DIR="$LOCAL/cache/uv" UV_PYTHON_DOWNLOADS=never "$LOCAL/uv/bin/uv" "$@"
 }
 
 need_executor() {

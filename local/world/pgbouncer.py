@@ -59,7 +59,7 @@ class PgBouncer:
             "client_tls_key_file": directory / "server.key",
             "client_tls_cert_file": directory / "server.pem",
         }
-        lines = ["[databases]", f"* = host=127.0.0.1 port={postgres.port}", "[pgbouncer]", *(f"{name} = {value}" for name, value in settings.items())]
+        lines = ["[databases]", f"postgres = host=127.0.0.1 port={postgres.port}", "[pgbouncer]", *(f"{name} = {value}" for name, value in settings.items())]
         postgres.write("pgbouncer.ini", "\n".join([*lines, ""]).encode(), mode=0o600)
         self._words = [*postgres.as_account, *words, directory / "pgbouncer.ini"]
         self._log = directory / "pgbouncer.log"

@@ -176,18 +176,23 @@ enum Cause {
     Driver(String),
 }
 
+const NO_DATABASE: &str = ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret";
 const UNKNOWN_HOST: &str = "the host name is unknown: check DATABASE_HOST, or \"host\" in the database secret";
 
-/// What caused an insufficient_privilege or protocol_violation. Recognised by the name of the server's routine, as the server's
-/// message depends on its language.
+/// What caused an insufficient_privilege or protocol_violation. The server's is recognised by the name of its routine, as its message
+/// depends on its language; a pooler's by its message. PgBouncer up to 1.18, at least, has no other code for what it refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Denied {
     /// A missing privilege.
     Right,
     /// A row security policy.
     Policy,
-    /// A pooler that refused the credentials. PgBouncer up to 1.18, at least, has no code for that but protocol_violation.
+    /// A pooler's refusal of the credentials.
     SignIn,
+    /// A pooler's, of the database.
+    Database,
+    /// A pooler's, of a connection without TLS.
+    WithoutTls,
     /// Something else, such as a trigger.
     Otherwise,
 }
@@ -204,7 +209,7 @@ impl DatabaseError {
                 denied: match (answer.code().code(), answer.routine()) {
                     (_, Some("aclcheck_error")) => Denied::Right,
                     (_, Some("ExecWithCheckOptions")) => Denied::Policy,
-                    ("08P01", _) if is_about_credentials(answer.message()) => Denied::SignIn,
+                    ("08P01", _) => Denied::by_pooler(answer.message()),
                     _ => Denied::Otherwise,
                 },
                 place: None,
@@ -245,7 +250,10 @@ impl DatabaseError {
     }
 
     pub(super) fn without_tls() -> Self {
-        Self::of(Cause::Tls("the server does not offer TLS; DATABASE_TLS=disable is for local runs".to_owned()))
+        Self::of(Cause::Tls(
+            "the server does not offer TLS: turn it on there (ssl = on); DATABASE_TLS=disable, for local runs, sends all in the clear"
+                .to_owned(),
+        ))
     }
 
     /// Whether no trusted root signed the certificate. The texts are from OpenSSL's `X509_verify_cert_error_string`.
@@ -339,6 +347,7 @@ impl DatabaseError {
     /// Classes and codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>.
     pub(super) fn remedy(&self) -> Remedy {
         let code = match &*self.0 {
+            Cause::Sqlstate { denied: Denied::Database | Denied::WithoutTls, .. } => return Remedy::GiveUp,
             Cause::Sqlstate { code, .. } => code,
             Cause::Lost(_) => return Remedy::Reconnect,
             Cause::Tls(_) | Cause::Driver(_) => return Remedy::GiveUp,
@@ -367,9 +376,30 @@ impl DatabaseError {
     }
 }
 
-/// Whether a pooler's message for a protocol_violation is about credentials.
-fn is_about_credentials(message: &str) -> bool {
-    ["authentication failed", "no such user"].iter().any(|words| message.contains(words))
+impl Denied {
+    /// By a pooler's message for a protocol_violation.
+    fn by_pooler(message: &str) -> Self {
+        let says = |words: &[&str]| words.iter().any(|words| message.contains(words));
+        match () {
+            () if says(&["authentication failed", "no such user"]) => Self::SignIn,
+            () if says(&["no such database"]) || (says(&["database"]) && says(&["does not exist"])) => Self::Database,
+            () if says(&["SSL required", "TLS required"]) => Self::WithoutTls,
+            () => Self::Otherwise,
+        }
+    }
+}
+
+/// What to do about a certificate that is refused for its dates, and about any other failure. The texts are from OpenSSL.
+fn advice_on_tls(reason: &str) -> &'static str {
+    let says = |words: &[&str]| words.iter().any(|words| reason.contains(words));
+    match () {
+        () if says(&["certificate has expired"]) => ": renew the server's certificate, or check this machine's clock",
+        () if says(&["not yet valid"]) => ": check this machine's clock, and the server's certificate",
+        () if says(&["protocol version", "unsupported protocol", "wrong version"]) => {
+            ": the server must offer TLS 1.2 or later"
+        }
+        () => "",
+    }
 }
 
 impl fmt::Display for DatabaseError {
@@ -390,11 +420,13 @@ impl fmt::Display for DatabaseError {
                     write!(f, ", {place}")?;
                 }
                 f.write_str(match code.as_str() {
+                    "08P01" if *denied == Denied::Database => NO_DATABASE,
+                    "08P01" if *denied == Denied::WithoutTls => ": the pooler requires TLS; remove DATABASE_TLS=disable",
                     "42501" if *denied == Denied::Policy => ": a row security policy forbids it",
                     "42804" => ": column types differ from the mapping; `etlctl doctor` names them",
                     "23502" => ": the column is NOT NULL; give it a default, or fill it in the mapping",
                     "23514" if constraint.is_none() && table.is_some() => ": no partition takes the row; create one",
-                    "3D000" => ": no such database; set DATABASE_NAME, or \"dbname\" in the database secret",
+                    "3D000" => NO_DATABASE,
                     "42P01" | "42703" => ": a table or column is missing; run `etlctl migrate`, or create the mapping's table (`etlctl mapping ddl`)",
                     "42501" if *denied == Denied::Right => ": the user may not write to the tables; grant it INSERT, and SELECT on the ledger",
                     "53300" => ": too many connections; lower the stack's MaximumConcurrency or use a pooler",
@@ -403,7 +435,7 @@ impl fmt::Display for DatabaseError {
             }
             Cause::Lost(kind) if kind == UNKNOWN_HOST => f.write_str(kind),
             Cause::Lost(kind) => write!(f, "the connection is lost: {kind}"),
-            Cause::Tls(reason) => write!(f, "TLS failed: {reason}"),
+            Cause::Tls(reason) => write!(f, "TLS failed: {reason}{}", advice_on_tls(reason)),
             Cause::Driver(reason) => f.write_str(reason),
         }
     }

@@ -177,6 +177,10 @@ impl Session {
             result.map_err(|error| StoreError::Maintenance(DatabaseError::new(&error)))
         };
         // On a timeout the connection is dropped, as the statement may still be running on it.
-        timeout_at(deadline, running).await.map_err(|_| StoreError::Deadline)?
+        let mut result = timeout_at(deadline, running).await.map_err(|_| StoreError::Deadline)?;
+        if let Err(error) = &mut result {
+            self.add_place(error, deadline).await;
+        }
+        result
     }
 }

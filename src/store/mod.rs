@@ -208,12 +208,7 @@ impl Store {
         match &mut result {
             Ok(stored) => session.prune(stored.inserted, self.horizon(), deadline).await,
             Err(error) => {
-                if let StoreError::Table(error) | StoreError::Insert(error) = error
-                    && error.is_missing_table()
-                    && let Ok(Some(place)) = timeout_at(deadline, session.place()).await
-                {
-                    error.set_place(place);
-                }
+                session.add_place(error, deadline).await;
                 // A statement may still be running on it.
                 session.connection = None;
             }
@@ -403,11 +398,20 @@ impl Session {
         self.connect_once().await
     }
 
-    /// Where the server looks for tables without a schema.
-    async fn place(&mut self) -> Option<String> {
+    /// Adds to the error of a missing table where the server looked for it.
+    async fn add_place(&self, error: &mut StoreError, deadline: Instant) {
+        if let StoreError::Table(error) | StoreError::Insert(error) | StoreError::Maintenance(error) = error
+            && error.is_missing_table()
+            && let Ok(Some(place)) = timeout_at(deadline, self.place()).await
+        {
+            error.set_place(place);
+        }
+    }
+
+    async fn place(&self) -> Option<String> {
         let client = &self.connection.as_ref()?.client;
-        let place = "select pg_catalog.format('database %I, user %I, search path %s', current_database(), current_user, \
-                     pg_catalog.current_setting('search_path'))";
+        let place = "select pg_catalog.format('database %I, user %I, schema %s, search path %s', current_database(), current_user, \
+                     coalesce(pg_catalog.quote_ident(current_schema()), 'none'), pg_catalog.current_setting('search_path'))";
         client.query_typed(place, &[]).await.ok()?.first()?.try_get(0).ok()
     }
 

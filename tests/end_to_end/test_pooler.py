@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import uuid
 
 import psycopg
 import pytest
@@ -77,6 +78,28 @@ def test_a_rotated_password_is_read_again_behind_the_pooler(servers, stack, tmp_
         finally:
             database.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [user])
             database.execute(f"drop role {user}")
+
+
+@pytest.mark.parametrize(
+    "changed, secret, error_type, advice",
+    [
+        ({"DATABASE_NAME": "nowhere"}, {}, "Database", "no such database; set DATABASE_NAME"),
+        ({}, {"username": "nobody_at_all"}, "DatabaseCredentials", "check username and password in the database secret"),
+        ({"DATABASE_TLS": "disable"}, {}, "Database", "the pooler requires TLS; remove DATABASE_TLS=disable"),
+    ],
+)
+def test_what_the_pooler_refuses_is_named(servers, stack, tmp_path, changed, secret, error_type, advice):
+    secrets, name = stack.localstack.client("secretsmanager"), f"test/behind-the-pooler-{uuid.uuid4()}"
+    credentials = json.loads(secrets.get_secret_value(SecretId=DATABASE_SECRET)["SecretString"])
+    secrets.create_secret(Name=name, SecretString=json.dumps(credentials | secret))
+    with PgBouncer(pgbouncer.program(), servers.postgres, credentials["username"], credentials["password"], sessions=2) as pooler:
+        settings = servers.environment() | stack.environment() | {"DATABASE_SECRET_ID": name, "DATABASE_PORT": str(pooler.port)}
+        with environment(settings | changed, tmp_path / "log") as api:
+            kind, answer = load(api)
+    assert (kind, answer["errorType"]) == ("error", error_type)
+    assert advice in answer["errorMessage"]
+    # The runtime's own ERROR line would have come second.
+    assert (tmp_path / "log").read_text().count("ERROR") == 1
 
 
 def load(api):

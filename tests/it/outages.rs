@@ -344,7 +344,7 @@ async fn a_missing_table_and_a_missing_right_fail_the_batch_and_say_what_to_do()
     world.admin.batch_execute("drop table user_logins cascade").await.unwrap();
     let error = invoke(&handler, &event).await.unwrap_err().to_string();
     assert!(error.contains("run `etlctl migrate`"), "{error}");
-    let place = format!("database {role}, user {role}, search path \"$user\", public");
+    let place = format!("database {role}, user {role}, schema public, search path \"$user\", public");
     assert!(error.contains(&place), "{error}");
 }
 

@@ -1,13 +1,19 @@
 //! The connection to the database is encrypted, and the server's certificate is verified.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::world::{World, bodies, event, invoke};
+use crate::{
+    masks::output,
+    world::{World, bodies, event, invoke, variable},
+};
 
 #[tokio::test]
 async fn the_connection_is_encrypted_unless_that_is_disabled() {
@@ -65,6 +71,50 @@ async fn a_server_without_tls_is_refused() {
     let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
     assert_eq!(error.error_type(), "DatabaseTls");
     assert!(error.to_string().contains("the server does not offer TLS"), "{error}");
+}
+
+/// Prints a certificate for localhost that signs itself and has expired, and its key.
+const EXPIRED: &str = "
+from datetime import datetime
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP256R1())
+name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'expired')])
+builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+builder = builder.not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2021, 1, 1))
+builder = builder.add_extension(x509.BasicConstraints(True, None), True)
+builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName('localhost')]), False)
+print(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode())
+pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+print(key.private_bytes(pem, pkcs8, serialization.NoEncryption()).decode())";
+
+#[tokio::test]
+async fn an_expired_certificate_is_to_be_renewed() {
+    let mut world = World::new().await;
+    let mut python = Command::new(variable("PYTHON"));
+    python.args(["-c", EXPIRED]);
+    let printed = output(python, "");
+    let (certificate, key) = printed.split_once("\n\n").unwrap();
+    let identity = native_tls::Identity::from_pkcs8(certificate.as_bytes(), key.as_bytes()).unwrap();
+    let tls = tokio_native_tls::TlsAcceptor::from(native_tls::TlsAcceptor::new(identity).unwrap());
+    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world.settings.insert("DATABASE_PORT", server.local_addr().unwrap().port().to_string());
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = server.accept().await {
+            client.read_exact(&mut [0; 8]).await.unwrap();
+            client.write_all(b"S").await.unwrap();
+            // The client ends it.
+            tls.accept(client).await.unwrap_err();
+        }
+    });
+    let roots = concat!(env!("CARGO_TARGET_TMPDIR"), "/expired.pem");
+    std::fs::write(roots, certificate).unwrap();
+    world.settings.insert("DATABASE_CA", roots.to_owned());
+    let error = invoke(&world.handler().await, &event(0, bodies(0..1))).await.unwrap_err();
+    assert_eq!(error.error_type(), "DatabaseTls");
+    assert!(error.to_string().contains("certificate has expired"), "{error}");
+    assert!(error.to_string().ends_with("renew the server's certificate, or check this machine's clock"), "{error}");
 }
 
 #[tokio::test]

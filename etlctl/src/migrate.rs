@@ -120,20 +120,29 @@ async fn grant_iam(client: &Client) -> Result<(), Failure> {
     client.batch_execute("grant rds_iam to login_etl").await.map_err(sql("grant rds_iam"))
 }
 
-/// Refuses to make tables if another schema already has them, unless the schema is named: the function might use the others.
+/// Refuses to make tables, or to find all well, if tables are missing that another schema has, unless the schema is named: the
+/// function might use the others.
 async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failure> {
+    // Another table of the mapping's name is only suspect if the schema was migrated before.
     let query = "select to_regnamespace($1) is not null, (
-        select string_agg(relnamespace::regnamespace::text, ', ') from pg_class
-        where relname = 'login_etl_migrations' and relkind = 'r' and relnamespace <> coalesce(to_regnamespace($1)::oid, 0::oid)
+        select string_agg(distinct format('%s.%I', relnamespace::regnamespace, relname), ', ') from pg_class
+        where relkind in ('r', 'p') and relnamespace <> coalesce(to_regnamespace($1)::oid, 0::oid)
+        and to_regclass(format('%s.%I', $1, relname)) is null
+        and (relname in ('login_etl_migrations', 'etl_ledger', 'etl_audit', 'etl_maintenance')
+            or relname = $2 and to_regclass(format('%s.login_etl_migrations', $1)) is not null)
     )";
-    let row = client.query_one(query, &[&settings.schema]).await.map_err(sql("look at the schemas"))?;
+    let table = settings.declared.table();
+    // A table with a schema is where the mapping says.
+    let name = table.schema.is_none().then_some(&*table.name);
+    let row = client.query_one(query, &[&settings.schema, &name]).await.map_err(sql("look at the schemas"))?;
     let (schema, is_there, others): (_, bool, Option<String>) = (&settings.schema, row.get(0), row.get(1));
     if !is_there {
         return Err(failed(format!("there is no schema {schema}: create it, or name another with --database-schema")));
     }
     match others.filter(|_| settings.get("DATABASE_SCHEMA").is_none()) {
         Some(others) => Err(failed(format!(
-            "the tables are in the schema {others}: name it with --database-schema, or make new ones with --database-schema {schema}"
+            "tables are missing in the schema {schema}, but there are {others}: name their schema with --database-schema, move them \
+             to {schema}, or make new ones with --database-schema {schema}"
         ))),
         None => Ok(()),
     }

@@ -184,7 +184,9 @@ pub fn sql_reason(error: &tokio_postgres::Error) -> String {
         return format!("invalid value (SQLSTATE {code})");
     }
     let hint = match code {
-        "42P01" => "; if the schema is not applied, run `etlctl migrate`",
+        "42P01" => {
+            "; check database and user (`etlctl doctor` names them); if the schema is not applied, run `etlctl migrate`"
+        }
         "42501" => "; your database user needs the role login_etl_operator; `etlctl migrate` needs the tables' owner",
         "42883" => "; if the schema is out of date, run `etlctl migrate`",
         _ => "",

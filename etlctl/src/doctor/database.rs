@@ -43,6 +43,8 @@ pub(super) async fn check(settings: &Settings, checks: &mut Checks, pipeline: Op
         }
     }
     let Some(connection) = checks.have(settings.connect(&connector, &credentials).await) else { return };
+    let (user, database) = (credentials.username(), connector.name(&credentials));
+    checks.right(format!("connected as {user:?} to the database {database:?}"));
     let client = &connection.client;
     for part in [
         clock(client, checks).await,

@@ -74,7 +74,7 @@ class TestProgram(NamedTuple):
 @cache
 def tests(quiet: bool = False, nice: int = 0) -> list[TestProgram]:
     """Builds the tests, and returns them. Together with etlctl, because another set of features would compile the AWS SDK again."""
-    words = ("cargo", "build", *PROGRAMS, "--tests")
+    words = ("cargo", "build", *PROGRAMS, "--package", "login-etl-scan", "--tests")
     settings = environment()
     command.run(*words, what="Building the tests", log=paths.LOGS / "build-tests.log", environment=settings, quiet=quiet, nice=nice)
     # Run again with nothing left to build, cargo prints the programs' paths.

@@ -54,10 +54,10 @@ set_up() {
     mkdir -p "$LOCAL/tmp"
     export TMPDIR=$LOCAL/tmp
     need_cargo
+    say_disk_use
     need_build_tools
     need_python
     lock
-    say_disk_use
     need_environment "$VENV" localstack "LocalStack"
     need_executor
     need_environment "$TOOLS" tools "SAM CLI, cargo-lambda and the linters"
@@ -84,6 +84,9 @@ move_in() {
     unset "${!XDG_@}"
     for directory in home cache; do mkdir -p "$LOCAL/$directory"; done
     export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache
+    # A user's settings may let cargo write elsewhere.
+    unset CARGO_BUILD_TARGET_DIR CARGO_BUILD_BUILD_DIR CARGO_BUILD_TARGET
+    export CARGO_TARGET_DIR=$ROOT/target
     export CARGO_ZIGBUILD_CACHE_DIR ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
     CARGO_ZIGBUILD_CACHE_DIR=$(place_of_compilers)
 }
@@ -222,8 +225,10 @@ need_environment() {
     stamped "$directory/requirements.stamp" "$wanted" && "$directory/bin/python" -c '' 2>/dev/null && return
     rm -rf "$directory"
     "$PYTHON" -m venv "$directory"
+    PACKAGES=$(grep -c '^[A-Za-z0-9].*==' "$requirements") UNPACKED=$(unpacked)
     with_progress "Installing $3 into target/local (once)" install_requirements "$directory" "$requirements" ||
         die "The installation failed; its whole output is in $SETUP_LOG."
+    PACKAGES=
     stamp "$directory/requirements.stamp" "$wanted"
 }
 
@@ -234,6 +239,12 @@ install_requirements() {
     if need_uv && uv pip "${options[@]}" --python "$1/bin/python"; then return; fi
     "$1/bin/python" -m pip "${options[@]}" --progress-bar off
 }
+
+# The number of packages that uv has downloaded and unpacked.
+unpacked() { { find "$LOCAL/cache/uv" -mindepth 2 -maxdepth 2 -path '*/archive-v*' 2>/dev/null || true; } | wc -l; }
+
+# packages: how many of an environment's packages are there.
+packages() { [ -z "${PACKAGES:-}" ] || printf ', %s of %s packages' $(($(unpacked) - UNPACKED)) "$PACKAGES"; }
 
 need_uv() {
     [ ! -x "$LOCAL/uv/bin/uv" ] || return 0
@@ -271,18 +282,18 @@ digest() {
     "$PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(b"\0".join(open(p, "rb").read() for p in sys.argv[1:])).hexdigest())' "$@"
 }
 
-# with_progress WHAT COMMAND...: prints WHAT and the elapsed time, on one line of a terminal, or once a minute in a log. The command's output goes to
-# SETUP_LOG; if it fails, its end also goes to the terminal.
+# with_progress WHAT COMMAND...: prints WHAT, the elapsed time and `packages`, on one line of a terminal, or once a minute in a log. The command's
+# output goes to SETUP_LOG; if it fails, its end also goes to the terminal.
 with_progress() {
-    local what=$1 ticker status=0 start=$SECONDS every=60 format='  ... %s s\n'
+    local what=$1 ticker status=0 start=$SECONDS every=60 format='  ... %s s%s\n'
     shift
-    if [ -t 1 ]; then every=1 format='\r'$what' ... %s s'; fi
+    if [ -t 1 ]; then every=1 format='\r'$what' ... %s s%s'; fi
     printf '%s ...' "$what"
     [ -t 1 ] || printf '\n'
     (
         while sleep "$every" >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
             # shellcheck disable=SC2059
-            printf "$format" $((SECONDS - start))
+            printf "$format" $((SECONDS - start)) "$(packages)"
         done
     ) 9>&- &
     ticker=$!
@@ -296,7 +307,7 @@ with_progress() {
     end_on_signals
     kill "$ticker" 2>/dev/null || true
     wait "$ticker" 2>/dev/null || true
-    [ ! -t 1 ] || printf '\r%s: %s s   \n' "$what" $((SECONDS - start))
+    [ ! -t 1 ] || printf '\r%s: %s s\033[K\n' "$what" $((SECONDS - start))
     [ "$status" = 0 ] || tail -n 20 "$SETUP_LOG" >&2
     return "$status"
 }

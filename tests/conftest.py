@@ -1,11 +1,15 @@
 """Fixtures for the world that `./local/test` started: PostgreSQL, LocalStack, and the deployed stack, which logs at TRACE."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from world.servers import Servers
 from world.stack import Stack
+
+# As Ctrl-C does, so that the programs that a test has started end with it.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -136,11 +136,24 @@ def give_way(pid: int, nice: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
+def end_in_order() -> None:
+    """Makes SIGTERM and SIGHUP end this process as an exception does: its programs are ended, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def stop_all() -> None:
-    """Ends the programs that other threads run, and prevents new ones."""
+    """Ends the programs that other threads run, and prevents new ones. Call it from the main thread."""
+    # A second Ctrl-C would leave some of them running.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with LOCK:
         STOPPING.set()
-    for process in list(RUNNING):
+    running = list(RUNNING)
+    # All at once: each may need a while.
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in running:
         kill(process)
 
 

@@ -98,8 +98,8 @@ def run(servers: Servers, deployed: stack.Stack, bodies: list[str], table: str) 
     """Sends the messages through the stack and shows the result; returns whether every message is accounted for."""
     # Off until some messages have been delivered once.
     deployed.enable_mapping(False)
-    print(f"Sending {len(bodies)} messages ...")
-    sent = delivery.send(deployed, bodies, ticker("sent", len(bodies)))
+    with command.shown(f"Sending {len(bodies)} messages", quiet=False) as say:
+        sent = delivery.send(deployed, bodies, lambda done: say(lambda: (f"{done} of {len(bodies)}",)))
     twice = delivery.deliver_without_deleting(deployed, lambda event: invoke(deployed, event))
     print(f"Delivered {len(twice)} of them once without deleting them, so that SQS delivers them again")
     deployed.enable_mapping(True)
@@ -135,36 +135,21 @@ def invoke(deployed: stack.Stack, event: dict) -> dict:
     return result
 
 
-def ticker(what: str, total: int):
-    """Prints the progress every few seconds."""
-    shown = time.monotonic()
-
-    def tick(done: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown >= 5:
-            shown = time.monotonic()
-            print(f"  ... {done} of {total} {what}")
-
-    return tick
-
-
 def wait_until_empty(deployed: stack.Stack) -> None:
-    print("Waiting until the queue is empty; bad messages are tried three times ...")
-    quiet_since, before, shown = time.monotonic(), None, 0.0
-    while True:
-        waiting, in_flight = deployed.depth(deployed.queue_url)
-        dead = deployed.depth(deployed.dead_letter_queue_url)[0]
-        now = time.monotonic()
-        if waiting + in_flight == 0:
-            return
-        if (waiting, in_flight, dead) != before:
-            quiet_since, before = now, (waiting, in_flight, dead)
-        if now - quiet_since > QUIET_SECONDS:
-            raise stack.CommandFailed(f"the queue does not empty; the function's log is under {deployed.localstack.function_logs}")
-        if now - shown >= 5:
-            shown = now
-            print(f"  ... {waiting} waiting, {in_flight} in flight, {dead} dead-lettered")
-        time.sleep(0.25)
+    with command.shown("Waiting until the queue is empty; bad messages are tried three times", quiet=False) as say:
+        quiet_since, before = time.monotonic(), None
+        while True:
+            waiting, in_flight = deployed.depth(deployed.queue_url)
+            dead = deployed.depth(deployed.dead_letter_queue_url)[0]
+            now = time.monotonic()
+            if waiting + in_flight == 0:
+                return
+            if (waiting, in_flight, dead) != before:
+                quiet_since, before = now, (waiting, in_flight, dead)
+            if now - quiet_since > QUIET_SECONDS:
+                raise stack.CommandFailed(f"the queue does not empty; the function's log is under {deployed.localstack.function_logs}")
+            say(lambda: (f"{before[0]} waiting, {before[1]} in flight, {before[2]} dead-lettered",))
+            time.sleep(0.25)
 
 
 def show_rows(database, table: str) -> None:

@@ -24,6 +24,7 @@ COVERAGE = (
 
 def main() -> int:
     options = arguments.parse("fuzz")
+    command.end_in_order()
     profile = build(quick=options.quick, quiet=False)
     for target in TARGETS:
         print(f"{target}: {run(profile, target, options.seconds, quiet=False)} inputs", flush=True)

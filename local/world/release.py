@@ -30,6 +30,7 @@ BUILT = """\
 
 def main() -> int:
     options = arguments.parse("release")
+    command.end_in_order()
     # Both programs show it.
     os.environ["LOGIN_ETL_COMMIT"] = commit()
     function = options.function or build.function() / "LoginFunction" / "bootstrap"

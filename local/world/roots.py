@@ -72,7 +72,7 @@ def page(amazon: dict[str, x509.Certificate], rds: dict[str, x509.Certificate]) 
     return f"""# The roots of AWS that are built in
 
 With `DATABASE_CA=aws`, the default, the certificate of a database at AWS must lead to one of these roots: Amazon's, to which RDS Proxy's
-certificates chain, or those of RDS in the region of the host's name. For regions that are not in the table, such as AWS GovCloud and China, the system's
+certificates chain, or those of RDS in the region of the host's name. For regions that are not in the table, such as AWS GovCloud, China, `ca-west-1` and `il-central-1`, the system's
 roots are used, but RDS has other roots there: set `DATABASE_CA` to a file with [AWS's bundle](https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html).
 
 `./local/roots` takes them from [{PACKAGE}](https://www.npmjs.com/package/{PACKAGE}) {VERSION}, without expired ones, and writes this page.

@@ -3,14 +3,13 @@
 import fcntl
 import json
 import secrets
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from psycopg import sql
-from world import paths
+from world import command, paths
 from world.localstack import CREDENTIALS, REGION, LocalStack
 from world.postgres import Postgres
 
@@ -24,10 +23,13 @@ OPERATOR_SECRET = "login-etl/operator"
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Locks `directory` against other runs, and makes SIGTERM and SIGHUP end this process in order."""
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
+    command.end_in_order()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / "lock").open("w")
+    except PermissionError as error:
+        sys.exit(f"{error.filename} belongs to another user: run this as that user ({error.strerror})")
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import time
+from functools import partial
 from pathlib import Path
 
 from world import command, paths
@@ -76,18 +78,28 @@ def deploy(servers: Servers, name: str = NAME, build: Path | None = None, quiet:
     parameters = {name: value for name, value in (parameters_for(servers) | parameters).items() if value != ""}
     # SAM CLI would create one with a separate stack, which takes 15 s.
     servers.localstack.client("s3").create_bucket(Bucket=BUCKET)
+    log = paths.LOGS / f"deploy-{servers.name}-{name}.log"
     command.run(
         *("sam", "deploy", "--template-file", (build or paths.SAM_BUILD) / "template.yaml", "--stack-name", name),
         *("--s3-bucket", BUCKET, "--capabilities", "CAPABILITY_IAM", "--no-confirm-changeset", "--no-progressbar"),
         # SAM CLI needs quotes around a value with a space.
         *("--parameter-overrides", *(f'{key}="{value}"' if " " in str(value) else f"{key}={value}" for key, value in parameters.items())),
         what="Deploying the stack",
-        log=paths.LOGS / f"deploy-{servers.name}-{name}.log",
+        log=log,
         # By default SAM CLI checks only every five seconds whether CloudFormation is done.
         environment=os.environ | servers.environment() | {"SAM_CLI_POLL_DELAY": "0.5"},
+        progress=partial(resources, log),
         quiet=quiet,
     )
     return Stack(servers, name)
+
+
+def resources(log: Path) -> str:
+    """A deployment's progress, from SAM CLI's output: first the list of changes, then each resource's states."""
+    output = log.read_text(errors="replace")
+    changes = re.findall(r"^[+*-] (?:Add|Modify|Delete) ", output, re.MULTILINE)
+    done = re.findall(r"^(?:CREATE|UPDATE|DELETE)_COMPLETE ", output, re.MULTILINE)
+    return f"{min(len(done), len(changes))} of {len(changes)} resources" if changes else ""
 
 
 def parameters_for(servers: Servers) -> dict[str, object]:

@@ -470,6 +470,11 @@ def test_every_documented_setting_has_a_parameter():
     assert ours == given - {"SSL_CERT_FILE"}
 
 
+def test_a_cold_start_does_not_read_the_systems_roots():
+    # OpenSSL would read them in each new environment, which takes longer than all else.
+    assert variant_of().properties("LoginFunction")["Environment"]["Variables"]["SSL_CERT_FILE"] == "/dev/null"
+
+
 def test_every_setting_in_the_code_is_documented():
     code = (paths.ROOT / "src" / "config.rs").read_text().partition("#[cfg(test)]")[0]
     page = (paths.ROOT / "docs" / "settings.md").read_text()

@@ -23,6 +23,9 @@ const FILES: [(&str, &str); 4] = [
 /// Files of versions before mappings, which may be recorded, too. The files above upgrade the schema that those left.
 const BEFORE_THE_MAPPING: [&str; 6] =
     ["001_user_logins", "002_ledger", "003_duplicates", "004_role", "005_audit", "006_open_transactions"];
+/// The tables that the files make.
+const TABLES: [(&str, &str); 3] =
+    [(FILES[0].0, "etl_ledger"), (FILES[2].0, "etl_audit"), (FILES[3].0, "etl_maintenance")];
 /// The prefix of the record of a mapping's table.
 pub const TABLE: &str = "table ";
 
@@ -61,6 +64,7 @@ pub async fn run(settings: &Settings, options: &cli::Migrate) -> Result<Reply, F
     let mut connection = settings.database().await?;
     let (mapping, schema) = (&settings.declared, &*settings.schema);
     if options.check {
+        check_schema(settings, &connection.client).await?;
         return check(settings, &connection.client).await;
     }
     let client = &mut connection.client;
@@ -120,32 +124,52 @@ async fn grant_iam(client: &Client) -> Result<(), Failure> {
     client.batch_execute("grant rds_iam to login_etl").await.map_err(sql("grant rds_iam"))
 }
 
-/// Refuses to make tables, or to find all well, if tables are missing that another schema has, unless the schema is named: the
-/// function might use the others.
+/// Fails if tables are missing in the schema, and are in another: they were moved, or making them would make a second set, which the
+/// function might not use.
 async fn check_schema(settings: &Settings, client: &Client) -> Result<(), Failure> {
-    // Another table of the mapping's name is only suspect if the schema was migrated before.
-    let query = "select to_regnamespace($1) is not null, (
-        select string_agg(distinct format('%s.%I', relnamespace::regnamespace, relname), ', ') from pg_class
-        where relkind in ('r', 'p') and relnamespace <> coalesce(to_regnamespace($1)::oid, 0::oid)
-        and to_regclass(format('%s.%I', $1, relname)) is null
-        and (relname in ('login_etl_migrations', 'etl_ledger', 'etl_audit', 'etl_maintenance')
-            or relname = $2 and to_regclass(format('%s.login_etl_migrations', $1)) is not null)
-    )";
-    let table = settings.declared.table();
-    // A table with a schema is where the mapping says.
-    let name = table.schema.is_none().then_some(&*table.name);
-    let row = client.query_one(query, &[&settings.schema, &name]).await.map_err(sql("look at the schemas"))?;
-    let (schema, is_there, others): (_, bool, Option<String>) = (&settings.schema, row.get(0), row.get(1));
+    let schema = &settings.schema;
+    let records = format!("{schema}.login_etl_migrations");
+    let query = "select to_regnamespace($1) is not null, to_regclass($2) is not null";
+    let row = client.query_one(query, &[schema, &records]).await.map_err(sql("look at the schemas"))?;
+    let (is_there, has_records): (bool, bool) = (row.get(0), row.get(1));
     if !is_there {
         return Err(failed(format!("there is no schema {schema}: create it, or name another with --database-schema")));
     }
-    match others.filter(|_| settings.get("DATABASE_SCHEMA").is_none()) {
-        Some(others) => Err(failed(format!(
-            "tables are missing in the schema {schema}, but there are {others}: name their schema with --database-schema, move them \
-             to {schema}, or make new ones with --database-schema {schema}"
+    if !has_records {
+        let others = elsewhere(client, schema, &["login_etl_migrations", "etl_ledger", "etl_audit"]).await?;
+        return match others.filter(|_| settings.get("DATABASE_SCHEMA").is_none()) {
+            Some(others) => Err(failed(format!(
+                "there are {others} already: name their schema with --database-schema, or make new tables with --database-schema {schema}"
+            ))),
+            None => Ok(()),
+        };
+    }
+    let made = client.query(&format!("select name from {records}"), &[]).await.map_err(sql("read the migrations"))?;
+    let made: Vec<&str> = made.iter().map(|row| row.get(0)).collect();
+    let (table, record) = (settings.declared.table(), table_record(&settings.declared));
+    let mut tables = TABLES.to_vec();
+    // Otherwise the mapping says where it is.
+    if table.schema.is_none() {
+        tables.push((&record, &table.name));
+    }
+    tables.retain(|(record, _)| made.contains(record));
+    let names: Vec<_> = tables.iter().map(|(_, name)| *name).collect();
+    match elsewhere(client, schema, &names).await? {
+        Some(moved) => Err(failed(format!(
+            "moved out of the schema {schema}, where the function looks: {moved}; move back what is listed (`alter table NAME set schema {schema}`)"
         ))),
         None => Ok(()),
     }
+}
+
+/// Which of these tables the schema lacks and others have, with their schemas.
+async fn elsewhere(client: &Client, schema: &str, tables: &[&str]) -> Result<Option<String>, Failure> {
+    let query =
+        "select string_agg(format('%s.%I', relnamespace::regnamespace, relname), ', ' order by relname) from pg_class
+        where relname::text = any($2::text[]) and relkind in ('r', 'p') and relpersistence <> 't'
+        and to_regclass(format('%s.%I', $1::text, relname)) is null";
+    let row = client.query_one(query, &[&schema, &tables]).await.map_err(sql("look for the tables"))?;
+    Ok(row.get(0))
 }
 
 async fn apply(client: &mut Client, migration: &Migration) -> Result<(), Failure> {

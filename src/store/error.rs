@@ -209,7 +209,7 @@ impl DatabaseError {
                 denied: match (answer.code().code(), answer.routine()) {
                     (_, Some("aclcheck_error")) => Denied::Right,
                     (_, Some("ExecWithCheckOptions")) => Denied::Policy,
-                    ("08P01", _) => Denied::by_pooler(answer.message()),
+                    ("08P01", None) => Denied::by_pooler(answer.message()),
                     _ => Denied::Otherwise,
                 },
                 place: None,
@@ -251,7 +251,7 @@ impl DatabaseError {
 
     pub(super) fn without_tls() -> Self {
         Self::of(Cause::Tls(
-            "the server does not offer TLS: turn it on there (ssl = on); DATABASE_TLS=disable, for local runs, sends all in the clear"
+            "the server does not offer TLS: turn it on there (ssl = on); DATABASE_TLS=disable is for local runs: it sends everything unencrypted"
                 .to_owned(),
         ))
     }
@@ -382,22 +382,20 @@ impl Denied {
         let says = |words: &[&str]| words.iter().any(|words| message.contains(words));
         match () {
             () if says(&["authentication failed", "no such user"]) => Self::SignIn,
-            () if says(&["no such database"]) || (says(&["database"]) && says(&["does not exist"])) => Self::Database,
+            () if says(&["no such database"]) => Self::Database,
             () if says(&["SSL required", "TLS required"]) => Self::WithoutTls,
             () => Self::Otherwise,
         }
     }
 }
 
-/// What to do about a certificate that is refused for its dates, and about any other failure. The texts are from OpenSSL.
+/// What to do about a certificate that is refused for its dates, and about an old version of TLS. The texts are from OpenSSL.
 fn advice_on_tls(reason: &str) -> &'static str {
     let says = |words: &[&str]| words.iter().any(|words| reason.contains(words));
     match () {
         () if says(&["certificate has expired"]) => ": renew the server's certificate, or check this machine's clock",
         () if says(&["not yet valid"]) => ": check this machine's clock, and the server's certificate",
-        () if says(&["protocol version", "unsupported protocol", "wrong version"]) => {
-            ": the server must offer TLS 1.2 or later"
-        }
+        () if says(&["protocol version", "unsupported protocol"]) => ": the server must offer TLS 1.2 or later",
         () => "",
     }
 }

@@ -5,11 +5,20 @@ import signal
 from pathlib import Path
 
 import pytest
+from world import command
 from world.servers import Servers
 from world.stack import Stack
 
+
+def interrupt(*_):
+    command.ignore_signals()
+    raise KeyboardInterrupt
+
+
+# As for the deployed function: OpenSSL would read all of the system's roots for each connection, half of the time of a short command.
+os.environ["SSL_CERT_FILE"] = "/dev/null"
 # As Ctrl-C does, so that the programs that a test has started end with it.
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGTERM, interrupt)
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ move_in() {
     unset "${!XDG_@}"
     for directory in home cache; do mkdir -p "$LOCAL/$directory"; done
     export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache
-    # A user's settings may let cargo write elsewhere.
+    # Settings in the environment may make cargo write elsewhere.
     unset CARGO_BUILD_TARGET_DIR CARGO_BUILD_BUILD_DIR CARGO_BUILD_TARGET
     export CARGO_TARGET_DIR=$ROOT/target
     export CARGO_ZIGBUILD_CACHE_DIR ZIG_GLOBAL_CACHE_DIR=$LOCAL/cache/zig ZIG_LOCAL_CACHE_DIR=$LOCAL/cache/zig
@@ -225,7 +225,7 @@ need_environment() {
     stamped "$directory/requirements.stamp" "$wanted" && "$directory/bin/python" -c '' 2>/dev/null && return
     rm -rf "$directory"
     "$PYTHON" -m venv "$directory"
-    PACKAGES=$(grep -c '^[A-Za-z0-9].*==' "$requirements") UNPACKED=$(unpacked)
+    PACKAGES=$(sed -n "/win32/d; s/^\([A-Za-z0-9._-]*\)==\([^ ;]*\).*/\1-\2/p" "$requirements" | normalized)
     with_progress "Installing $3 into target/local (once)" install_requirements "$directory" "$requirements" ||
         die "The installation failed; its whole output is in $SETUP_LOG."
     PACKAGES=
@@ -240,11 +240,17 @@ install_requirements() {
     "$1/bin/python" -m pip "${options[@]}" --progress-bar off
 }
 
-# The number of packages that uv has downloaded and unpacked.
-unpacked() { { find "$LOCAL/cache/uv" -mindepth 2 -maxdepth 2 -path '*/archive-v*' 2>/dev/null || true; } | wc -l; }
+# packages: how many of the PACKAGES uv has downloaded and unpacked; nothing if pip installs them, as it does so only at the end.
+packages() {
+    [ -n "${PACKAGES:-}" ] || return 0
+    local place unpacked
+    unpacked=$(for place in "$LOCAL"/cache/uv/archive-v*/*/*.dist-info; do basename "$place" .dist-info; done |
+        normalized | comm -12 - <(printf '%s\n' "$PACKAGES") | wc -l)
+    [ $((unpacked)) = 0 ] || printf ', %s of %s packages' $((unpacked)) $(($(wc -l <<<"$PACKAGES")))
+}
 
-# packages: how many of an environment's packages are there.
-packages() { [ -z "${PACKAGES:-}" ] || printf ', %s of %s packages' $(($(unpacked) - UNPACKED)) "$PACKAGES"; }
+# Names of packages with versions, one a line, in one spelling.
+normalized() { tr 'A-Z.-' 'a-z__' | sort -u; }
 
 need_uv() {
     [ ! -x "$LOCAL/uv/bin/uv" ] || return 0

@@ -25,6 +25,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 COUNT_ALOUD = {"CARGO_TERM_PROGRESS_WHEN": "always", "CARGO_TERM_PROGRESS_WIDTH": "100", "CARGO_TERM_COLOR": "never"}
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RUNNING: set[subprocess.Popen] = set()
 STOPPING = threading.Event()
 LOCK = threading.Lock()
@@ -137,35 +138,54 @@ def give_way(pid: int, nice: int) -> None:
 
 
 def end_in_order() -> None:
-    """Makes SIGTERM and SIGHUP end this process as an exception does: its programs are ended, too."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    """Makes SIGINT, SIGTERM and SIGHUP end this process with an exception, so that its programs are ended, too."""
+    for number in ENDING:
+        signal.signal(number, end)
+
+
+def end(number: int, _: object) -> None:
+    ignore_signals()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """Once this process is ending, another signal would leave programs running. Only the main thread may call this."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stop_all() -> None:
     """Ends the programs that other threads run, and prevents new ones. Call it from the main thread."""
-    # A second Ctrl-C would leave some of them running.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals()
     with LOCK:
         STOPPING.set()
     running = list(RUNNING)
-    # All at once: each may need a while.
+    # All at once, as each may need a while.
     for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        signal_session(process, signal.SIGTERM)
     for process in running:
-        kill(process)
+        await_end(process)
 
 
 def kill(process: subprocess.Popen) -> None:
     """Ends a program and its session, because a build's children outlive it. SIGTERM first, so that a program with servers can stop them."""
-    for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if wait(process, seconds) is not None:
-            break
+    signal_session(process, signal.SIGTERM)
+    await_end(process)
+
+
+def await_end(process: subprocess.Popen) -> None:
+    """Waits until a program has ended that was told to, and kills what is left of its session."""
+    if wait(process, 30) is None:
+        signal_session(process, signal.SIGKILL)
+        wait(process, 10)
+    signal_session(process, signal.SIGKILL)
+
+
+def signal_session(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
 
 
 def counted(log: Path) -> str:

@@ -22,13 +22,13 @@ OPERATOR_SECRET = "login-etl/operator"
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """Locks `directory` against other runs, and makes SIGTERM and SIGHUP end this process in order."""
+    """Locks `directory` against other runs, and makes signals end this process in order."""
     command.end_in_order()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         opened = (directory / "lock").open("w")
     except PermissionError as error:
-        sys.exit(f"{error.filename} belongs to another user: run this as that user ({error.strerror})")
+        sys.exit(f"{error.filename} cannot be written; if it belongs to another user, run this as that user ({error.strerror})")
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

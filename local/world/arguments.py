@@ -14,7 +14,7 @@ from pathlib import Path
 
 FIT = 3
 
-CHECKS = ("fresh", "format", "prose", "workflows", "template", "executor", "lints", "function", "deployed", "deployments", "etlctl", "keys", "soak", "incidents", "instructions", "fuzz", "dependencies")
+CHECKS = ("fresh", "format", "prose", "workflows", "template", "executor", "lints", "function", "deployed", "deployments", "etlctl", "keys", "remask", "soak", "incidents", "instructions", "fuzz", "dependencies")
 INCIDENTS = ("database-down", "poison-flood", "keyring-broken", "bad-credentials", "backlog")
 HEALTHY = "dashboard"
 SECTIONS = ("batches", "columns", "ledger", "profile", "cold", "footprint", "environments")

@@ -84,9 +84,16 @@ pub fn for_aws() -> TrustStore {
     }
 }
 
-/// The roots that the system trusts.
-pub fn of_system() -> TrustStore {
-    TrustStore::default()
+/// The roots for AWS's endpoints on an operator's machine: those of `AWS_CA_BUNDLE`; else the system's, which may have a proxy's,
+/// and Amazon's, which a container may lack.
+///
+/// # Errors
+/// [`BundleError`], as for [`of_bundle`].
+pub fn for_operator() -> Result<TrustStore, BundleError> {
+    Ok(match of_bundle()?.or_else(hidden_system) {
+        Some(roots) => TrustStore::empty().with_pem_certificate(roots),
+        None => TrustStore::default().with_pem_certificate(AMAZON),
+    })
 }
 
 #[cfg(test)]

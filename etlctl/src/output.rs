@@ -150,7 +150,8 @@ impl From<SecretError> for Failure {
     }
 }
 
-const NO_ANSWER: &str = "no answer from AWS; check region, credentials and network (AWS_REGION, AWS_PROFILE)";
+const NO_ANSWER: &str = "no answer from AWS; check region, credentials and network (AWS_REGION, AWS_PROFILE), and AWS_CA_BUNDLE behind \
+     a proxy that inspects TLS";
 
 /// Turns an AWS error into a failure to do `what`.
 pub fn aws<E>(what: impl Display) -> impl FnOnce(SdkError<E>) -> Failure

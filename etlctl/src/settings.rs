@@ -77,7 +77,8 @@ fn shown(file: Option<&Path>) -> String {
 impl Settings {
     /// Reads the settings; if a stack is named, from CloudFormation and Lambda.
     pub async fn new(global: Global) -> Result<Self, Failure> {
-        let aws = config::sdk_config(roots::of_system()).await;
+        let trust = roots::for_operator().map_err(|error| failed(error.to_string()))?;
+        let aws = config::sdk_config(trust).await;
         let declared = Mapping::load(mapping_file(&global)).map_err(|error| failed(error.to_string()))?;
         let (mapping, schema) = (declared.clone(), String::new());
         let mut settings = Self { global, stack: HashMap::new(), aws, declared, mapping, schema };

@@ -129,6 +129,7 @@ def test_the_version_is_printed(etlctl):
         ("migrate", {"DATABASE_PORT": "five"}, ["DATABASE_PORT", "1 to 65535"]),
         ("migrate", {"DATABASE_TLS": "prefer"}, ["DATABASE_TLS", "verify-full or disable"]),
         ("migrate", {"DATABASE_CA": "/none.pem"}, ["DATABASE_CA", "--database-ca", "/none.pem"]),
+        ("mask --field ip x", {"AWS_CA_BUNDLE": "/none.pem"}, ["AWS_CA_BUNDLE", "/none.pem"]),
         ("mask --field ip x", {"AWS_REGION": None, "AWS_DEFAULT_REGION": None, "MASKING_SECRET_ID": "x"}, ["AWS_REGION", "AWS_PROFILE"]),
     ],
 )
@@ -137,6 +138,21 @@ def test_a_setting_that_is_missing_or_wrong_is_named_with_its_flag(etlctl, comma
     assert (result.returncode, result.stdout) == (3, "")
     assert [name for name in names if name not in result.stderr] == []
     assert "hunter2" not in result.stderr
+
+
+# Which certificates of AWS are trusted.
+
+
+def test_the_bundle_has_the_roots_for_aws(empty_world):
+    over_tls = {"AWS_ENDPOINT_URL": empty_world.environment["AWS_ENDPOINT_URL"].replace("http:", "https:")}
+    assert empty_world.json("mask", "--field", "ip", "x", environment=over_tls)
+    result = empty_world.run("mask", "--field", "ip", "x", environment=over_tls | {"AWS_CA_BUNDLE": None})
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "AWS_CA_BUNDLE" in result.stderr
+
+
+def test_a_system_without_roots_is_enough(empty_world):
+    assert empty_world.json("mask", "--field", "ip", "x", environment={"SSL_CERT_FILE": "/none.pem", "AWS_CA_BUNDLE": None})
 
 
 # Where settings come from.

@@ -39,7 +39,7 @@ impl Queue {
 
     /// A FIFO queue if the name ends in `.fifo`.
     async fn named(name: &str, seconds: u32) -> Self {
-        let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config(login_etl::roots::of_system()).await);
+        let sqs = aws_sdk_sqs::Client::new(&login_etl::config::sdk_config(login_etl::roots::for_aws()).await);
         let mut created = sqs.create_queue().queue_name(name);
         if name.ends_with(".fifo") {
             created = created.attributes(QueueAttributeName::FifoQueue, "true");
@@ -199,7 +199,7 @@ async fn without_the_permission_only_one_request_is_sent() {
             client.write_all(answer.as_bytes()).await.unwrap();
         }
     });
-    let usual = login_etl::config::sdk_config(login_etl::roots::of_system()).await;
+    let usual = login_etl::config::sdk_config(login_etl::roots::for_aws()).await;
     // A new configuration, as the environment's endpoint takes precedence over one set on a copy.
     let sdk_config = SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())

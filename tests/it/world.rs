@@ -138,7 +138,7 @@ impl World {
 
     pub async fn try_handler(&self) -> Result<Handler, StoreError> {
         let config = Config::from_variables(|name| self.settings.get(name).cloned()).unwrap();
-        let sdk_config = config::sdk_config(roots::of_system()).await;
+        let sdk_config = config::sdk_config(roots::for_aws()).await;
         let secrets = Secrets::new(&sdk_config);
         let mapping = Mapping::load(config.mapping_file).unwrap();
         let (id, ttl) = (config.masking_secret_id, config.secrets_ttl);

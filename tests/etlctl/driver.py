@@ -124,6 +124,7 @@ class World(Etlctl):
             "AWS_ENDPOINT_URL": servers.localstack.endpoint,
             **CREDENTIALS,
             **servers.database_settings(),
+            **servers.trust(),
             "DATABASE_NAME": self.name,
             "DATABASE_SECRET_ID": DATABASE_SECRET,
             "ETLCTL_DATABASE_SECRET_ID": OPERATOR_SECRET,

@@ -30,14 +30,14 @@ NICE_PROGRAMS = 5
 # target directory.
 ROWS = (
     ("build function", "instructions", "fuzz"),
-    ("build etlctl", "build tests", "format", "lints", "dependencies"),
+    ("build etlctl", "build tests", "format", "lints", "dependencies", "soak"),
     ("prose", "workflows", "template", "executor", "fresh"),
     ("function",),
     ("keys",),
     ("etlctl",),
     ("deployments",),
     ("remask",),
-    ("deployed", "soak"),
+    ("deployed",),
     ("incidents",),
 )
 # Two of them compile, at a lower priority. With fewer, a long row would begin when the others end; with more, tests disturb one another.
@@ -273,7 +273,8 @@ def check_fresh() -> str | None:
 def check_function() -> None:
     """Runs the library's tests on their own PostgreSQL and LocalStack: with default settings, and with `COPY` and without prepared statements."""
     with Servers(paths.FUNCTION_WORLD) as servers:
-        environment = {"PYTHON": sys.executable, **servers.environment()}
+        # The tests mostly wait for the servers.
+        environment = {"PYTHON": sys.executable, "RUST_TEST_THREADS": "6", **servers.environment(), **servers.trust()}
         # The cached result of the finished build. Running cargo here would wait for other checks' builds.
         tests = BUILDS["build tests"]()
         for test in tests:

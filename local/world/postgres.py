@@ -185,7 +185,8 @@ class Postgres:
 
     def remove(self) -> None:
         """Stops the server and deletes its data; the log stays, in `directory`."""
-        self.stop()
+        # A fast stop would first write everything to disk.
+        self.stop("immediate")
         self._discard_unfinished()
         if self._data.exists():
             shutil.rmtree(self._data)
@@ -307,9 +308,6 @@ class Postgres:
                 raise PostgresError(f"PostgreSQL does not start on port {port}{complaint}")
             time.sleep(0.5)
         self._port = port
-        if chosen:
-            taken = f" ({USUAL_PORT} is taken)" if port != USUAL_PORT else ""
-            print(f"PostgreSQL {self._programs[1]} listens on {self.host}:{port}{taken}")
 
     def _run(self, program: str, *arguments: str) -> bool:
         """Runs one of PostgreSQL's programs, with its output in the log, and returns whether it succeeded.

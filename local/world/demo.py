@@ -45,7 +45,7 @@ def main() -> int:
             starting = threads.submit(servers.start)
             function = build.function(quick=True)
             starting.result()
-        print(f"LocalStack listens on {servers.localstack.endpoint}")
+        print(f"PostgreSQL listens on {servers.postgres.host}:{servers.postgres.port}, LocalStack on {servers.localstack.endpoint}")
         table = map_to_table(servers, function, options.mapping)
         signing_in = {}
         if options.iam:

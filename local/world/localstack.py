@@ -109,8 +109,6 @@ class LocalStack:
     def _start(self) -> None:
         if self.port is None:
             self.port = USUAL_PORT if is_free(USUAL_PORT) else free_port()
-            if self.port != USUAL_PORT:
-                print(f"Port {USUAL_PORT} is taken; LocalStack listens on {self.port}.", flush=True)
         elif not is_free(self.port):
             raise LocalStackError(f"port {self.port} is taken; LocalStack cannot listen there")
         for directory in (*(self.directory / name for name in ("volume", "home", "tmp", "cache")), self.function_logs, self.identities):

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+from samtranslator.yaml_helper import yaml_parse
 from world import command, paths
 
 # The development profile without debug information and symbols, built by this machine's compiler, in a third of the time.
@@ -52,6 +53,9 @@ def function(quick: bool = False, quiet: bool = False) -> Path:
         progress=partial(crates_of, target, crates()),
         quiet=quiet,
     )
+    # `sam deploy` parses this file six times, and JSON, which is YAML, too, in no time.
+    template = directory / "template.yaml"
+    template.write_text(json.dumps(yaml_parse(template.read_text()), indent=2))
     return directory
 
 

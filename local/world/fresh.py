@@ -73,14 +73,15 @@ def script(hidden: list[Path], kept: list[Path]) -> str:
     lines.append("mount -o remount,bind,ro /")
     if Path("/var/lib") in hidden:
         lines.append("mount -o remount,ro /var/lib")
+    places = " ".join(shlex.quote(str(place)) for place in hidden)
+    lines.append(f"there() {{ find {places} -xdev; }}")
+    lines.append("before=$(there)")
     lines.append(f"cd {root}")
     world = f"{shlex.quote(sys.executable)} -m world.fresh"
     if os.geteuid() != 0:
         world = f"setpriv --inh-caps=-all --ambient-caps=-all {world}"
     lines.append(world)
-    # Ignores directories: they lead to the kept places.
-    places = " ".join(shlex.quote(str(place)) for place in hidden)
-    lines.append(f"left=$(find {places} -xdev ! -type d)")
+    lines.append('left=$(there | grep -vxF "$before" || true)')
     lines.append('[ -z "$left" ] || { echo "Files were left outside of the checkout:"; echo "$left"; exit 1; }')
     return "\n".join(lines)
 

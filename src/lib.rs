@@ -23,7 +23,7 @@
 //! - a conversion: its variant goes in `mapping/convert.rs`, its use in `mapping/row.rs`, the types it fits in `mapping/file.rs`;
 //! - a normalisation: `mapping/convert.rs`. `etlctl find` and `keys remask` apply normalisations before they mask, but no conversions;
 //! - a column type: its variant goes in `mapping/mod.rs`, its bytes in `mapping/row.rs`, its array in `store/sql.rs`;
-//! - a cipher: its name, key and `Cipher` go in `keyring.rs`.
+//! - a cipher: its name and key go in `keyring/text.rs`, its `Cipher` in `keyring/cipher.rs`.
 //!
 //! `docs/develop.md` has what a log line, a metric, a setting and a migration need besides.
 

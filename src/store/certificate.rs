@@ -13,7 +13,7 @@ use x509_cert::{
     ext::pkix::{SubjectAltName, name::GeneralName},
 };
 
-use super::error::DatabaseError;
+use super::DatabaseError;
 
 /// PostgreSQL's SSLRequest message: its length, and the request code in place of a protocol version.
 pub(super) const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];

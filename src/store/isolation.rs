@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{Entry, Fate, RECENT, Session, StoreError, Stored, Way, error::Remedy};
+use super::{Entry, Fate, RECENT, Session, StoreError, Stored, Way, database_error::Remedy};
 
 /// Maximum rows that are tried alone first.
 const PROBES: usize = 8;

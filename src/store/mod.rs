@@ -13,6 +13,7 @@
 mod batch;
 mod certificate;
 mod connection;
+mod database_error;
 mod early;
 mod error;
 mod isolation;
@@ -41,10 +42,11 @@ use tokio::{
 };
 use tokio_postgres::types::{ToSql, Type};
 
-use self::{batch::Batch, early::Early, error::Remedy};
+use self::{batch::Batch, database_error::Remedy, early::Early};
 pub use self::{
     connection::{Connection, Connector},
-    error::{DatabaseError, StoreError},
+    database_error::DatabaseError,
+    error::StoreError,
     ledger::LedgerKey,
     maintenance::Maintained,
     sql::Sql,

@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use super::{Connection, DatabaseError, Entry, LedgerKey, Sql, batch::Batch, error::Remedy};
+use super::{Connection, DatabaseError, Entry, LedgerKey, Sql, batch::Batch, database_error::Remedy};
 use crate::mapping::{Mapping, Row};
 
 /// Tries rows by the function's own statement, in a transaction that is rolled back. Connects as the function's database user.

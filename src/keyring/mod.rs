@@ -5,38 +5,24 @@
 //! - AES-SIV (RFC 5297) also authenticates, and gives a value different masks in different columns;
 //! - HMAC-SHA-256 cannot be reversed.
 
+mod cipher;
+mod text;
+
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use aes::{
-    Aes128, Aes192, Aes256,
-    cipher::{
-        BlockCipherDecrypt, BlockCipherEncrypt, BlockModeDecrypt, BlockModeEncrypt, BlockSizeUser, InnerIvInit,
-        KeyInit,
-        array::{Array, typenum::U16},
-        block_padding::Pkcs7,
-    },
-};
-use aes_siv::siv::{Aes128Siv, Aes256Siv};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::{BufMut, BytesMut};
-use hmac::{Hmac, Mac};
-use serde::{
-    Deserialize, Deserializer,
-    de::{Error, IgnoredAny, MapAccess, Visitor},
-};
-use sha2::Sha256;
 use zeroize::Zeroizing;
+
+use self::{
+    cipher::{CIPHERTEXT_MAX, HMAC, Key},
+    text::KeyringText,
+};
 
 /// Most characters of a masked value: the width of its column.
 pub const MASKED_MAX: usize = 256;
-/// Bytes of an `aes-siv` mask's tag, which precedes the ciphertext.
-const TAG_LEN: usize = 16;
-/// Most bytes of a ciphertext: a value of that many bytes, and a block of padding or a tag.
-const CIPHERTEXT_MAX: usize = MASKED_MAX + 16;
 /// Most characters of a key id.
 pub const KEY_ID_MAX: usize = 32;
-/// An `aes-cbc` key without an IV uses this block, encrypted under the key, as its IV.
-const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
 
 /// Which of the ring's two keys in use masks a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,18 +122,7 @@ impl Keyring {
     /// # Errors
     /// [`KeyringError`], the operator's fault.
     pub fn from_json(text: &str) -> Result<Self, KeyringError> {
-        let text: KeyringText = serde_json::from_str(text)
-            // The error itself may quote a key, so only its place is kept.
-            .map_err(|error| KeyringError::Shape { line: error.line(), column: error.column() })?;
-        let (active, one_way, keys) = match text {
-            KeyringText { key: key @ Some(_), iv, active: None, one_way: None, keys: None } => {
-                (String::new(), None, BTreeMap::from([(String::new(), KeyText { key, iv, ..KeyText::default() })]))
-            }
-            KeyringText { key: None, iv: None, active: Some(active), one_way, keys: Some(keys) } => {
-                (active, one_way, keys)
-            }
-            _ => return Err(KeyringError::Shape { line: 1, column: 1 }),
-        };
+        let KeyringText { active, one_way, keys } = KeyringText::from_json(text)?;
         let keys = keys
             .into_iter()
             .map(|(id, key)| if is_key_id(&id) { Ok((id, Arc::new(key.parse()?))) } else { Err(KeyringError::KeyId) })
@@ -276,213 +251,6 @@ fn append(text: &mut BytesMut, id: &str, key: &Key, field: &str, value: &str) ->
 /// Whether this is a valid key id. The empty id, of the unnamed key, is valid.
 pub fn is_key_id(id: &str) -> bool {
     id.len() <= KEY_ID_MAX && id.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
-}
-
-/// Both forms at once, told apart by the fields that are set. A misspelt field is refused: an IV that is not read would silently
-/// change every mask.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct KeyringText {
-    active: Option<String>,
-    one_way: Option<String>,
-    #[serde(default, deserialize_with = "keys_once")]
-    keys: Option<BTreeMap<String, KeyText>>,
-    #[serde(default, deserialize_with = "given")]
-    key: Option<Zeroizing<String>>,
-    #[serde(default, deserialize_with = "given")]
-    iv: Option<Zeroizing<String>>,
-}
-
-/// Refuses `null`: an IV that is read as absent would change every mask.
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Zeroizing<String>>, D::Error> {
-    Zeroizing::deserialize(deserializer).map(Some)
-}
-
-/// Refuses a repeated id: one of the two keys would be lost silently.
-fn keys_once<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BTreeMap<String, KeyText>>, D::Error> {
-    struct Keys;
-    impl<'de> Visitor<'de> for Keys {
-        type Value = BTreeMap<String, KeyText>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("keys by their ids")
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut keys = BTreeMap::new();
-            while let Some((id, key)) = map.next_entry()? {
-                if keys.insert(id, key).is_some() {
-                    return Err(A::Error::custom("an id twice"));
-                }
-            }
-            Ok(keys)
-        }
-    }
-    deserializer.deserialize_map(Keys).map(Some)
-}
-
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct KeyText {
-    #[serde(default)]
-    cipher: CipherName,
-    #[serde(default, deserialize_with = "given")]
-    key: Option<Zeroizing<String>>,
-    #[serde(default, deserialize_with = "given")]
-    iv: Option<Zeroizing<String>>,
-    /// When the key was made and replaced: for `etlctl` and people, not for the function.
-    #[serde(rename = "created")]
-    _created: Option<IgnoredAny>,
-    #[serde(rename = "replaced")]
-    _replaced: Option<IgnoredAny>,
-}
-
-#[derive(Default, Deserialize)]
-enum CipherName {
-    #[default]
-    #[serde(rename = "aes-cbc")]
-    Cbc,
-    #[serde(rename = "aes-siv")]
-    Siv,
-    #[serde(rename = "hmac-sha256")]
-    Hmac,
-}
-
-impl KeyText {
-    fn parse(&self) -> Result<Key, KeyringError> {
-        let bytes = |text: &Zeroizing<String>| hex::decode(text.as_bytes()).map(Zeroizing::new).ok();
-        let key = self.key.as_ref().and_then(bytes).unwrap_or_default();
-        let iv = match &self.iv {
-            None => None,
-            Some(text) => {
-                let iv = bytes(text).and_then(|iv| Iv::try_from(iv.as_slice()).ok());
-                Some(iv.ok_or(KeyringError::Iv)?)
-            }
-        };
-        Ok(Key(match (&self.cipher, key.len()) {
-            (CipherName::Siv | CipherName::Hmac, _) if iv.is_some() => return Err(KeyringError::NoIv),
-            (CipherName::Hmac, HMAC_KEY_MIN..=HMAC_KEY_MAX) => Box::new(OneWay::new(&key)?),
-            (CipherName::Hmac, _) => return Err(KeyringError::HmacKey),
-            (CipherName::Siv, 32 | 64) => Box::new(Siv(key)),
-            (CipherName::Siv, _) => return Err(KeyringError::SivKey),
-            (CipherName::Cbc, 16) => Box::new(Cbc::<Aes128>::new(&key, iv)?),
-            (CipherName::Cbc, 24) => Box::new(Cbc::<Aes192>::new(&key, iv)?),
-            (CipherName::Cbc, 32) => Box::new(Cbc::<Aes256>::new(&key, iv)?),
-            (CipherName::Cbc, _) => return Err(KeyringError::CbcKey),
-        }))
-    }
-}
-
-struct Key(Box<dyn Cipher + Send + Sync>);
-
-impl fmt::Debug for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.name())
-    }
-}
-
-trait Cipher {
-    fn name(&self) -> &'static str;
-    /// Masks at most [`MASKED_MAX`] bytes into the buffer, without allocating.
-    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8];
-    fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>>;
-}
-
-type Iv = Array<u8, U16>;
-
-/// AES-CBC with PKCS#7 padding and one IV for all values. Holds the key schedule, which the `aes` crate zeroizes on drop.
-struct Cbc<C> {
-    aes: C,
-    iv: Iv,
-}
-
-impl<C: BlockCipherEncrypt + BlockSizeUser<BlockSize = U16> + KeyInit> Cbc<C> {
-    fn new(key: &[u8], iv: Option<Iv>) -> Result<Self, KeyringError> {
-        let aes = C::new_from_slice(key).map_err(|_| KeyringError::CbcKey)?;
-        let iv = iv.unwrap_or_else(|| {
-            let mut block = Array(IV_LABEL);
-            aes.encrypt_block(&mut block);
-            block
-        });
-        Ok(Self { aes, iv })
-    }
-}
-
-impl<C: BlockCipherEncrypt + BlockCipherDecrypt + BlockSizeUser<BlockSize = U16>> Cipher for Cbc<C> {
-    fn name(&self) -> &'static str {
-        "aes-cbc"
-    }
-
-    #[expect(clippy::expect_used, reason = "the buffer has room for the padding of the longest value")]
-    fn encrypt<'a>(&self, _field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
-        cbc::Encryptor::inner_iv_init(&self.aes, &self.iv).encrypt_padded_b2b::<Pkcs7>(plain, buffer).expect("room")
-    }
-
-    fn decrypt(&self, _field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
-        cbc::Decryptor::inner_iv_init(&self.aes, &self.iv).decrypt_padded_vec::<Pkcs7>(ciphertext).ok()
-    }
-}
-
-/// AES-SIV under a key of 32 bytes (AES-128) or 64 (AES-256), with the field's name as its only header.
-struct Siv(Zeroizing<Vec<u8>>);
-
-impl Cipher for Siv {
-    fn name(&self) -> &'static str {
-        "aes-siv"
-    }
-
-    #[expect(clippy::expect_used, reason = "it fails on more than 126 headers only, and on no other key length")]
-    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
-        let ciphertext = &mut buffer[..TAG_LEN + plain.len()];
-        let (tag, text) = ciphertext.split_at_mut(TAG_LEN);
-        text.copy_from_slice(plain);
-        let made = match Aes256Siv::new_from_slice(&self.0) {
-            Ok(mut siv) => siv.encrypt_inout_detached([field], text.into()),
-            Err(_) => {
-                Aes128Siv::new_from_slice(&self.0).expect("32 bytes").encrypt_inout_detached([field], text.into())
-            }
-        };
-        tag.copy_from_slice(&made.expect("one header"));
-        ciphertext
-    }
-
-    fn decrypt(&self, field: &str, ciphertext: &[u8]) -> Option<Vec<u8>> {
-        match Aes256Siv::new_from_slice(&self.0) {
-            Ok(mut siv) => siv.decrypt([field], ciphertext).ok(),
-            Err(_) => Aes128Siv::new_from_slice(&self.0).ok()?.decrypt([field], ciphertext).ok(),
-        }
-    }
-}
-
-const HMAC: &str = "hmac-sha256";
-/// A key shorter than the output weakens HMAC, and a key longer than a SHA-256 block is hashed first (RFC 2104).
-const HMAC_KEY_MIN: usize = 32;
-const HMAC_KEY_MAX: usize = 64;
-
-/// HMAC-SHA-256 of the field's name, a zero byte and the value. Holds the keyed hash state, which is zeroized on drop.
-struct OneWay(Hmac<Sha256>);
-
-impl OneWay {
-    fn new(key: &[u8]) -> Result<Self, KeyringError> {
-        Hmac::new_from_slice(key).map(Self).map_err(|_| KeyringError::HmacKey)
-    }
-}
-
-impl Cipher for OneWay {
-    fn name(&self) -> &'static str {
-        HMAC
-    }
-
-    fn encrypt<'a>(&self, field: &str, plain: &[u8], buffer: &'a mut [u8; CIPHERTEXT_MAX]) -> &'a [u8] {
-        let mac = self.0.clone().chain_update(field).chain_update([0]).chain_update(plain).finalize().into_bytes();
-        let masked = &mut buffer[..mac.len()];
-        masked.copy_from_slice(&mac);
-        masked
-    }
-
-    fn decrypt(&self, _field: &str, _ciphertext: &[u8]) -> Option<Vec<u8>> {
-        None
-    }
 }
 
 #[cfg(test)]

@@ -30,13 +30,13 @@ NICE_PROGRAMS = 5
 # target directory.
 ROWS = (
     ("build function", "instructions", "fuzz"),
-    ("build etlctl", "build tests", "format", "lints", "dependencies", "soak"),
+    ("build etlctl", "build tests", "format", "lints", "dependencies"),
     ("prose", "workflows", "template", "executor", "fresh"),
     ("function",),
     ("keys",),
     ("etlctl",),
     ("deployments",),
-    ("remask",),
+    ("remask", "soak"),
     ("deployed",),
     ("incidents",),
 )

@@ -31,12 +31,12 @@ NICE_PROGRAMS = 5
 ROWS = (
     ("build function", "instructions", "fuzz"),
     ("build etlctl", "build tests", "format", "lints", "dependencies"),
-    ("prose", "workflows", "template", "executor", "fresh"),
+    ("prose", "workflows", "template", "executor", "fresh", "soak"),
     ("function",),
     ("keys",),
     ("etlctl",),
     ("deployments",),
-    ("remask", "soak"),
+    ("remask",),
     ("deployed",),
     ("incidents",),
 )

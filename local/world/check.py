@@ -273,8 +273,7 @@ def check_fresh() -> str | None:
 def check_function() -> None:
     """Runs the library's tests on their own PostgreSQL and LocalStack: with default settings, and with `COPY` and without prepared statements."""
     with Servers(paths.FUNCTION_WORLD) as servers:
-        # The tests mostly wait for the servers.
-        environment = {"PYTHON": sys.executable, "RUST_TEST_THREADS": "4", **servers.environment(), **servers.trust()}
+        environment = {"PYTHON": sys.executable, **servers.environment(), **servers.trust()}
         # The cached result of the finished build. Running cargo here would wait for other checks' builds.
         tests = BUILDS["build tests"]()
         for test in tests:

@@ -100,8 +100,14 @@ async fn the_schedule_prunes_the_ledger_and_batches_leave_that_to_it() {
     assert_eq!(world.count(expired).await, 10);
 
     world.admin.batch_execute("update etl_maintenance set done_at = now() - interval '25 hours'").await.unwrap();
-    invoke(&world.handler().await, &sent_days_ago(1, &event(30_000, bodies(0..1)))).await.unwrap();
-    assert_eq!(world.count(expired).await, 0);
+    for batch in 0..10 {
+        // Each environment prunes after its first batch, for a second at most, which is too short on a busy machine.
+        invoke(&world.handler().await, &sent_days_ago(1, &event(30_000 + batch, bodies(0..1)))).await.unwrap();
+        if world.count(expired).await == 0 {
+            return;
+        }
+    }
+    panic!("batches do not prune the ledger");
 }
 
 #[tokio::test]

@@ -84,15 +84,16 @@ pub fn for_aws() -> TrustStore {
     }
 }
 
-/// The roots for AWS's endpoints on an operator's machine: those of `AWS_CA_BUNDLE`; else the system's, which may have a proxy's,
-/// and Amazon's, which a container may lack.
+/// The roots for AWS's endpoints on an operator's machine: those of `AWS_CA_BUNDLE`; else the system's, among which may be a
+/// proxy's, and Amazon's, as a container may have none.
 ///
 /// # Errors
 /// [`BundleError`], as for [`of_bundle`].
 pub fn for_operator() -> Result<TrustStore, BundleError> {
-    Ok(match of_bundle()?.or_else(hidden_system) {
-        Some(roots) => TrustStore::empty().with_pem_certificate(roots),
-        None => TrustStore::default().with_pem_certificate(AMAZON),
+    let only = |roots| TrustStore::empty().with_pem_certificate(roots);
+    Ok(match of_bundle()? {
+        Some(bundle) => only(bundle),
+        None => hidden_system().map_or_else(TrustStore::default, only).with_pem_certificate(AMAZON),
     })
 }
 

@@ -83,7 +83,7 @@ move_in() {
     [ ! -d "${RUSTUP_HOME:-$home/.rustup}" ] || export RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}
     unset "${!XDG_@}"
     for directory in home cache; do mkdir -p "$LOCAL/$directory"; done
-    export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache
+    export HOME=$LOCAL/home XDG_CACHE_HOME=$LOCAL/cache PYTHONPYCACHEPREFIX=$LOCAL/cache/python
     # Settings in the environment may make cargo write elsewhere.
     unset CARGO_BUILD_TARGET_DIR CARGO_BUILD_BUILD_DIR CARGO_BUILD_TARGET
     export CARGO_TARGET_DIR=$ROOT/target

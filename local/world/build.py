@@ -53,7 +53,7 @@ def function(quick: bool = False, quiet: bool = False) -> Path:
         progress=partial(crates_of, target, crates()),
         quiet=quiet,
     )
-    # `sam deploy` parses this file six times, and JSON, which is YAML, too, in no time.
+    # `sam deploy` parses this file six times. JSON is YAML, too, and is parsed in no time.
     template = directory / "template.yaml"
     template.write_text(json.dumps(yaml_parse(template.read_text()), indent=2))
     return directory

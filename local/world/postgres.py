@@ -317,7 +317,7 @@ class Postgres:
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         with open(self.log_file, "ab") as log:
             process = subprocess.Popen(
-                [*self.as_account, self._programs[0] / program, *arguments],
+                [*self.as_account, self._programs / program, *arguments],
                 cwd="/",
                 # For each session that signs in with a token, PostgreSQL's LDAP client would load SASL's plugins, which nobody uses.
                 env=environment | {"LC_ALL": "C", "TZ": "UTC", "SASL_PATH": "/nonexistent"},
@@ -339,8 +339,8 @@ class Postgres:
     # The programs.
 
     @cached_property
-    def _programs(self) -> tuple[Path, int]:
-        """The directory of the server's programs, and their major version: the data's version, else the one on PATH, else the newest."""
+    def _programs(self) -> Path:
+        """The directory of the server's programs: of the data's version, else the one on PATH, else the newest."""
         found = self._find_programs()
         if not found:
             install()
@@ -349,13 +349,14 @@ class Postgres:
             raise PostgresError(HOW_TO_INSTALL)
         with contextlib.suppress(FileNotFoundError):
             made_by = int((self._data / "PG_VERSION").read_text())
-            for programs in found:
-                if programs[1] == made_by:
+            for programs, version in found:
+                if version == made_by:
                     return programs
             raise PostgresError(f"{self._data} needs PostgreSQL {made_by}, which is not installed: install it, or delete the data with `./local/down`")
-        return found[0]
+        return found[0][0]
 
     def _find_programs(self) -> list[tuple[Path, int]]:
+        """Directories of programs that are new enough, with their major versions."""
         on_path = shutil.which("initdb")
         first = [Path(on_path).resolve().parent] if on_path else []
         usual = sorted((Path(match) for pattern in USUAL_PROGRAMS for match in glob.glob(pattern)), key=self._version, reverse=True)

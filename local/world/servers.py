@@ -104,8 +104,8 @@ class Servers:
         }
 
     def trust(self) -> dict[str, str]:
-        """Settings that make a program of ours trust only these servers: it would read all of the system's roots, which takes longer than all else
-        in a short command."""
+        """Settings that make a program of ours trust LocalStack's authority for AWS, and read none of the system's roots, which would take longer
+        than all else in a short command."""
         return {"SSL_CERT_FILE": "/dev/null", "AWS_CA_BUNDLE": str(self.localstack.ca_file)}
 
     def environment(self) -> dict[str, str]:

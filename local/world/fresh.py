@@ -81,8 +81,8 @@ def script(hidden: list[Path], kept: list[Path]) -> str:
     if os.geteuid() != 0:
         world = f"setpriv --inh-caps=-all --ambient-caps=-all {world}"
     lines.append(world)
-    lines.append('left=$(there | grep -vxF "$before" || true)')
-    lines.append('[ -z "$left" ] || { echo "Files were left outside of the checkout:"; echo "$left"; exit 1; }')
+    lines.append("after=$(there)")
+    lines.append('if echo "$after" | grep -vxF "$before"; then echo "These files were left outside of the checkout."; exit 1; fi')
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ pub(super) const CIPHERTEXT_MAX: usize = MASKED_MAX + 16;
 /// An `aes-cbc` key without an IV uses this block, encrypted under the key, as its IV.
 const IV_LABEL: [u8; 16] = *b"login-etl/cbc-iv";
 
+/// A key with its cipher. `Debug` shows only the cipher's name.
 pub(super) struct Key(pub(super) Box<dyn Cipher + Send + Sync>);
 
 impl fmt::Debug for Key {
